@@ -1,0 +1,150 @@
+"""The model card of an export, as a pure function of what is known about it."""
+
+from __future__ import annotations
+
+import re
+
+from .checkpoint import Origin
+from .cost import Cost
+from .spec import LoopSpec
+
+# Card metadata that an export inherits from its base.
+INHERITED = ("license", "license_name", "license_link", "language")
+
+KV_MEANING = {
+    "shared": "every iteration attends to the natural pass's keys and values; cached decoding equals a full forward",
+    "per_step": "every pass has its own cache slots, as a physically unrolled model; cached decoding equals a full forward",
+    "reference": "past keys and values of the natural pass, the iterate's own for the current chunk, as the paper's "
+    "authors do; cached decoding does **not** equal a full forward",
+}
+DECODE_MEANING = {
+    "full": "every token loops",
+    "bypass": "only longer chunks (the prompt) loop; single-token decode steps run the base model",
+    "first_n": "the prompt and the first {n} decode steps loop; later ones run the base model",
+}
+
+
+def make_card(base: Origin, base_card: str, model_type: str, num_layers: int, spec: LoopSpec, cost: Cost) -> str:
+    """The README.md of an export: Hub metadata, then what it is, what it costs and how to load it.
+
+    Args:
+        base: where the base came from.
+        base_card: the base's own card, whose licence and language are inherited; may be empty.
+        model_type, num_layers: the base's family and depth.
+        spec, cost: the loop and its cost.
+    """
+    name = base.name.rsplit("/", 1)[-1]
+    return _metadata(base, read_metadata(base_card)) + _BODY.format(
+        name=name,
+        base=_base_link(base),
+        span=f"[{spec.span[0]}, {spec.span[1]})",
+        layers=describe_layers(spec),
+        num_layers=num_layers,
+        model_type=model_type,
+        steps=spec.steps,
+        step_size=f"{spec.step_size:.6g}",
+        anchor=f"{spec.anchor:g}",
+        mode=spec.mode,
+        kv=spec.kv,
+        kv_meaning=KV_MEANING[spec.kv],
+        decode=spec.decode,
+        decode_meaning=DECODE_MEANING[spec.decode].format(n=spec.first_n),
+        evaluations=cost.layer_evaluations,
+        multiplier=f"{cost.multiplier:.2f}",
+        formula=formula(spec),
+    )
+
+
+def describe_layers(spec: LoopSpec) -> str:
+    """The span's layers by number: `layers 12 to 19`."""
+    start, stop = spec.span
+    return f"layer {start}" if spec.width == 1 else f"layers {start} to {stop - 1}"
+
+
+def formula(spec: LoopSpec) -> str:
+    """The recursion with the spec's own numbers."""
+    s, beta, last = f"{spec.step_size:.6g}", f"{spec.anchor:g}", spec.steps
+    out = f"h_{last}" if spec.anchor == 0 else f"{beta} n + {1 - spec.anchor:g} h_{last}"
+    lines = ["n       = g(x)", f"h_1     = x + {s} (n - x)"]
+    if spec.steps > 1:
+        lines.append(f"h_(k+1) = h_k + {s} (g(h_k) - h_k)    k = 1 .. {last - 1}")
+    return "\n".join([*lines, f"out     = {out}"])
+
+
+def read_metadata(card: str) -> dict:
+    """The YAML block at the head of a model card; empty where there is none."""
+    import yaml
+
+    match = re.match(r"\ufeff?\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", card, re.DOTALL)
+    try:
+        values = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _metadata(base: Origin, inherited: dict) -> str:
+    import yaml
+
+    values: dict = {key: inherited[key] for key in INHERITED if key in inherited}
+    if base.revision is not None:  # a local directory's name is no Hub id
+        values["base_model"] = base.name
+        values["base_model_relation"] = "finetune"  # the Hub knows no better word for other code, same weights
+    values |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["custom_code", "looped", "loopexport"],
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _base_link(base: Origin) -> str:
+    if base.revision is None:
+        return f"`{base.name}` (a local checkpoint)"
+    return f"[{base.name}](https://huggingface.co/{base.name}) at commit `{base.revision}`"
+
+
+_BODY = """
+# {name}, looped
+
+{base}, with {layers} of its {num_layers} applied {steps} times in small damped steps, without any training
+([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). The weights are the base model's, byte for
+byte, stored once; only the forward differs.
+
+**Gains are not guaranteed.** Published gains are a few points on some tasks for some models; other spans, tasks and
+models lost, models under 3B parameters gained nothing in reproductions, and no gain was measured for this export.
+Compare it with the base on your own task before you rely on it.
+
+| | |
+| --- | --- |
+| family | `{model_type}` |
+| span | `{span}`, half-open: {layers} of 0 to {num_layers}-1 |
+| steps K | {steps} |
+| damping (step size s) | {step_size} |
+| anchor (beta) | {anchor} |
+| mode | `{mode}` |
+| K/V policy | `{kv}`: {kv_meaning} |
+| decoding | `{decode}`: {decode_meaning} |
+| cost | {evaluations} layer evaluations a token instead of {num_layers}: {multiplier}x |
+
+With x the hidden states that enter the span and g one run through it (in layer mode, through each of its layers in
+turn):
+
+```
+{formula}
+```
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory, or its Hub id
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+model.config.loop_steps = {steps}  # may be changed at any time; 1 is the base model
+```
+
+Made with [LoopExport](https://pypi.org/project/loopexport/); `loopexport.json` records the base and a digest of every
+file, `base/` holds the originals of the files that differ.
+"""

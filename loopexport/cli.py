@@ -1,0 +1,196 @@
+"""The command line: parse, call, print. Results go to stdout, progress and errors to stderr.
+
+Exit status: 0 success, 1 a known error or a failed check, 2 wrong usage, 130 interrupted. Modules that cost time are
+imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from . import __version__
+from .errors import LoopExportError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+class Group(click.Group):
+    """The one place where a known error becomes a line on stderr and exit status 1."""
+
+    def invoke(self, ctx: click.Context):
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except LoopExportError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was left behind.", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="loopexport")
+def main() -> None:
+    """Turn a frozen causal language model into a looped one, without training.
+
+    A span of middle layers is applied several times in small damped steps (arXiv 2605.23872). Gains are not
+    guaranteed: compare with the base on your own task.
+    """
+
+
+def spec_options(command):
+    """The options that make up a loop spec, named as the fields of `LoopSpec`."""
+    options = [
+        click.option(
+            "--span", metavar="START:STOP", help="Layers to loop, half-open, counted from 0: 12:20 is 12 to 19."
+        ),
+        click.option("--steps", type=int, help="K, times the span is evaluated; 1 is the base model."),
+        click.option("--damping", type=float, help="Step size s in (0, 1]; 1 is naive looping.  [default: 1/steps]"),
+        click.option("--anchor", type=float, help="Weight of the base's own output in [0, 1].  [default: 0]"),
+        click.option("--mode", help="block: the span as one; layer: each of its layers in turn.  [default: block]"),
+        click.option("--kv", help="Keys and values of iterations: shared, per_step or reference.  [default: shared]"),
+        click.option("--decode", help="Decode steps that loop: full, bypass or first_n.  [default: full]"),
+        click.option("--first-n", type=int, help="Decode steps that loop under --decode first_n."),
+        click.option(
+            "--spec",
+            "spec_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="YAML file with these options by the same names; options given here override it.",
+        ),
+    ]
+    return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["auto", "reflink", "hardlink", "copy"]),
+    default="auto",
+    show_default=True,
+    help="How to put the weights in place; auto is reflink where the file system can, else copy.",
+)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.argument("out", required=False)
+@spec_options
+@click.option("--revision", help="Branch, tag or commit of a Hub model.")
+@weights_option
+@click.option("--overwrite", is_flag=True, help="Replace an export that stands at OUT.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@json_option
+def convert(model, out, revision, weights, overwrite, dry_run, as_json, spec_file, **spec) -> None:
+    """Write MODEL (a directory or a Hub id) as a looped model directory OUT.
+
+    The weights are the base's, byte for byte, stored once. OUT loads with
+    AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True), without LoopExport.
+    """
+    from .convert import apply, plan_convert
+    from .report import plan_lines
+
+    plan = plan_convert(
+        model,
+        out,
+        revision=revision,
+        weights=weights,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        **_merge_spec(spec_file, spec),
+    )
+    if not as_json:
+        click.echo("\n".join(plan_lines(plan)))
+    if not dry_run:
+        with _progress("copying weights", plan.max_disk_bytes) as advance:
+            apply(plan, advance)
+    if as_json:
+        _echo_json({**plan.to_dict(), "written": not dry_run})
+    else:
+        click.echo("Dry run: nothing was written." if dry_run else f"Wrote {plan.out}")
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("directory")
+@json_option
+def inspect(directory, as_json) -> None:
+    """Show the loop of the export DIRECTORY, what it costs and where it came from."""
+    from .export import open_export
+    from .report import export_lines
+
+    export = open_export(directory)
+    if as_json:
+        _echo_json(
+            {
+                "manifest": json.loads(export.manifest.to_json()),
+                "spec": export.spec.to_config_fields(),
+                "cost": export.cost.to_dict(),
+            }
+        )
+    else:
+        click.echo("\n".join(export_lines(export)))
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("directory")
+@click.option("--full", is_flag=True, help="Hash all weights instead of comparing their sizes and headers.")
+@click.option("--files-only", is_flag=True, help="Do not load the model.")
+@click.option("--trust-remote-code", is_flag=True, help="Load modeling code that is not this LoopExport's own.")
+@json_option
+def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
+    """Check the export DIRECTORY: its files, then the identities and the decoding that its loop promises.
+
+    The model is loaded in fp32 on the CPU. Exit status 1 when a check fails.
+    """
+    from .export import open_export
+    from .report import check_lines
+    from .verify import verify as run_verify
+
+    total = sum(record.size for record in open_export(directory).manifest.weights.values()) if full else 0
+    with _progress("hashing weights", total) as advance:
+        checks = run_verify(
+            directory, full=full, files_only=files_only, trust_remote_code=trust_remote_code, progress=advance
+        )
+    passed = all(check.passed is not False for check in checks)
+    if as_json:
+        _echo_json({"passed": passed, "checks": [check.to_dict() for check in checks]})
+    else:
+        click.echo("\n".join(check_lines(checks)))
+    sys.exit(0 if passed else 1)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("directory")
+@click.argument("out")
+@weights_option
+def restore(directory, out, weights) -> None:
+    """Write the base of the export DIRECTORY to OUT, bit for bit."""
+    from .restore import restore as run_restore
+
+    with _progress("copying weights", 0) as advance:
+        base = run_restore(directory, out, weights=weights, progress=advance)
+    click.echo(f"Wrote {base.root}, the base {base.origin.name}")
+
+
+def _merge_spec(spec_file: Path | None, options: dict) -> dict:
+    from .spec import read_spec_file
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**read_spec_file(spec_file), **given} if spec_file else given
+
+
+def _progress(label: str, total_bytes: int):
+    """A progress bar on stderr that shows once bytes really move; as a context, the function that advances it."""
+    from .progress import byte_progress
+
+    return byte_progress(label, total_bytes)
+
+
+def _echo_json(values: dict) -> None:
+    click.echo(json.dumps(values, indent=2, ensure_ascii=False))

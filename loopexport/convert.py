@@ -1,0 +1,204 @@
+"""Convert a base checkpoint into a self-contained looped model directory: plan first, then write all at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import __version__
+from .card import make_card
+from .checkpoint import CARD, CONFIG, Checkpoint
+from .cost import Cost, loop_cost
+from .errors import OutputError, SpecError
+from .export import BASE_FOLDER, Export, is_export, looped_config, open_export, template_bytes
+from .hub import find_checkpoint
+from .manifest import MANIFEST, FileRecord, Manifest
+from .spec import LoopSpec, make_spec
+from .staging import check_output, check_space, staged
+from .templates import FILES as TEMPLATES
+from .weights import METHODS, Progress, place
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """What a conversion will do, decided and checked before anything is written.
+
+    Attributes:
+        base: the checkpoint to convert.
+        out: the directory to write.
+        spec, cost: the loop and what it costs.
+        weights: how the weights will be put in place, one of `METHODS`.
+        warnings: what the user should know, one line each.
+    """
+
+    base: Checkpoint
+    out: Path
+    spec: LoopSpec
+    cost: Cost
+    weights: str
+    warnings: tuple[str, ...]
+
+    @property
+    def max_disk_bytes(self) -> int:
+        """Bytes that the weights will take at most; `auto` takes none where the file system can reflink."""
+        return self.base.weight_bytes if self.weights in ("auto", "copy") else 0
+
+    def to_dict(self) -> dict:
+        """The plan for `--json`."""
+        start, stop = self.spec.span
+        return {
+            "base": {"name": self.base.origin.name, "revision": self.base.origin.revision},
+            "out": str(self.out),
+            "model_type": self.base.model_type,
+            "spec": {**self.spec.to_config_fields(), "loop_damping": self.spec.step_size},
+            "layers": list(range(start, stop)),
+            "depth_fraction": [round(start / self.base.num_layers, 4), round(stop / self.base.num_layers, 4)],
+            "cost": self.cost.to_dict(),
+            "weights": {
+                "method": self.weights,
+                "files": len(self.base.shards),
+                "bytes": self.base.weight_bytes,
+                "max_disk_bytes": self.max_disk_bytes,
+            },
+            "left_behind": list(self.base.left_behind),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan_convert(
+    model: str,
+    out: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    weights: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    **spec,
+) -> ConvertPlan:
+    """Decide and check a conversion; writes nothing but the Hub's cache.
+
+    Args:
+        model: a local directory or a Hub id.
+        out: the directory to write; None names it after base and spec, in the current directory.
+        revision: branch, tag or commit of a Hub model.
+        weights: how to put the weights in place, one of `METHODS`.
+        overwrite: replace an export that stands at `out`.
+        dry_run: only the plan is wanted, so weights that are not local yet are not downloaded.
+        **spec: the fields of `LoopSpec`: `span`, `steps`, `damping`, ...
+
+    Raises:
+        LoopExportError: something is wrong; the message says what, and what to do.
+    """
+    loop = make_spec(**spec)
+    if weights not in METHODS:
+        raise OutputError(f"weights method {weights!r} must be one of {', '.join(METHODS)}")
+    base = find_checkpoint(str(model), revision, headers_only=dry_run)
+    try:
+        loop.check_depth(base.num_layers)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+    out = Path(out).expanduser() if out is not None else _default_out(base, loop)
+    check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export(out))
+    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, _warnings(loop))
+
+
+def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
+    """Carry out a plan: all of `plan.out` appears at once, or nothing does.
+
+    Args:
+        plan: from `plan_convert`.
+        progress: called with the number of bytes of weights just copied.
+
+    Raises:
+        OutputError: the output cannot be written.
+    """
+    if plan.weights == "copy":
+        check_space(plan.out, plan.base.weight_bytes)
+    with staged(plan.out) as root:
+        files = {name: _write(root / name, content) for name, content in _small_files(plan).items()}
+        weights, method = _place_weights(plan, root, progress)
+        manifest = Manifest(__version__, plan.base.origin, plan.spec, method, weights, files, plan.base.left_behind)
+        (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return open_export(plan.out)
+
+
+def convert(model: str, out: str | Path | None = None, **options) -> Export:
+    """Convert a model: `plan_convert` and `apply` in one, with the options of the former.
+
+    Example:
+        >>> convert("Qwen/Qwen3-4B", "qwen3-4b-looped", span=(15, 19), steps=3)  # doctest: +SKIP
+    """
+    return apply(plan_convert(model, out, **options))
+
+
+def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
+    name = base.origin.name.rsplit("/", 1)[-1]
+    return Path(f"{name}-looped-{spec.span[0]}-{spec.span[1]}-k{spec.steps}")
+
+
+def _warnings(spec: LoopSpec) -> tuple[str, ...]:
+    warnings = ["a gain from looping is not guaranteed: compare with the base on your own task"]
+    if spec.kv == "reference" and not spec.is_identity:
+        warnings.append("kv reference: cached decoding does not equal a full forward, by design; kv shared does")
+    if spec.is_identity:
+        warnings.append("this spec is the base model itself (steps 1 or anchor 1)")
+    return tuple(warnings)
+
+
+def _small_files(plan: ConvertPlan) -> dict[str, bytes]:
+    """All files of the export but weights and manifest, by name."""
+    base = plan.base
+    files = {name: (base.root / name).read_bytes() for name in base.carried}
+    originals = {CONFIG: (base.root / CONFIG).read_bytes()}
+    if (base.root / CARD).is_file():
+        originals[CARD] = (base.root / CARD).read_bytes()
+    files[CONFIG] = _json_bytes(looped_config(base.config, plan.spec))
+    files[CARD] = make_card(
+        base.origin,
+        originals.get(CARD, b"").decode("utf-8", errors="replace"),
+        base.model_type,
+        base.num_layers,
+        plan.spec,
+        plan.cost,
+    ).encode()
+    if TOKENIZER_CONFIG in files:
+        originals |= _without_foreign_code(files)
+    files |= {name: template_bytes(name) for name in TEMPLATES}
+    return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
+
+
+def _without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Drop `auto_map` from the tokenizer's config in `files`, since its code stays behind; returns the original."""
+    original = files[TOKENIZER_CONFIG]
+    try:
+        config = json.loads(original)
+    except ValueError:
+        return {}
+    if not isinstance(config, dict) or "auto_map" not in config:
+        return {}
+    files[TOKENIZER_CONFIG] = _json_bytes({key: value for key, value in config.items() if key != "auto_map"})
+    return {TOKENIZER_CONFIG: original}
+
+
+def _json_bytes(values: dict) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> FileRecord:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def _place_weights(plan: ConvertPlan, root: Path, progress: Progress) -> tuple[dict[str, FileRecord], str]:
+    records, method = {}, plan.weights
+    for shard in plan.base.shards:
+        method, sha256 = place(shard.path, root / shard.name, plan.weights, progress)
+        if (root / shard.name).stat().st_size != shard.size:
+            raise OutputError(f"{shard.path} changed while it was read; run the same command again")
+        records[shard.name] = FileRecord(shard.size, sha256 or shard.sha256, shard.header.sha256)
+    return records, method

@@ -1,0 +1,35 @@
+"""What can go wrong for a known reason. Each message names the value given, what is allowed, and what to do next.
+
+LoopExportError
+├── SpecError           the loop is not possible, in itself or on this model
+├── CheckpointError     the base cannot be read, or is of a kind that cannot be looped
+├── HubError            the Hub refused, or cannot be reached
+├── OutputError         the output cannot be written where it was asked for
+└── ExportError         a directory is not an export, or is a damaged one
+"""
+
+from __future__ import annotations
+
+
+class LoopExportError(Exception):
+    """Base of all errors that LoopExport raises on purpose; `cli.py` turns it into one line and exit status 1."""
+
+
+class SpecError(LoopExportError):
+    """The loop specification is not possible."""
+
+
+class CheckpointError(LoopExportError):
+    """The base checkpoint cannot be read or looped."""
+
+
+class HubError(LoopExportError):
+    """A repository on the Hub cannot be read."""
+
+
+class OutputError(LoopExportError):
+    """The output directory cannot be written."""
+
+
+class ExportError(LoopExportError):
+    """A directory is not an intact LoopExport export."""

@@ -1,0 +1,89 @@
+"""An exported directory: how its config differs from the base's, and how to open one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+from . import templates
+from .checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json
+from .cost import Cost, loop_cost
+from .errors import CheckpointError, ExportError
+from .manifest import MANIFEST, Manifest, read_manifest
+from .spec import LoopSpec
+from .templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
+
+BASE_FOLDER = "base"  # originals of the base's files that the export replaces
+
+
+def looped_config(config: dict, spec: LoopSpec) -> dict:
+    """The base's raw config with the loop added; nothing else is touched, nothing re-serialised by transformers."""
+    entries = auto_map(config["model_type"])
+    added = {
+        "model_type": MODEL_TYPE_PREFIX + config["model_type"],
+        "architectures": [entries["AutoModelForCausalLM"].split(".")[1]],
+        "auto_map": entries,
+        **spec.to_config_fields(),
+    }
+    return {**config, **added}
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export on disk.
+
+    Attributes:
+        root: its directory.
+        manifest: what it was made from and of.
+        config: its `config.json` as it is now.
+    """
+
+    root: Path
+    manifest: Manifest
+    config: dict
+
+    @cached_property
+    def spec(self) -> LoopSpec:
+        """The loop that the export runs now: `config.json` may have been edited since it was converted."""
+        try:
+            return LoopSpec.from_config(SimpleNamespace(**self.config))
+        except ValueError as error:
+            raise ExportError(f"{self.root / CONFIG} holds an impossible loop: {error}") from None
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base checkpoint that the export holds: its own weights under the base's config."""
+        return open_checkpoint(self.root, self.manifest.base, config_path=self.root / BASE_FOLDER / CONFIG)
+
+    @property
+    def cost(self) -> Cost:
+        """What the loop costs per token."""
+        return loop_cost(self.base, self.spec)
+
+
+def open_export(root: str | Path) -> Export:
+    """Open the export in a directory.
+
+    Raises:
+        ExportError: it is not one, or is damaged.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise ExportError(f"no directory {root}")
+    manifest = read_manifest(root)
+    try:
+        return Export(root, manifest, read_json(root / CONFIG))
+    except CheckpointError as error:
+        raise ExportError(str(error)) from None
+
+
+def is_export(root: Path) -> bool:
+    """Whether a directory was written by LoopExport."""
+    return (root / MANIFEST).is_file()
+
+
+def template_bytes(name: str) -> bytes:
+    """One of the two template files as this LoopExport ships it."""
+    return (Path(templates.__file__).parent / name).read_bytes()

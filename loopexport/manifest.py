@@ -1,0 +1,87 @@
+"""The manifest of an export, `loopexport.json`: where it came from, its loop, and a digest of every file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .checkpoint import Origin
+from .errors import ExportError
+from .spec import LoopSpec, make_spec
+
+MANIFEST = "loopexport.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What is known of a file: its size in bytes, its sha256 if known, and for weights that of the header alone."""
+
+    size: int
+    sha256: str | None = None
+    header_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that an export knows of itself.
+
+    Attributes:
+        loopexport: version of LoopExport that wrote it.
+        base: where the base came from.
+        spec: the loop as converted; `config.json` may have been edited since.
+        weights_method: how the weights were put in place ("reflink", "hardlink" or "copy").
+        weights, files: weights files and all others, by name; the manifest itself is not among them.
+        left_behind: names of the base's files that were not taken along.
+    """
+
+    loopexport: str
+    base: Origin
+    spec: LoopSpec
+    weights_method: str
+    weights: dict[str, FileRecord]
+    files: dict[str, FileRecord]
+    left_behind: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """The manifest as it is written: one JSON object, keys in a fixed order."""
+        values = {"format": FORMAT, **asdict(self)}
+        for group in ("weights", "files"):
+            values[group] = {name: _without_none(record) for name, record in sorted(values[group].items())}
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the export in `root`.
+
+    Raises:
+        ExportError: there is none, or it is damaged or of a newer format.
+    """
+    path = root / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ExportError(f"{root} is not a LoopExport export: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ExportError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ExportError(f"{path} is not of format {FORMAT}; it takes another version of LoopExport")
+    try:
+        return Manifest(
+            loopexport=values["loopexport"],
+            base=Origin(**values["base"]),
+            spec=make_spec(**values["spec"]),
+            weights_method=values["weights_method"],
+            weights={name: FileRecord(**record) for name, record in values["weights"].items()},
+            files={name: FileRecord(**record) for name, record in values["files"].items()},
+            left_behind=tuple(values["left_behind"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path} is damaged: {error!r}") from None
+
+
+def _without_none(record: dict) -> dict:
+    return {key: value for key, value in record.items() if value is not None}

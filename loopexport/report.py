@@ -1,0 +1,74 @@
+"""Plans, exports and checks as lines of text for people."""
+
+from __future__ import annotations
+
+from .card import describe_layers
+from .checkpoint import Checkpoint, Origin
+from .convert import ConvertPlan
+from .cost import Cost, dtype_name
+from .export import Export
+from .integrity import Check
+from .spec import LoopSpec
+
+MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
+
+
+def plan_lines(plan: ConvertPlan) -> list[str]:
+    """What a conversion will do."""
+    files = f"{len(plan.base.shards)} file{'s' if len(plan.base.shards) > 1 else ''}"
+    return [
+        *_model_lines(plan.base, plan.spec, plan.cost),
+        f"Weights  {files}, {plan.base.weight_bytes:,} bytes; {_weights_text(plan)}",
+        f"Output   {plan.out}",
+        *([f"Leaves   {', '.join(plan.base.left_behind)}"] if plan.base.left_behind else []),
+        *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def export_lines(export: Export) -> list[str]:
+    """What an export is, where it came from and what it costs."""
+    edited = "" if export.spec == export.manifest.spec else "; loop edited since"
+    return [
+        *_model_lines(export.base, export.spec, export.cost),
+        f"Weights  {len(export.manifest.weights)} files by {export.manifest.weights_method}",
+        f"Written  by LoopExport {export.manifest.loopexport}{edited}",
+    ]
+
+
+def check_lines(checks: list[Check]) -> list[str]:
+    """One line for each check."""
+    return [f"{MARKS[check.passed]} {check.name}: {check.detail}" for check in checks]
+
+
+def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
+    start, stop = spec.span
+    params = sum(tensor.num_elements for tensor in base.tensors.values())
+    decode = f"first_n {spec.first_n}" if spec.decode == "first_n" else spec.decode
+    return [
+        f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, "
+        f"{params / 1e6:,.1f} M parameters, {dtype_name(base)}",
+        f"Span     {start}:{stop}, half-open: {describe_layers(spec)} of 0 to {base.num_layers - 1}, "
+        f"depth {start / base.num_layers:.2f} to {stop / base.num_layers:.2f}",
+        f"Loop     {spec.steps} steps of size {spec.step_size:.6g}, anchor {spec.anchor:g}, "
+        f"mode {spec.mode}, kv {spec.kv}, decode {decode}",
+        f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
+        f"{cost.multiplier:.2f}x",
+        f"         {cost.params_read / 1e6:,.1f} M parameters read a token instead of {cost.base_params_read / 1e6:,.1f} M",
+        f"         {_kv_text(cost)}",
+    ]
+
+
+def _kv_text(cost: Cost) -> str:
+    if cost.kv_bytes is None:
+        return "K/V cache bytes a token: the config does not tell"
+    return f"{cost.kv_bytes:,} K/V cache bytes a token instead of {cost.base_kv_bytes:,}"
+
+
+def _weights_text(plan: ConvertPlan) -> str:
+    if plan.weights == "auto":
+        return "reflink where the file system can (no bytes), else a copy"
+    return f"{plan.weights}, {plan.max_disk_bytes:,} bytes of disk"
+
+
+def _origin(origin: Origin) -> str:
+    return origin.name if origin.revision is None else f"{origin.name} at {origin.revision[:12]}"

@@ -1,0 +1,53 @@
+"""Give the base back from an export, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .checkpoint import CARD, Checkpoint, open_checkpoint
+from .errors import ExportError
+from .export import BASE_FOLDER, Export, open_export
+from .integrity import check_files
+from .staging import check_output, check_space, staged
+from .templates import FILES as TEMPLATES
+from .weights import Progress, place
+
+
+def restore(
+    root: str | Path, out: str | Path, *, weights: str = "auto", progress: Progress = lambda count: None
+) -> Checkpoint:
+    """Write the base that an export was made from, without what the export left behind.
+
+    Args:
+        root: the export.
+        out: the directory to write; it must not exist.
+        weights: how to put the weights in place, as for `convert`.
+        progress: called with the number of bytes of weights just copied.
+
+    Raises:
+        ExportError: the export was changed since it was made.
+        OutputError: the output cannot be written.
+    """
+    export, out = open_export(root), Path(out).expanduser()
+    check_output(out, export.root, overwrite=False, is_replaceable=False)
+    changed = [check for check in check_files(export) if check.passed is False]
+    if changed:
+        raise ExportError(f"{export.root} cannot give its base back: {changed[0].detail}")
+    if weights == "copy":
+        check_space(out, export.base.weight_bytes)
+    with staged(out) as target:
+        for name, source in _base_files(export).items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(source.read_bytes())
+        for shard in export.base.shards:
+            place(shard.path, target / shard.name, weights, progress)
+    return open_checkpoint(out, export.manifest.base)
+
+
+def _base_files(export: Export) -> dict[str, Path]:
+    """The base's small files by name, and where the export keeps them."""
+    ours = {CARD, *TEMPLATES}
+    prefix = f"{BASE_FOLDER}/"
+    names = export.manifest.files
+    files = {name: export.root / name for name in names if name not in ours and not name.startswith(prefix)}
+    return files | {name.removeprefix(prefix): export.root / name for name in names if name.startswith(prefix)}

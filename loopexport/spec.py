@@ -1,0 +1,82 @@
+"""The loop specification as users write it: flags, keywords or a YAML file.
+
+`LoopSpec` itself, with the meaning and the allowed values of each field, is defined where an exported model needs it:
+in `templates/configuration_looped.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from .errors import SpecError
+from .templates.configuration_looped import DECODE_MODES, KV_POLICIES, MODES, LoopSpec
+
+__all__ = ["DECODE_MODES", "KV_POLICIES", "MODES", "LoopSpec", "make_spec", "parse_span", "read_spec_file"]
+
+SPEC_KEYS = tuple(field.name for field in fields(LoopSpec))
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """The span written as `START:STOP`, half-open, layers counted from 0.
+
+    Raises:
+        SpecError: it is written otherwise; an inclusive `A-B` is answered with the right spelling.
+    """
+    half_open = re.fullmatch(r"(-?\d+):(-?\d+)", text.strip())
+    if half_open:
+        return int(half_open[1]), int(half_open[2])
+    inclusive = re.fullmatch(r"(\d+)\s*-\s*(\d+)", text.strip())
+    if inclusive:
+        start, last = int(inclusive[1]), int(inclusive[2])
+        raise SpecError(
+            f"span {text!r} is ambiguous; for layers {start} to {last} write {start}:{last + 1} (half-open)"
+        )
+    raise SpecError(f"span {text!r} is not START:STOP, two layer numbers such as 12:20 (half-open, from 0)")
+
+
+def make_spec(**values) -> LoopSpec:
+    """A checked `LoopSpec`; the span may be a pair or a string for `parse_span`.
+
+    Raises:
+        SpecError: a key is unknown or missing, or a value is not allowed.
+    """
+    unknown = sorted(set(values) - set(SPEC_KEYS))
+    if unknown:
+        raise SpecError(f"unknown key {unknown[0]!r} in the loop spec; the keys are {', '.join(SPEC_KEYS)}")
+    for key, example in (("span", "12:20"), ("steps", "4")):
+        if values.get(key) is None:
+            raise SpecError(f"the loop spec has no {key}; give one, such as {key} {example}")
+    if isinstance(values["span"], str):
+        values["span"] = parse_span(values["span"])
+    try:
+        return LoopSpec(**values)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+
+
+def read_spec_file(path: Path) -> dict:
+    """The entries of a YAML spec file; its keys are the fields of `LoopSpec`.
+
+    Raises:
+        SpecError: the file cannot be read, or is not a mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"cannot read spec file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"spec file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"spec file {path} is not a mapping; write lines such as `span: 12:20` and `steps: 4`")
+    # YAML 1.1 reads 12:20 as the base-60 number 740, so the span is taken from the text.
+    if _is_sexagesimal(values.get("span")):
+        values["span"] = "{}:{}".format(*divmod(values["span"], 60))
+    return values
+
+
+def _is_sexagesimal(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,154 @@
+"""Write a directory all at once: into a temporary sibling, renamed at the end, so that no half-made one ever shows."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there, leftovers of killed runs stay until removed by hand
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = ".partial"  # being written, locked by its writer
+REPLACED = ".replaced"  # an older output, out of the way while the new one moves in
+
+
+def check_output(out: Path, source: Path, *, overwrite: bool, is_replaceable: bool) -> None:
+    """Check, before any work, that `out` can be written.
+
+    Args:
+        out: the directory to be made.
+        source: the directory that it is made from, which must not be touched.
+        overwrite: whether the user allows an existing output to be replaced.
+        is_replaceable: whether what stands at `out` is something that we wrote.
+
+    Raises:
+        OutputError: it cannot; the message says what to do.
+    """
+    resolved, source = out.resolve(), source.resolve()
+    if resolved == source:
+        raise OutputError(f"the output {out} is the model itself; choose another directory")
+    if source in resolved.parents:
+        raise OutputError(f"the output {out} lies inside the model {source}; choose a directory outside of it")
+    if resolved in source.parents:
+        raise OutputError(f"the output {out} contains the model {source}; choose another directory")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"the output {out} exists and is not a directory; choose another name or remove it")
+    if out.is_dir() and any(out.iterdir()):
+        if not is_replaceable:
+            raise OutputError(f"the output {out} exists and is not a LoopExport export; choose another directory")
+        if not overwrite:
+            raise OutputError(f"the output {out} exists; use --overwrite to replace it, or choose another directory")
+    _check_writable(out)
+
+
+def _check_writable(out: Path) -> None:
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write into {parent}; choose another output or change its permissions")
+
+
+def check_space(out: Path, needed_bytes: int) -> None:
+    """Check that the file system of `out` has room for `needed_bytes`.
+
+    Raises:
+        OutputError: it has not.
+    """
+    parent = next(path for path in out.absolute().parents if path.exists())
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            f"{parent} has {free_bytes:,} bytes free where {needed_bytes:,} are needed; "
+            "free some, choose another disk, or use --weights hardlink"
+        )
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new directory that becomes `out` when the block ends well, and vanishes when it does not.
+
+    What stands at `out` by then is replaced. Leftovers of killed runs with the same output are removed first.
+
+    Raises:
+        OutputError: the file system refuses.
+    """
+    with _explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL, dir=out.parent))
+    lock = _lock(partial)
+    try:
+        with _explained(out):
+            yield partial
+            partial.chmod(0o755)
+            _move_in(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _move_in(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    replaced = partial.with_name(partial.name.removesuffix(PARTIAL) + REPLACED)
+    out.rename(replaced)
+    partial.rename(out)
+    shutil.rmtree(replaced)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for path in out.parent.iterdir():
+        if not path.name.startswith(f".{out.name}."):
+            continue
+        if path.name.endswith(REPLACED):
+            if out.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(out)  # killed between the two renames: the older output is still whole
+        elif path.name.endswith(PARTIAL) and fcntl is not None:
+            lock = _lock(path)
+            if lock is not None:
+                shutil.rmtree(path)
+                os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """An open descriptor that holds the directory's lock, or None where another process holds it."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutputError(
+                f"no space left for {out}; nothing was kept. Free some or use --weights hardlink"
+            ) from None
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise OutputError(
+                f"the output {out} was made by someone else meanwhile; choose another directory"
+            ) from None
+        where = f" ({error.filename})" if error.filename else ""
+        raise OutputError(f"cannot write {out}: {error.strerror or error}{where}") from None

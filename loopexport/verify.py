@@ -1,0 +1,167 @@
+"""Load an export and hold it to the invariants that its spec promises, printing the largest difference of each."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import CONFIG
+from .errors import ExportError
+from .export import BASE_FOLDER, Export, open_export, template_bytes
+from .integrity import Check, check_files
+from .spec import LoopSpec
+from .templates import FILES as TEMPLATES
+from .weights import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+PROMPT_TOKENS = 16  # prefill, before the decode steps
+DECODE_STEPS = 8
+
+# Largest |a - b| allowed, relative to the largest |b|, where two orders of the same fp32 sums are compared.
+TOLERANCE = 1e-5
+
+
+def verify(
+    root: str | Path,
+    *,
+    full: bool = False,
+    files_only: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda count: None,
+) -> list[Check]:
+    """Check an export's files, then load it (in fp32, on the CPU) and check what it computes.
+
+    Args:
+        root: the export.
+        full: hash all weights.
+        files_only: do not load the model.
+        trust_remote_code: load it even if its modeling code is not that of the installed LoopExport.
+        progress: called with the number of weight bytes just hashed.
+
+    Raises:
+        ExportError: `root` is no export, or holds code that is not known.
+    """
+    export = open_export(root)
+    checks = check_files(export, full=full, progress=progress)
+    if files_only or any(check.passed is False for check in checks):
+        return checks
+    if not trust_remote_code:
+        _check_known_code(export)
+    return checks + _check_model(export)
+
+
+def _check_known_code(export: Export) -> None:
+    for name in TEMPLATES:
+        if (export.root / name).read_bytes() != template_bytes(name):
+            raise ExportError(
+                f"{name} in {export.root} is not the installed LoopExport's; "
+                "read it, then use --trust-remote-code to run it, or --files-only"
+            )
+
+
+def _check_model(export: Export) -> list[Check]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, PROMPT_TOKENS + DECODE_STEPS)
+    tokens = torch.randint(export.base.config["vocab_size"], shape, generator=generator)
+    with torch.no_grad():
+        base_logits = _logits(_load_base(export), tokens)
+        model, loading = _load(export)
+        return [
+            _check_keys(loading),
+            _check_identity("steps 1 is bitwise the base model", model, tokens, base_logits, loop_steps=1),
+            _check_identity("anchor 1 is bitwise the base model", model, tokens, base_logits, loop_anchor=1.0),
+            _check_cached_decode(model, tokens, export.spec),
+        ]
+
+
+def _load(export: Export) -> tuple[Any, dict]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        export.root, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+    )
+
+
+def _load_base(export: Export):
+    """The native model on the export's weights: what `base/config.json` makes of them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
+    return AutoModelForCausalLM.from_pretrained(export.root, config=config, dtype=torch.float32)
+
+
+def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(tokens, use_cache=False).logits
+    del model
+    gc.collect()
+    return logits
+
+
+def _check_keys(loading: dict) -> Check:
+    wrong = [key for group in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[group]]
+    detail = f"{len(wrong)} keys, such as {wrong[0]}" if wrong else "none missing, unexpected or mismatched"
+    return Check("every weight is loaded, and no other", not wrong, detail)
+
+
+def _check_identity(name: str, model, tokens: torch.Tensor, base_logits: torch.Tensor, **fields) -> Check:
+    import torch
+
+    with _config_fields(model.config, **fields):
+        logits = model(tokens, use_cache=False).logits
+    difference = (logits - base_logits).abs().max().item()
+    return Check(name, torch.equal(logits, base_logits), f"largest difference {difference:.3g}", difference)
+
+
+def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec) -> Check:
+    """Prefill and single decode steps against one forward over all tokens."""
+    name = "cached decode equals the full forward"
+    full = model(tokens, use_cache=False).logits
+    output = model(tokens[:, :PROMPT_TOKENS], use_cache=True)
+    steps = [output.logits]
+    for position in range(PROMPT_TOKENS, tokens.shape[1]):
+        output = model(tokens[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
+        steps.append(output.logits)
+    difference = _largest_difference(steps, full)
+    scale = full.abs().max().item()
+    detail = f"largest difference {difference:.3g}, {difference / scale:.3g} of the logits' scale"
+    reason = _why_decode_differs(spec)
+    if reason:
+        return Check(name, None, f"{detail}; does not hold by design: {reason}", difference)
+    return Check(name, difference <= TOLERANCE * scale, detail, difference)
+
+
+def _largest_difference(parts: list[torch.Tensor], whole: torch.Tensor) -> float:
+    import torch
+
+    return (torch.cat(parts, dim=1) - whole).abs().max().item()
+
+
+def _why_decode_differs(spec: LoopSpec) -> str:
+    if spec.is_identity:
+        return ""
+    if spec.kv == "reference":
+        return "under kv reference an iteration sees the natural K/V of what was cached before"
+    if spec.decode != "full":
+        return f"decode {spec.decode} runs decode steps without the loop"
+    return ""
+
+
+@contextmanager
+def _config_fields(config, **fields) -> Iterator[None]:
+    before = {name: getattr(config, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

@@ -1,0 +1,116 @@
+"""Put a weights file in place without loading it: shared blocks (reflink), a second name (hardlink), or a copy."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .errors import OutputError
+
+METHODS = ("auto", "reflink", "hardlink", "copy")
+CHUNK_BYTES = 16 * 2**20
+
+Progress = Callable[[int], object]
+
+# What copy_file_range answers where source and target cannot be joined in the kernel.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM}
+
+
+def place(source: Path, target: Path, method: str, progress: Progress = lambda count: None) -> tuple[str, str | None]:
+    """Make `target` hold the bytes of `source` by one of `METHODS`.
+
+    Args:
+        source: a real file, links resolved; it is never written to.
+        target: a path that does not exist.
+        method: "auto" is reflink where the file system can, else copy.
+        progress: called with the number of bytes just copied.
+
+    Returns:
+        The method used, and the file's sha256 where a copy made it free.
+
+    Raises:
+        OutputError: the method is not possible between these two places.
+    """
+    if method == "hardlink":
+        _hardlink(source, target)
+        return "hardlink", None
+    if method in ("auto", "reflink") and _reflink(source, target):
+        return "reflink", None
+    if method == "reflink":
+        raise OutputError(
+            f"the file system of {target.parent} cannot reflink from {source.parent}; use --weights auto or copy"
+        )
+    return "copy", _copy(source, target, progress)
+
+
+def sha256_of(path: Path, progress: Progress = lambda count: None) -> str:
+    """The sha256 of a file's bytes, as hex digits."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            progress(count)
+    return digest.hexdigest()
+
+
+def _hardlink(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise OutputError(
+            f"cannot hardlink {source.name} into {target.parent} ({error.strerror}); use --weights auto or copy"
+        ) from None
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    """Share the blocks of `source` copy-on-write; False where the file system cannot."""
+    import reflink_copy
+
+    try:
+        reflink_copy.reflink(str(source), str(target))
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    target.chmod(0o644)
+    return True
+
+
+def _copy(source: Path, target: Path, progress: Progress) -> str:
+    """Copy, hashing the source in a second thread meanwhile (both release the interpreter's lock)."""
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(sha256_of, source)
+        with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+            _copy_bytes(reader, writer, progress)
+        return digest.result()
+
+
+def _copy_bytes(reader, writer, progress: Progress) -> None:
+    step = _kernel_copy if hasattr(os, "copy_file_range") else _plain_copy
+    while True:
+        try:
+            count = step(reader, writer)
+        except OSError as error:
+            if step is _plain_copy or error.errno not in _NO_KERNEL_COPY:
+                raise
+            step = _plain_copy  # both files stand where the kernel left them
+            continue
+        if not count:
+            return
+        progress(count)
+
+
+def _kernel_copy(reader, writer) -> int:
+    return os.copy_file_range(reader.fileno(), writer.fileno(), CHUNK_BYTES)
+
+
+def _plain_copy(reader, writer) -> int:
+    chunk = memoryview(reader.read(CHUNK_BYTES))
+    count = len(chunk)
+    while chunk:
+        chunk = chunk[writer.write(chunk) :]
+    return count
