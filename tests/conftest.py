@@ -1,0 +1,69 @@
+"""Shared fixtures: tiny bases, made once a session, and their exports, loaded as a user loads them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network; those of the Hub set their own endpoint
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tiny import SPAN, save_tiny
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+import loopexport
+
+torch.set_num_threads(1)  # the models are too small for more
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """`tiny_base(family)`: the directory of that family's tiny base checkpoint."""
+    made = {}
+
+    def make(family="llama", **overrides):
+        key = (family, *sorted(overrides.items()))
+        if key not in made:
+            made[key] = save_tiny(family, tmp_path_factory.mktemp("base") / family, **overrides)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def export_dir(tiny_base, tmp_path_factory):
+    """`export_dir(family, **spec)`: the directory of an export of that family's tiny base."""
+    made = {}
+
+    def make(family="llama", **spec):
+        spec = {"span": SPAN, "steps": 3, **spec}
+        key = (family, *sorted(spec.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("export") / family
+            made[key] = loopexport.convert(str(tiny_base(family)), out, weights="copy", **spec).root
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def looped(export_dir):
+    """`looped(family, **spec)`: a looped tiny model, loaded through the auto class."""
+
+    def make(family="llama", **spec):
+        return AutoModelForCausalLM.from_pretrained(export_dir(family, **spec), trust_remote_code=True).eval()
+
+    return make
+
+
+@pytest.fixture
+def plain(tiny_base):
+    """`plain(family)`: the tiny base itself."""
+
+    def make(family="llama"):
+        return AutoModelForCausalLM.from_pretrained(tiny_base(family)).eval()
+
+    return make
