@@ -13,7 +13,8 @@ INHERITED = ("license", "license_name", "license_link", "language")
 
 KV_MEANING = {
     "shared": "every iteration attends to the natural pass's keys and values; cached decoding equals a full forward",
-    "per_step": "every pass has its own cache slots, as a physically unrolled model; cached decoding equals a full forward",
+    "per_step": "every pass has its own cache slots, as in a physically unrolled model; cached decoding equals a full "
+    "forward",
     "reference": "past keys and values of the natural pass, the iterate's own for the current chunk, as the paper's "
     "authors do; cached decoding does **not** equal a full forward",
 }

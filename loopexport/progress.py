@@ -11,7 +11,7 @@ from .weights import Progress
 
 @contextmanager
 def byte_progress(label: str, total_bytes: int) -> Iterator[Progress]:
-    """Yield a function that advances a bar of `total_bytes`; the bar appears with the first byte, on a terminal only."""
+    """Yield a function that advances a bar of `total_bytes`; the bar appears with the first byte."""
     from tqdm import tqdm
 
     bars: list = []

@@ -46,16 +46,20 @@ def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
     decode = f"first_n {spec.first_n}" if spec.decode == "first_n" else spec.decode
     return [
         f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, "
-        f"{params / 1e6:,.1f} M parameters, {dtype_name(base)}",
+        f"{_millions(params)} parameters, {dtype_name(base)}",
         f"Span     {start}:{stop}, half-open: {describe_layers(spec)} of 0 to {base.num_layers - 1}, "
         f"depth {start / base.num_layers:.2f} to {stop / base.num_layers:.2f}",
         f"Loop     {spec.steps} steps of size {spec.step_size:.6g}, anchor {spec.anchor:g}, "
         f"mode {spec.mode}, kv {spec.kv}, decode {decode}",
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
         f"{cost.multiplier:.2f}x",
-        f"         {cost.params_read / 1e6:,.1f} M parameters read a token instead of {cost.base_params_read / 1e6:,.1f} M",
+        f"         {_millions(cost.params_read)} parameters read a token instead of {_millions(cost.base_params_read)}",
         f"         {_kv_text(cost)}",
     ]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
 
 
 def _kv_text(cost: Cost) -> str:

@@ -85,9 +85,8 @@ def _load(export: Export) -> tuple[Any, dict]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        export.root, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-    )
+    load: Any = AutoModelForCausalLM.from_pretrained
+    return load(export.root, trust_remote_code=True, dtype=torch.float32, output_loading_info=True)
 
 
 def _load_base(export: Export):

@@ -61,9 +61,8 @@ class LoopSpec:
     first_n: int = 0
 
     def __post_init__(self):
-        for field in fields(self):
-            value = self.check_field(field.name, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+        for name in FIELDS:
+            object.__setattr__(self, name, self.check_field(name, getattr(self, name)))
 
     @property
     def width(self) -> int:
@@ -100,17 +99,14 @@ class LoopSpec:
         Raises:
             ValueError: a field is missing or out of range.
         """
-        values = {}
-        for field in fields(cls):
-            try:
-                values[field.name] = getattr(config, FIELD_PREFIX + field.name)
-            except AttributeError:
-                raise ValueError(f"config has no `{FIELD_PREFIX}{field.name}`; convert the base model again") from None
-        return cls(**values)
+        missing = [FIELD_PREFIX + name for name in FIELDS if not hasattr(config, FIELD_PREFIX + name)]
+        if missing:
+            raise ValueError(f"config has no {missing[0]}; convert the base model again")
+        return cls(**{name: getattr(config, FIELD_PREFIX + name) for name in FIELDS})
 
     def to_config_fields(self) -> dict:
         """The `loop_*` entries of `config.json`."""
-        values = {FIELD_PREFIX + field.name: getattr(self, field.name) for field in fields(self)}
+        values = {FIELD_PREFIX + name: getattr(self, name) for name in FIELDS}
         values[FIELD_PREFIX + "span"] = list(self.span)
         return values
 
@@ -122,6 +118,9 @@ class LoopSpec:
             ValueError: the value is not allowed.
         """
         return _FIELD_CHECKS[name](value)
+
+
+FIELDS = tuple(field.name for field in fields(LoopSpec))
 
 
 def _check_span(value) -> tuple[int, int]:
@@ -195,7 +194,7 @@ class LoopedConfigMixin:
     """Adds the loop to a native config class: fields are checked when set, and a saved config loads by itself."""
 
     def __setattr__(self, name, value):
-        if name.startswith(FIELD_PREFIX) and name[len(FIELD_PREFIX) :] in _FIELD_CHECKS:
+        if name.startswith(FIELD_PREFIX) and name[len(FIELD_PREFIX) :] in FIELDS:
             value = LoopSpec.check_field(name[len(FIELD_PREFIX) :], value)
             value = list(value) if isinstance(value, tuple) else value
         super().__setattr__(name, value)

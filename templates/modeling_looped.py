@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,8 +83,9 @@ class _CacheProxy:
 class _NaturalPass(_CacheProxy):
     """Stores as usual, and remembers the keys and values that came in (`new`) and that attention read (`read`)."""
 
-    new = read = None
-    rest = ()
+    new: tuple = ()
+    read: tuple = ()
+    rest: tuple = ()  # what else the layer handed to `update`
 
     def update(self, keys, values, layer_idx, *rest):
         self.new, self.rest = (keys, values), rest
@@ -201,7 +203,7 @@ class _LayerCall:
         layer, index: the module, and its number in the decoder.
         hidden: the hidden states it was called with, `(batch, seq, hidden)`.
         cache: the cache it was called with, or None.
-        natural: what the natural pass stored and read, or None.
+        natural: the keys and values that the natural pass stored and read, once it has run.
     """
 
     def __init__(self, layer, index, cache_argument, args, kwargs):
@@ -213,7 +215,7 @@ class _LayerCall:
         self.hidden = args[0] if args else kwargs["hidden_states"]
         name, position = cache_argument
         self.cache = kwargs.get(name, args[position] if position < len(args) else None)
-        self.natural = None
+        self.natural = _NaturalPass(None)
 
     def run(self, hidden, cache):
         """The layer's output for other hidden states and another cache; all other arguments as recorded."""
@@ -283,7 +285,6 @@ class _LayerCall:
             return (_hidden_of(output), *natural.read)
 
         hidden, *read = self.layer._gradient_checkpointing_func(forward, self.hidden)
-        self.natural = _NaturalPass(None)
         self.natural.read = tuple(read)
         return _with_hidden(first_output[0], hidden)
 
@@ -315,8 +316,8 @@ class _Walk:
     def __init__(self, spec: LoopSpec, num_layers: int):
         self.spec = spec
         self.num_layers = num_layers
-        self.calls = {}  # by layer number, so that a recomputed call replaces itself
-        self.loops = None
+        self.calls: dict[int, _LayerCall] = {}  # by layer number, so that a recomputed call replaces itself
+        self.loops: bool | None = None
 
     def run(self, call: _LayerCall):
         """Run the natural pass of a span layer and, where the loop's body ends with it, the iterations."""
@@ -386,10 +387,17 @@ class LoopedLayers(nn.ModuleList):
     """The decoder's layer list. Iterating it (or a slice) is one forward of the looped model; indexing is as ever.
 
     The loop is read from `config` at each forward, so `model.config.loop_steps = 6` takes effect at once.
+
+    Attributes:
+        config: the model's config.
+        cache_arguments: for each layer, name and position of the argument in which it takes the K/V cache.
     """
 
+    config: Any
+    cache_arguments: list[tuple[str, int]]
+
     def __iter__(self):
-        layers = list(super().__iter__())
+        layers: list = list(super().__iter__())
         spec = LoopSpec.from_config(self.config)
         spec.check_depth(len(layers))
         if spec.is_identity:
@@ -408,7 +416,7 @@ class LoopedModelMixin:
 
     def __init__(self, config, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
-        layers = _layer_list(self.base_model, config.num_hidden_layers)
+        layers: Any = _layer_list(self.base_model, config.num_hidden_layers)
         LoopSpec.from_config(config).check_depth(len(layers))
         # The class is swapped, rather than the list replaced, so that parameter names, device maps, tensor-parallel
         # plans and everything else that goes by module paths stay the native model's.

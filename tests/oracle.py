@@ -26,7 +26,9 @@ class Oracle:
         span, steps, damping, anchor, mode, kv, decode, first_n: the loop.
     """
 
-    def __init__(self, model, span, steps, damping=None, anchor=0.0, mode="block", kv="shared", decode="full", first_n=0):
+    def __init__(
+        self, model, span, steps, damping=None, anchor=0.0, mode="block", kv="shared", decode="full", first_n=0
+    ):
         self.model = model
         self.layers = list(model.model.layers)
         self.steps = steps
@@ -39,7 +41,6 @@ class Oracle:
         numbers = list(range(*span))
         self.bodies = [numbers] if mode == "block" else [[number] for number in numbers]
 
-    @torch.no_grad()
     def logits(self, tokens, chunks, attention_mask=None):
         """Logits of all rows, `(batch, sum(chunks), vocab)`, each as computed with its chunk."""
         outputs = [None] * len(self.bodies)  # of each loop body, rows so far
@@ -48,11 +49,14 @@ class Oracle:
         for length in chunks:
             is_decode_step = length == 1 and rows > 0
             decode_steps = decode_steps + 1 if is_decode_step else 0
-            loops = not is_decode_step or {
-                "full": True,
-                "bypass": False,
-                "first_n": decode_steps <= self.first_n,
-            }[self.decode]
+            loops = (
+                not is_decode_step
+                or {
+                    "full": True,
+                    "bypass": False,
+                    "first_n": decode_steps <= self.first_n,
+                }[self.decode]
+            )
             end = rows + length
             mask = None if attention_mask is None else attention_mask[:, :end]
             h, calls = self._inputs(tokens[:, :end], mask, self.bodies[0][0])
@@ -125,9 +129,7 @@ class Oracle:
     def _finish(self, tokens, mask, h):
         """Logits from the hidden states after the span: a plain forward with them put in place."""
         module = self.layers[self.stop] if self.stop < len(self.layers) else self.model.model.norm
-        hook = module.register_forward_pre_hook(
-            lambda module, args, kwargs: ((h, *args[1:]), kwargs), with_kwargs=True
-        )
+        hook = module.register_forward_pre_hook(lambda module, args, kwargs: ((h, *args[1:]), kwargs), with_kwargs=True)
         try:
             return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         finally:
