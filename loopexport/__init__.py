@@ -1,6 +1,7 @@
 """LoopExport: turn a frozen causal language model into a looped one, without training.
 
-The public names load on first use, so that importing the package costs nothing.
+The public names load on first use, so that importing the package costs nothing. No submodule has the name of one of
+them, or importing it would hide the name.
 """
 
 from __future__ import annotations
@@ -9,25 +10,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .convert import ConvertPlan, convert, plan_convert
+    from .conversion import ConvertPlan, convert, plan_convert
     from .errors import LoopExportError
     from .export import Export, open_export
-    from .restore import restore
+    from .restoration import restore
     from .spec import LoopSpec
-    from .verify import verify
+    from .verification import verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ConvertPlan": "convert",
+    "ConvertPlan": "conversion",
     "Export": "export",
     "LoopExportError": "errors",
     "LoopSpec": "spec",
-    "convert": "convert",
+    "convert": "conversion",
     "open_export": "export",
-    "plan_convert": "convert",
-    "restore": "restore",
-    "verify": "verify",
+    "plan_convert": "conversion",
+    "restore": "restoration",
+    "verify": "verification",
 }
 __all__ = [
     "ConvertPlan",
@@ -45,6 +46,4 @@ __all__ = [
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value  # also replaces the submodule of the same name, which the import has just bound here
-    return value
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

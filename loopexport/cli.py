@@ -93,7 +93,7 @@ def convert(model, out, revision, weights, overwrite, dry_run, as_json, spec_fil
     The weights are the base's, byte for byte, stored once. OUT loads with
     AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True), without LoopExport.
     """
-    from .convert import apply, plan_convert
+    from .conversion import apply, plan_convert
     from .report import plan_lines
 
     plan = plan_convert(
@@ -150,7 +150,7 @@ def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
     """
     from .export import open_export
     from .report import check_lines
-    from .verify import verify as run_verify
+    from .verification import verify as run_verify
 
     total = sum(record.size for record in open_export(directory).manifest.weights.values()) if full else 0
     with _progress("hashing weights", total) as advance:
@@ -171,7 +171,7 @@ def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
 @weights_option
 def restore(directory, out, weights) -> None:
     """Write the base of the export DIRECTORY to OUT, bit for bit."""
-    from .restore import restore as run_restore
+    from .restoration import restore as run_restore
 
     with _progress("copying weights", 0) as advance:
         base = run_restore(directory, out, weights=weights, progress=advance)

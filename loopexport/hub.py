@@ -25,7 +25,7 @@ def find_checkpoint(
         HubError: the Hub refused or could not be reached.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if _is_directory(path):
         if revision is not None:
             raise CheckpointError(f"--revision goes with a Hub id, but {model} is a local directory")
         return open_checkpoint(path)
@@ -34,6 +34,13 @@ def find_checkpoint(
     if not _is_hub_id(model):
         raise CheckpointError(f"no directory {model}; give a local model directory or a Hub id such as org/name")
     return _download(model, revision, token, headers_only)
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _file_remedy(path: Path) -> str:

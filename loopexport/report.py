@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .card import describe_layers
 from .checkpoint import Checkpoint, Origin
-from .convert import ConvertPlan
+from .conversion import ConvertPlan
 from .cost import Cost, dtype_name
 from .export import Export
 from .integrity import Check

@@ -52,7 +52,8 @@ def check_output(out: Path, source: Path, *, overwrite: bool, is_replaceable: bo
 
 def _check_writable(out: Path) -> None:
     parent = next(path for path in out.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    as_we_run = {"effective_ids": True} if os.access in os.supports_effective_ids else {}
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, **as_we_run):
         raise OutputError(f"cannot write into {parent}; choose another output or change its permissions")
 
 
@@ -72,10 +73,11 @@ def check_space(out: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A new directory that becomes `out` when the block ends well, and vanishes when it does not.
 
-    What stands at `out` by then is replaced. Leftovers of killed runs with the same output are removed first.
+    With `replace`, it takes the place of what stands at `out` by then. Leftovers of killed runs with the same output are
+    removed first.
 
     Raises:
         OutputError: the file system refuses.
@@ -89,7 +91,7 @@ def staged(out: Path) -> Iterator[Path]:
         with _explained(out):
             yield partial
             partial.chmod(0o755)
-            _move_in(partial, out)
+            _move_in(partial, out, replace)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -98,8 +100,8 @@ def staged(out: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _move_in(partial: Path, out: Path) -> None:
-    if not out.exists():
+def _move_in(partial: Path, out: Path, replace: bool) -> None:
+    if not (replace and out.exists()):
         partial.rename(out)
         return
     replaced = partial.with_name(partial.name.removesuffix(PARTIAL) + REPLACED)

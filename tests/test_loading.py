@@ -1,9 +1,11 @@
-"""Loading an export: through the auto classes, without LoopExport, re-saved, overridden, and never silently unlooped."""
+"""Loading an export: through the auto classes, without LoopExport, re-saved, overridden, never silently unlooped."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,9 @@ import torch
 from compare import assert_bitwise, assert_differs
 from tiny import FAMILIES, SPAN, tiny_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from loopexport.export import template_bytes
+from loopexport.templates.configuration_looped import MODELING_DIGEST, family_name
 
 LOADING_GROUPS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -95,8 +100,6 @@ def test_class_names_are_unknown_to_transformers(export_dir):
 
 def test_family_names_are_unique_in_transformers():
     from transformers import CONFIG_MAPPING
-
-    from loopexport.templates.configuration_looped import family_name
 
     names = [family_name(model_type) for model_type in CONFIG_MAPPING]
     assert len(set(names)) == len(names)
@@ -215,6 +218,23 @@ def test_loads_in_a_fresh_process_where_loopexport_cannot_be_imported(export_dir
     assert done.returncode == 0, done.stderr
     assert "torch.Size([2, 15])" in done.stdout
     assert_bitwise(torch.load(tmp_path / "logits.pt"), logits(load(export_dir()), tokens))
+
+
+def test_modeling_digest_is_up_to_date():
+    digest = hashlib.sha256(template_bytes("modeling_looped.py")).hexdigest()[:16]
+    assert digest == MODELING_DIGEST, f'set MODELING_DIGEST = "{digest}" in templates/configuration_looped.py'
+
+
+def test_another_version_of_the_template_under_the_same_name_is_not_mixed_up(export_dir, tmp_path):
+    tokens = tiny_tokens(1, 5)
+    before = logits(load(export_dir()), tokens)
+    other = shutil.copytree(export_dir(), tmp_path / export_dir().name)
+    modeling = (other / "modeling_looped.py").read_text()
+    (other / "modeling_looped.py").write_text(modeling.replace("h + step_size *", "h - step_size *"))
+    config = (other / "configuration_looped.py").read_text()
+    (other / "configuration_looped.py").write_text(config.replace(MODELING_DIGEST, "e" * 16))
+    assert_differs(logits(load(other), tokens), before)
+    assert_bitwise(logits(load(export_dir()), tokens), before)
 
 
 def test_two_exports_live_side_by_side_in_one_process(export_dir, plain):

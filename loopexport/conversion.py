@@ -32,6 +32,7 @@ class ConvertPlan:
         out: the directory to write.
         spec, cost: the loop and what it costs.
         weights: how the weights will be put in place, one of `METHODS`.
+        overwrite: whether an export at `out` is to be replaced.
         warnings: what the user should know, one line each.
     """
 
@@ -40,6 +41,7 @@ class ConvertPlan:
     spec: LoopSpec
     cost: Cost
     weights: str
+    overwrite: bool
     warnings: tuple[str, ...]
 
     @property
@@ -103,7 +105,7 @@ def plan_convert(
         raise SpecError(str(error)) from None
     out = Path(out).expanduser() if out is not None else _default_out(base, loop)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export(out))
-    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, _warnings(loop))
+    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, overwrite, _warnings(loop))
 
 
 def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
@@ -118,7 +120,7 @@ def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
     """
     if plan.weights == "copy":
         check_space(plan.out, plan.base.weight_bytes)
-    with staged(plan.out) as root:
+    with staged(plan.out, replace=plan.overwrite) as root:
         files = {name: _write(root / name, content) for name, content in _small_files(plan).items()}
         weights, method = _place_weights(plan, root, progress)
         manifest = Manifest(__version__, plan.base.origin, plan.spec, method, weights, files, plan.base.left_behind)

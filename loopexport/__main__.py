@@ -1,0 +1,5 @@
+"""`python -m loopexport`."""
+
+from .cli import main
+
+main(prog_name="loopexport")

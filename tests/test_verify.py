@@ -1,0 +1,178 @@
+"""`verify`, `inspect` and `restore`: what holds is reported with its largest difference, what does not fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+from test_convert import run, sha256, tree
+from tiny import FAMILIES, SPAN
+
+import loopexport
+from loopexport import templates
+from loopexport.checkpoint import open_checkpoint
+from loopexport.templates.configuration_looped import MODELING_DIGEST
+
+
+def checks(root, *options):
+    """Outcome of each check by name, and the exit status."""
+    result = run("verify", root, "--json", *options)
+    values = json.loads(result.stdout)
+    assert values["passed"] == (result.exit_code == 0)
+    return {check["name"]: check for check in values["checks"]}, result.exit_code
+
+
+@pytest.fixture
+def export(export_dir, tmp_path):
+    """A copy of an export that a test may damage."""
+    return shutil.copytree(export_dir("llama"), tmp_path / "export")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes(export_dir, family):
+    outcome, status = checks(export_dir(family), "--full")
+    assert status == 0, outcome
+    assert all(check["passed"] for check in outcome.values())
+    assert outcome["steps 1 is bitwise the base model"]["difference"] == 0
+    assert outcome["anchor 1 is bitwise the base model"]["difference"] == 0
+    assert 0 < outcome["cached decode equals the full forward"]["difference"] < 1e-3
+    assert "sha256" in outcome["weights are the base's"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"kv": "reference"}, "under kv reference"),
+        ({"decode": "bypass"}, "decode bypass"),
+        ({"decode": "first_n", "first_n": 2}, "decode first_n"),
+    ],
+)
+def test_decoding_that_differs_by_design_is_told_with_its_size(export_dir, spec, reason):
+    outcome, status = checks(export_dir("llama", **spec))
+    check = outcome["cached decode equals the full forward"]
+    assert status == 0
+    assert check["passed"] is None
+    assert check["difference"] > 1e-3
+    assert f"does not hold by design: {reason}" in check["detail"]
+
+
+def flip_last_byte(path):
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+
+
+def edit_config(root, **changes):
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+DAMAGE = {
+    "template": (lambda root: flip_last_byte(root / "modeling_looped.py"), "modeling_looped.py has changed"),
+    "missing file": (lambda root: (root / "generation_config.json").unlink(), "generation_config.json is missing"),
+    "original": (lambda root: flip_last_byte(root / "base" / "config.json"), "base/config.json has changed"),
+    "config": (lambda root: edit_config(root, rms_norm_eps=0.1), "differs from the base's in rms_norm_eps"),
+    "short weights": (lambda root: os.truncate(root / "model.safetensors", 9999), "(size)"),
+    "no weights": (lambda root: (root / "model.safetensors").unlink(), "model.safetensors is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_and_exits_with_1(export, kind):
+    damage, says = DAMAGE[kind]
+    damage(export)
+    outcome, status = checks(export, "--files-only")
+    failed = [check["detail"] for check in outcome.values() if not check["passed"]]
+    assert status == 1
+    assert [detail for detail in failed if says in detail], failed
+
+
+def test_one_flipped_bit_of_the_weights_is_found_by_a_full_check(export):
+    flip_last_byte(export / "model.safetensors")
+    assert checks(export, "--files-only")[1] == 0
+    outcome, status = checks(export, "--files-only", "--full")
+    assert status == 1
+    assert outcome["weights are the base's"]["detail"] == "model.safetensors has changed (sha256)"
+
+
+def test_model_that_computes_something_else_fails(export, monkeypatch):
+    """A broken template that is recorded as genuine: the files pass, the numbers do not."""
+    source = (export / "modeling_looped.py").read_text()
+    broken = source.replace("return list(self)[index] if", "return list(self)[1:][index] if")
+    broken = broken.replace("if spec.is_identity:", "if False:")
+    assert broken != source
+    (export / "modeling_looped.py").write_text(broken)
+    config = (export / "configuration_looped.py").read_text().replace(MODELING_DIGEST, "f" * 16)
+    (export / "configuration_looped.py").write_text(config)
+    manifest = json.loads((export / "loopexport.json").read_text())
+    for name in templates.FILES:
+        manifest["files"][name]["sha256"] = sha256(export / name)
+    (export / "loopexport.json").write_text(json.dumps(manifest))
+    refused = run("verify", export)
+    assert refused.exit_code == 1
+    assert "use --trust-remote-code" in refused.stderr
+    outcome, status = checks(export, "--trust-remote-code")
+    assert status == 1
+    assert outcome["steps 1 is bitwise the base model"]["passed"] is False
+    assert outcome["steps 1 is bitwise the base model"]["difference"] > 1e-3
+
+
+def test_edited_loop_passes_and_is_mentioned(export):
+    edit_config(export, loop_steps=5)
+    outcome, status = checks(export)
+    assert status == 0, outcome
+    assert "the loop was edited" in outcome["config is the base's plus the loop"]["detail"]
+    assert "5 steps" in run("inspect", export).stdout
+
+
+def test_impossible_edited_loop_is_refused_in_one_line(export):
+    edit_config(export, loop_steps=0)
+    for command in ("verify", "inspect"):
+        result = run(command, export)
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+        assert "steps 0" in result.stderr
+
+
+def test_own_card_may_be_edited(export):
+    (export / "README.md").write_text("my own words")
+    assert checks(export, "--files-only")[1] == 0
+
+
+def test_inspect_shows_spec_cost_and_origin(export_dir):
+    text = run("inspect", export_dir("llama", kv="per_step")).stdout
+    for part in ("Base     llama: llama, 6 layers", "Span     1:4", "3 steps", "kv per_step", "2.00x", "by copy"):
+        assert part in text, part
+    values = json.loads(run("inspect", export_dir("llama"), "--json").stdout)
+    assert values["manifest"]["base"]["name"] == "llama"
+    assert values["cost"]["layer_evaluations"] == 12
+    assert values["spec"]["loop_span"] == list(SPAN)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("weights", ["copy", "hardlink", "auto"])
+def test_restore_gives_the_base_back_bit_for_bit(tiny_base, tmp_path, family, weights):
+    base = shutil.copytree(tiny_base(family), tmp_path / "base")
+    (base / "README.md").write_text("# The base's own card\n")
+    (base / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["a.B", null]}}')
+    (base / "LICENSE").write_text("free")
+    out = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=3).root
+    edit_config(out, loop_steps=5)
+    result = run("restore", out, tmp_path / "again", "--weights", weights)
+    assert result.exit_code == 0, result.stderr
+    assert tree(tmp_path / "again") == tree(base)
+    assert open_checkpoint(tmp_path / "again").model_type == family
+
+
+def test_restore_refuses_a_damaged_export_and_an_existing_output(export, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    assert "exists" in run("restore", export, tmp_path / "there").stderr
+    flip_last_byte(export / "base" / "config.json")
+    result = run("restore", export, tmp_path / "again")
+    assert result.exit_code == 1
+    assert "base/config.json has changed" in result.stderr
+    assert not (tmp_path / "again").exists()
