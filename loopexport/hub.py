@@ -58,30 +58,32 @@ def _is_hub_id(model: str) -> bool:
 
 
 def _download(repo_id: str, revision: str | None, token: str | None, headers_only: bool) -> Checkpoint:
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, constants, hf_hub_download
 
     with _explained(repo_id, revision):
+        # The first file settles which commit the revision stands for; all others are of that commit.
+        root = Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token)).parent
+        origin = Origin(repo_id, revision=root.name)
         if constants.HF_HUB_OFFLINE:
-            root = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-            return open_checkpoint(root, Origin(repo_id, root.name))
+            return open_checkpoint(root, origin)
         api = HfApi(token=token)
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        info = api.model_info(repo_id, revision=origin.revision, files_metadata=True)
         siblings = {file.rfilename: file for file in info.siblings or []}
-        small = [name for name in siblings if CARRIED.fullmatch(name) or name in (CONFIG, CARD, INDEX)]
-        root = Path(snapshot_download(repo_id, revision=info.sha, token=token, allow_patterns=small))
+        for name in siblings:
+            if CARRIED.fullmatch(name) or name in (CARD, INDEX):
+                hf_hub_download(repo_id, name, revision=origin.revision, token=token)
 
         def fetch_shard(root: Path, name: str) -> Shard:
-            hf_hub_download(repo_id, name, revision=info.sha, token=token)
+            hf_hub_download(repo_id, name, revision=origin.revision, token=token)
             return read_local_shard(root, name)
 
         def fetch_header(root: Path, name: str) -> Shard:
             if name not in siblings or (root / name).exists():
                 return read_local_shard(root, name)
-            metadata = api.parse_safetensors_file_metadata(repo_id, name, revision=info.sha)
+            metadata = api.parse_safetensors_file_metadata(repo_id, name, revision=origin.revision)
             return _remote_shard(root, siblings[name], metadata)
 
-        read_shard = fetch_header if headers_only else fetch_shard
-        return open_checkpoint(root, Origin(repo_id, info.sha), set(siblings), read_shard)
+        return open_checkpoint(root, origin, set(siblings), fetch_header if headers_only else fetch_shard)
 
 
 def _remote_shard(root: Path, file, metadata) -> Shard:
@@ -111,13 +113,20 @@ def _explained(repo_id: str, revision: str | None):
         ) from None
     except errors.RevisionNotFoundError:
         raise HubError(f"{repo_id} has no revision {revision!r}; leave --revision out for its main branch") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+    except errors.LocalEntryNotFoundError as error:
+        cause = _first_line(error.__cause__ or error)
         raise HubError(
-            f"{repo_id} is not in the Hub's cache and cannot be fetched; unset HF_HUB_OFFLINE or check the network"
+            f"{repo_id} is not in the Hub's cache and cannot be fetched ({cause}); "
+            "check the network, or unset HF_HUB_OFFLINE"
         ) from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise HubError(f"the Hub could not be asked for {repo_id}: {_first_line(error)}") from None
+    except errors.EntryNotFoundError:
+        raise HubError(f"{repo_id} has no {CONFIG}; is it a transformers model?") from None
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
+        raise HubError(
+            f"the Hub could not be asked for {repo_id} ({_first_line(error)}); "
+            "try again, or set HF_HUB_OFFLINE=1 to use what is cached"
+        ) from None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

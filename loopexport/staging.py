@@ -76,8 +76,8 @@ def check_space(out: Path, needed_bytes: int) -> None:
 def staged(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """A new directory that becomes `out` when the block ends well, and vanishes when it does not.
 
-    With `replace`, it takes the place of what stands at `out` by then. Leftovers of killed runs with the same output are
-    removed first.
+    With `replace`, it takes the place of what stands at `out` by then. Leftovers of killed runs with the same output
+    are removed first.
 
     Raises:
         OutputError: the file system refuses.
