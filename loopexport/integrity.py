@@ -57,7 +57,7 @@ def _check_small_files(export: Export) -> Check:
             return Check(name, False, f"{file} is missing")
         if sha256_of(path) != record.sha256:
             return Check(name, False, f"{file} has changed")
-    return Check(name, True, f"{len(records)} files, sha256")
+    return Check(name, True, f"{len(records)} compared by sha256")
 
 
 def _check_config(export: Export) -> Check:
@@ -86,7 +86,7 @@ def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
         if changed:
             return Check(name, False, f"{file} has changed ({changed})")
         depths.add(depth)
-    return Check(name, True, f"{len(export.manifest.weights)} files, {' and '.join(sorted(depths))}")
+    return Check(name, True, f"{len(export.manifest.weights)} compared by {' and '.join(sorted(depths))}")
 
 
 def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progress) -> tuple[str, str]:

@@ -15,7 +15,7 @@ MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
 
 def plan_lines(plan: ConvertPlan) -> list[str]:
     """What a conversion will do."""
-    files = f"{len(plan.base.shards)} file{'s' if len(plan.base.shards) > 1 else ''}"
+    files = _files(len(plan.base.shards))
     return [
         *_model_lines(plan.base, plan.spec, plan.cost),
         f"Weights  {files}, {plan.base.weight_bytes:,} bytes; {_weights_text(plan)}",
@@ -30,7 +30,7 @@ def export_lines(export: Export) -> list[str]:
     edited = "" if export.spec == export.manifest.spec else "; loop edited since"
     return [
         *_model_lines(export.base, export.spec, export.cost),
-        f"Weights  {len(export.manifest.weights)} files by {export.manifest.weights_method}",
+        f"Weights  {_files(len(export.manifest.weights))} by {export.manifest.weights_method}",
         f"Written  by LoopExport {export.manifest.loopexport}{edited}",
     ]
 
@@ -56,6 +56,10 @@ def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
         f"         {_millions(cost.params_read)} parameters read a token instead of {_millions(cost.base_params_read)}",
         f"         {_kv_text(cost)}",
     ]
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def _millions(count: int) -> str:

@@ -251,7 +251,23 @@ def looped_config_class(family: str) -> type:
         "__module__": __name__,
         "__qualname__": name,
     }
-    return type(name, (LoopedConfigMixin, native), body)
+    config_class = type(name, (LoopedConfigMixin, native), body)
+    _keep_tokenizer(model_type, native, config_class)
+    return config_class
+
+
+def _keep_tokenizer(model_type: str, native: type, config_class: type) -> None:
+    """Let AutoTokenizer choose as it does for the base: where files leave it open, it goes by the model's type."""
+    from transformers.models.auto import tokenization_auto as auto
+
+    looped_type = MODEL_TYPE_PREFIX + model_type
+    if model_type in auto.TOKENIZER_MAPPING_NAMES:
+        auto.TOKENIZER_MAPPING_NAMES[looped_type] = auto.TOKENIZER_MAPPING_NAMES[model_type]
+    if native in auto.TOKENIZER_MAPPING:
+        auto.TOKENIZER_MAPPING.register(config_class, auto.TOKENIZER_MAPPING[native], exist_ok=True)
+    distrusted = getattr(auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())  # transformers 5
+    if model_type in distrusted:
+        distrusted.add(looped_type)
 
 
 def __getattr__(name: str) -> type:

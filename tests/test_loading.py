@@ -11,13 +11,16 @@ import sys
 
 import pytest
 import torch
+import transformers
 from compare import assert_bitwise, assert_differs
 from tiny import FAMILIES, SPAN, tiny_tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+import loopexport
 from loopexport.export import template_bytes
 from loopexport.templates.configuration_looped import MODELING_DIGEST, family_name
 
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 LOADING_GROUPS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -90,8 +93,6 @@ def test_without_trust_remote_code_loading_fails_rather_than_giving_the_base(exp
 
 
 def test_class_names_are_unknown_to_transformers(export_dir):
-    import transformers
-
     config = json.loads((export_dir("qwen3") / "config.json").read_text())
     names = [*config["architectures"], *(entry.split(".")[1] for entry in config["auto_map"].values())]
     assert not [name for name in names if hasattr(transformers, name)]
@@ -218,6 +219,39 @@ def test_loads_in_a_fresh_process_where_loopexport_cannot_be_imported(export_dir
     assert done.returncode == 0, done.stderr
     assert "torch.Size([2, 15])" in done.stdout
     assert_bitwise(torch.load(tmp_path / "logits.pt"), logits(load(export_dir()), tokens))
+
+
+def write_tokenizer(directory, tokenizer_class):
+    """A small byte-level tokenizer whose class the files name, or leave to the model's type."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<pad>", "<s>", "</s>", "<unk>"]
+    )
+    tokenizer.train_from_iterator(["it is 12345 and it is 67890, isn't it"] * 9, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", **config}))
+
+
+@pytest.mark.parametrize(
+    "tokenizer_class", [None, "PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2TokenizerFast"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_tokenizer_is_the_bases(tiny_base, tmp_path, family, tokenizer_class):
+    if tokenizer_class is None and not TRANSFORMERS_5:
+        pytest.skip("transformers 4 finds no tokenizer for a custom type unless the files name one; it says so")
+    base = shutil.copytree(tiny_base(family), tmp_path / "base")
+    write_tokenizer(base, tokenizer_class)
+    out = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=3).root
+    theirs, ours = (AutoTokenizer.from_pretrained(path, trust_remote_code=True) for path in (base, out))
+    texts = ["it's 123456789 and  two\n\n lines", "naïve café it is it", " leading space"]
+    assert type(ours) is type(theirs)
+    assert ours(texts).input_ids == theirs(texts).input_ids
 
 
 def test_modeling_digest_is_up_to_date():

@@ -1,0 +1,61 @@
+# `make demo` and `make test` do everything on a fresh machine. TORCH is what pip is told to install first, so that a
+# build of your choice can be given: make demo TORCH="torch --index-url <your index>"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+DEMO ?= demo
+PYTEST_OPTIONS ?= -n 2
+
+SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
+export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
+export HF_HUB_DISABLE_UPDATE_CHECK = 1
+
+.PHONY: demo test test-oldest lint docs benchmarks clean
+
+demo: $(VENV)/demo-ready
+	PATH="$(abspath $(VENV))/bin:$$PATH" examples/demo.sh $(DEMO)
+
+test: $(VENV)/test-ready $(SMOLLM)/README.md
+	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
+
+# The same tests on the oldest supported transformers.
+test-oldest: $(OLDEST)/test-ready $(SMOLLM)/README.md
+	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS)
+
+lint: $(VENV)/test-ready
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/cog --check README.md
+
+# Bring the generated parts of the README up to date.
+docs: $(VENV)/test-ready
+	$(VENV)/bin/cog -r README.md
+
+benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
+	$(VENV)/bin/python benchmarks/bench_convert.py
+	$(VENV)/bin/python benchmarks/bench_forward.py $(SMOLLM)
+
+clean:
+	rm -rf $(VENV) $(OLDEST) $(DEMO) build dist *.egg-info
+
+$(SMOLLM)/README.md: | $(VENV)/demo-ready
+	mkdir -p $(DEMO)
+	$(VENV)/bin/python examples/smollm2_checkpoint.py $(SMOLLM)
+
+$(VENV)/demo-ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	$(VENV)/bin/pip install --quiet -e ".[gguf]"
+	touch $@
+
+$(VENV)/test-ready: $(VENV)/demo-ready
+	$(VENV)/bin/pip install --quiet -e ".[gguf,mergekit,test,dev]"
+	touch $@
+
+$(OLDEST)/test-ready: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet $(TORCH)
+	$(OLDEST)/bin/pip install --quiet -e ".[test]" "transformers==4.57.*"
+	touch $@

@@ -1,0 +1,33 @@
+"""Change the number of steps of a loaded model, and see what each costs and does to the loss of a text.
+
+A lower loss does not mean a better model: on the paper's tasks, held-out loss and accuracy gain were anti-correlated.
+
+    python examples/change_steps.py LOOPED_DIRECTORY
+"""
+
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TEXT = (
+    "The lighthouse keeper climbed the stairs every evening at the same hour, lit the lamp, and wrote one line about "
+    "the weather into a book that nobody else would ever read."
+)
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokens = tokenizer(TEXT, return_tensors="pt").input_ids
+
+for steps in (1, 2, 3, 6):
+    model.config.loop_steps = steps  # checked at once; 1 is the base model
+    start = time.perf_counter()
+    with torch.no_grad():
+        loss = model(tokens, labels=tokens).loss.item()
+    print(f"steps {steps}: loss {loss:.4f}, {1000 * (time.perf_counter() - start):.0f} ms")
+
+try:
+    model.config.loop_steps = 0
+except ValueError as error:
+    print(f"as it should, this failed: {error}")

@@ -1,0 +1,24 @@
+"""Convert, inspect and verify from Python.
+
+python examples/loop_from_python.py MODEL OUT
+"""
+
+import sys
+
+import loopexport
+
+model, out = sys.argv[1:]
+
+plan = loopexport.plan_convert(model, out, span=(13, 17), steps=3, overwrite=True)
+print(f"{plan.spec.width} layers, {plan.cost.multiplier:.2f}x the layer evaluations of the base")
+
+export = loopexport.convert(model, out, span=(13, 17), steps=3, overwrite=True)
+print(f"{export.root} was made from {export.manifest.base.name} by {export.manifest.weights_method}")
+
+for check in loopexport.verify(export.root):
+    print("passed" if check.passed else "FAILED", check.name, check.difference)
+
+try:
+    loopexport.convert(model, out, span=(13, 99), steps=3)
+except loopexport.LoopExportError as error:
+    print(f"as it should, this failed: {error}")

@@ -1,0 +1,32 @@
+"""Train a LoRA adapter on a looped model; the loop is part of the forward, so gradients pass through every step.
+
+python examples/lora.py LOOPED_DIRECTORY ADAPTER_DIRECTORY
+"""
+
+import sys
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+directory, adapter = sys.argv[1:]
+torch.manual_seed(0)
+tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+model.gradient_checkpointing_enable()
+model.enable_input_require_grads()
+model.print_trainable_parameters()
+model.train()
+
+tokens = tokenizer("A loop that is applied twice is not a loop that is applied once.", return_tensors="pt").input_ids
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(10):
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {step}: loss {loss.item():.3f}")
+
+model.save_pretrained(adapter)
+print(f"Wrote {adapter}")

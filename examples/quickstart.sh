@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Loop layers 13 to 16 of a model three times, look at the result, check it, and get the base back.
+#
+#     examples/quickstart.sh MODEL DIRECTORY
+set -euo pipefail
+
+model=$1
+directory=$2
+
+loopexport convert "$model" "$directory/looped" --span 13:17 --steps 3 --dry-run
+loopexport convert "$model" "$directory/looped" --span 13:17 --steps 3
+loopexport inspect "$directory/looped"
+loopexport verify "$directory/looped"
+loopexport restore "$directory/looped" "$directory/base-again"
