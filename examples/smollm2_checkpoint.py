@@ -38,9 +38,10 @@ def write_checkpoint(gguf: Path, out: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-    # What transformers 4 calls these two.
+    # What transformers 4 calls these, and expects to be told.
     edit_json(out / "config.json", rope_theta=config["rope_parameters"]["rope_theta"])
-    edit_json(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    inputs = ["input_ids", "attention_mask"]
+    edit_json(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", model_input_names=inputs)
     (out / "README.md").write_text(CARD)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from .manifest import MANIFEST, FileRecord, Manifest
 from .spec import LoopSpec, make_spec
 from .staging import check_output, check_space, staged
 from .templates import FILES as TEMPLATES
-from .weights import METHODS, Progress, place
+from .weights import METHODS, Progress, place, settle_method, sha256_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -118,8 +120,6 @@ def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
     Raises:
         OutputError: the output cannot be written.
     """
-    if plan.weights == "copy":
-        check_space(plan.out, plan.base.weight_bytes)
     with staged(plan.out, replace=plan.overwrite) as root:
         files = {name: _write(root / name, content) for name, content in _small_files(plan).items()}
         weights, method = _place_weights(plan, root, progress)
@@ -197,10 +197,18 @@ def _write(path: Path, content: bytes) -> FileRecord:
 
 
 def _place_weights(plan: ConvertPlan, root: Path, progress: Progress) -> tuple[dict[str, FileRecord], str]:
-    records, method = {}, plan.weights
-    for shard in plan.base.shards:
-        method, sha256 = place(shard.path, root / shard.name, plan.weights, progress)
-        if (root / shard.name).stat().st_size != shard.size:
-            raise OutputError(f"{shard.path} changed while it was read; run the same command again")
-        records[shard.name] = FileRecord(shard.size, sha256 or shard.sha256, shard.header.sha256)
-    return records, method
+    """Put every shard in place; what is copied, and has no known digest, is hashed in other threads meanwhile."""
+    shards = plan.base.shards
+    method = settle_method(plan.weights, shards[0].path, root)
+    if method == "copy":
+        check_space(plan.out, plan.base.weight_bytes)
+    with ThreadPoolExecutor(os.cpu_count()) as hashing:
+        digests = {}
+        for shard in shards:
+            if method == "copy" and shard.sha256 is None:
+                digests[shard.name] = hashing.submit(sha256_of, shard.path)
+            place(shard.path, root / shard.name, method, progress)
+            if (root / shard.name).stat().st_size != shard.size:
+                raise OutputError(f"{shard.path} changed while it was read; run the same command again")
+    known = {shard.name: shard.sha256 for shard in shards} | {name: each.result() for name, each in digests.items()}
+    return {each.name: FileRecord(each.size, known[each.name], each.header.sha256) for each in shards}, method

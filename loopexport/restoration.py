@@ -10,7 +10,7 @@ from .export import BASE_FOLDER, Export, open_export
 from .integrity import check_files
 from .staging import check_output, check_space, staged
 from .templates import FILES as TEMPLATES
-from .weights import Progress, place
+from .weights import Progress, place, settle_method
 
 
 def restore(
@@ -33,14 +33,15 @@ def restore(
     changed = [check for check in check_files(export) if check.passed is False]
     if changed:
         raise ExportError(f"{export.root} cannot give its base back: {changed[0].detail}")
-    if weights == "copy":
-        check_space(out, export.base.weight_bytes)
     with staged(out) as target:
         for name, source in _base_files(export).items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(source.read_bytes())
+        method = settle_method(weights, export.base.shards[0].path, target)
+        if method == "copy":
+            check_space(out, export.base.weight_bytes)
         for shard in export.base.shards:
-            place(shard.path, target / shard.name, weights, progress)
+            place(shard.path, target / shard.name, method, progress)
     return open_checkpoint(out, export.manifest.base)
 
 

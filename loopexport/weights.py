@@ -6,13 +6,13 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .errors import OutputError
 
 METHODS = ("auto", "reflink", "hardlink", "copy")
-CHUNK_BYTES = 16 * 2**20
+COPY_CHUNK_BYTES = 16 * 2**20
+HASH_CHUNK_BYTES = 2**20  # fits the processor's cache
 
 Progress = Callable[[int], object]
 
@@ -20,37 +20,50 @@ Progress = Callable[[int], object]
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM}
 
 
-def place(source: Path, target: Path, method: str, progress: Progress = lambda count: None) -> tuple[str, str | None]:
-    """Make `target` hold the bytes of `source` by one of `METHODS`.
+def settle_method(method: str, source: Path, directory: Path) -> str:
+    """The method that "auto" stands for between these two places, reflink where possible, else copy.
+
+    Args:
+        method: one of `METHODS`; all but "auto" stand for themselves.
+        source: a file to be put in place.
+        directory: where to; a file is made there for a moment.
+    """
+    if method != "auto":
+        return method
+    probe = directory / ".reflink-probe"
+    possible = _reflink(source, probe)
+    probe.unlink(missing_ok=True)
+    return "reflink" if possible else "copy"
+
+
+def place(source: Path, target: Path, method: str, progress: Progress = lambda count: None) -> None:
+    """Make `target` hold the bytes of `source`.
 
     Args:
         source: a real file, links resolved; it is never written to.
         target: a path that does not exist.
-        method: "auto" is reflink where the file system can, else copy.
+        method: "reflink", "hardlink" or "copy", see `settle_method`.
         progress: called with the number of bytes just copied.
-
-    Returns:
-        The method used, and the file's sha256 where a copy made it free.
 
     Raises:
         OutputError: the method is not possible between these two places.
     """
     if method == "hardlink":
         _hardlink(source, target)
-        return "hardlink", None
-    if method in ("auto", "reflink") and _reflink(source, target):
-        return "reflink", None
-    if method == "reflink":
-        raise OutputError(
-            f"the file system of {target.parent} cannot reflink from {source.parent}; use --weights auto or copy"
-        )
-    return "copy", _copy(source, target, progress)
+    elif method == "reflink":
+        if not _reflink(source, target):
+            raise OutputError(
+                f"the file system of {target.parent} cannot reflink from {source.parent}; use --weights auto or copy"
+            )
+    else:
+        with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+            _copy_bytes(reader, writer, progress)
 
 
 def sha256_of(path: Path, progress: Progress = lambda count: None) -> str:
     """The sha256 of a file's bytes, as hex digits."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+    buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
@@ -80,15 +93,6 @@ def _reflink(source: Path, target: Path) -> bool:
     return True
 
 
-def _copy(source: Path, target: Path, progress: Progress) -> str:
-    """Copy, hashing the source in a second thread meanwhile (both release the interpreter's lock)."""
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(sha256_of, source)
-        with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
-            _copy_bytes(reader, writer, progress)
-        return digest.result()
-
-
 def _copy_bytes(reader, writer, progress: Progress) -> None:
     step = _kernel_copy if hasattr(os, "copy_file_range") else _plain_copy
     while True:
@@ -105,11 +109,11 @@ def _copy_bytes(reader, writer, progress: Progress) -> None:
 
 
 def _kernel_copy(reader, writer) -> int:
-    return os.copy_file_range(reader.fileno(), writer.fileno(), CHUNK_BYTES)
+    return os.copy_file_range(reader.fileno(), writer.fileno(), COPY_CHUNK_BYTES)
 
 
 def _plain_copy(reader, writer) -> int:
-    chunk = memoryview(reader.read(CHUNK_BYTES))
+    chunk = memoryview(reader.read(COPY_CHUNK_BYTES))
     count = len(chunk)
     while chunk:
         chunk = chunk[writer.write(chunk) :]

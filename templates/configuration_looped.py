@@ -265,7 +265,7 @@ def _keep_tokenizer(model_type: str, native: type, config_class: type) -> None:
         auto.TOKENIZER_MAPPING_NAMES[looped_type] = auto.TOKENIZER_MAPPING_NAMES[model_type]
     if native in auto.TOKENIZER_MAPPING:
         auto.TOKENIZER_MAPPING.register(config_class, auto.TOKENIZER_MAPPING[native], exist_ok=True)
-    distrusted = getattr(auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())  # transformers 5
+    distrusted: set = getattr(auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())  # transformers 5
     if model_type in distrusted:
         distrusted.add(looped_type)
 
