@@ -13,14 +13,14 @@ from . import __version__
 from .card import make_card
 from .checkpoint import CARD, CONFIG, Checkpoint
 from .cost import Cost, loop_cost
-from .errors import OutputError, SpecError
+from .errors import CheckpointError, OutputError, SpecError
 from .export import BASE_FOLDER, Export, is_export, looped_config, open_export, template_bytes
 from .hub import find_checkpoint
 from .manifest import MANIFEST, FileRecord, Manifest
 from .spec import LoopSpec, make_spec
 from .staging import check_output, check_space, staged
 from .templates import FILES as TEMPLATES
-from .weights import METHODS, Progress, place, settle_method, sha256_of
+from .weights import METHODS, Progress, place, settle_method, xxh3_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -118,10 +118,12 @@ def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
         progress: called with the number of bytes of weights just copied.
 
     Raises:
+        CheckpointError: a file of the base cannot be read.
         OutputError: the output cannot be written.
     """
+    contents = _small_files(plan)
     with staged(plan.out, replace=plan.overwrite) as root:
-        files = {name: _write(root / name, content) for name, content in _small_files(plan).items()}
+        files = {name: _write(root / name, content) for name, content in contents.items()}
         weights, method = _place_weights(plan, root, progress)
         manifest = Manifest(__version__, plan.base.origin, plan.spec, method, weights, files, plan.base.left_behind)
         (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -154,10 +156,10 @@ def _warnings(spec: LoopSpec) -> tuple[str, ...]:
 def _small_files(plan: ConvertPlan) -> dict[str, bytes]:
     """All files of the export but weights and manifest, by name."""
     base = plan.base
-    files = {name: (base.root / name).read_bytes() for name in base.carried}
-    originals = {CONFIG: (base.root / CONFIG).read_bytes()}
+    files = {name: _read(base.root / name) for name in base.carried}
+    originals = {CONFIG: _read(base.root / CONFIG)}
     if (base.root / CARD).is_file():
-        originals[CARD] = (base.root / CARD).read_bytes()
+        originals[CARD] = _read(base.root / CARD)
     files[CONFIG] = _json_bytes(looped_config(base.config, plan.spec))
     files[CARD] = make_card(
         base.origin,
@@ -190,6 +192,13 @@ def _json_bytes(values: dict) -> bytes:
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+
+
 def _write(path: Path, content: bytes) -> FileRecord:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -197,7 +206,7 @@ def _write(path: Path, content: bytes) -> FileRecord:
 
 
 def _place_weights(plan: ConvertPlan, root: Path, progress: Progress) -> tuple[dict[str, FileRecord], str]:
-    """Put every shard in place; what is copied, and has no known digest, is hashed in other threads meanwhile."""
+    """Put every shard in place; what is copied, and has no known sha256, is hashed in other threads meanwhile."""
     shards = plan.base.shards
     method = settle_method(plan.weights, shards[0].path, root)
     if method == "copy":
@@ -206,9 +215,11 @@ def _place_weights(plan: ConvertPlan, root: Path, progress: Progress) -> tuple[d
         digests = {}
         for shard in shards:
             if method == "copy" and shard.sha256 is None:
-                digests[shard.name] = hashing.submit(sha256_of, shard.path)
+                digests[shard.name] = hashing.submit(xxh3_of, shard.path)
             place(shard.path, root / shard.name, method, progress)
             if (root / shard.name).stat().st_size != shard.size:
                 raise OutputError(f"{shard.path} changed while it was read; run the same command again")
-    known = {shard.name: shard.sha256 for shard in shards} | {name: each.result() for name, each in digests.items()}
-    return {each.name: FileRecord(each.size, known[each.name], each.header.sha256) for each in shards}, method
+    xxh3 = {name: digest.result() for name, digest in digests.items()}
+    return {
+        each.name: FileRecord(each.size, each.sha256, xxh3.get(each.name), each.header.sha256) for each in shards
+    }, method

@@ -10,7 +10,7 @@ from .errors import CheckpointError
 from .export import BASE_FOLDER, Export, looped_config
 from .manifest import FileRecord
 from .safetensors_header import read_header
-from .weights import Progress, sha256_of
+from .weights import Progress, sha256_of, xxh3_of
 
 # Files that a user may edit: the card freely, the config in its loop fields.
 EDITABLE = (CARD, CONFIG)
@@ -100,6 +100,8 @@ def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progr
         return str(error), ""
     if not full:
         return "", "size and header (--full hashes all)"
-    if record.sha256 is None:
-        return "", "size and header (no sha256 is known: the weights were not copied)"
-    return ("sha256" if sha256_of(path, progress) != record.sha256 else ""), "sha256"
+    if record.sha256 is not None:
+        return ("sha256" if sha256_of(path, progress) != record.sha256 else ""), "sha256"
+    if record.xxh3_128 is not None:
+        return ("xxh3_128" if xxh3_of(path, progress) != record.xxh3_128 else ""), "xxh3_128"
+    return "", "size and header (no digest is known: the weights were not copied)"

@@ -16,10 +16,18 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What is known of a file: its size in bytes, its sha256 if known, and for weights that of the header alone."""
+    """What is known of a file.
+
+    Attributes:
+        size: in bytes.
+        sha256: of all small files; of weights where the Hub's cache tells it.
+        xxh3_128: of weights that were copied and have no known sha256; it takes no time beside a copy, sha256 does.
+        header_sha256: of the header alone, for weights.
+    """
 
     size: int
     sha256: str | None = None
+    xxh3_128: str | None = None
     header_sha256: str | None = None
 
 

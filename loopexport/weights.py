@@ -62,7 +62,17 @@ def place(source: Path, target: Path, method: str, progress: Progress = lambda c
 
 def sha256_of(path: Path, progress: Progress = lambda count: None) -> str:
     """The sha256 of a file's bytes, as hex digits."""
-    digest = hashlib.sha256()
+    return _digest(path, hashlib.sha256(), progress)
+
+
+def xxh3_of(path: Path, progress: Progress = lambda count: None) -> str:
+    """The 128-bit XXH3 of a file's bytes, as hex digits: it shows damage, not forgery, and runs faster than a copy."""
+    import xxhash
+
+    return _digest(path, xxhash.xxh3_128(), progress)
+
+
+def _digest(path: Path, digest, progress: Progress) -> str:
     buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

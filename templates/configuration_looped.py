@@ -14,7 +14,7 @@ from functools import lru_cache
 
 # Start of the sha256 of modeling_looped.py. transformers 5 tells local code apart by this file alone: without it, two
 # exports of one directory name with different modeling code would share, in one process, whichever was loaded first.
-MODELING_DIGEST = "a13cb7f82c488578"
+MODELING_DIGEST = "902a2f7d98566682"
 
 MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")

@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, DynamicCach
 from .configuration_looped import CLASS_PREFIX, LoopSpec, looped_config_class
 
 # What native layers call the argument that carries the K/V cache, newest name first.
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 # Attribute that we set on a cache: decode steps since its latest longer chunk, counted as far as `first_n`.
 DECODE_STEPS = "loop_decode_steps"
@@ -85,11 +85,11 @@ class _NaturalPass(_CacheProxy):
 
     new: tuple = ()
     read: tuple = ()
-    rest: tuple = ()  # what else the layer handed to `update`
+    rest: tuple = ((), {})  # what else the layer handed to `update`
 
-    def update(self, keys, values, layer_idx, *rest):
-        self.new, self.rest = (keys, values), rest
-        self.read = self.new if self.cache is None else self.cache.update(keys, values, layer_idx, *rest)
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        self.new, self.rest = (keys, values), (args, kwargs)
+        self.read = self.new if self.cache is None else self.cache.update(keys, values, layer_idx, *args, **kwargs)
         return self.read
 
 
@@ -100,7 +100,7 @@ class _SharedRead(_CacheProxy):
         super().__init__(cache)
         self.read = read
 
-    def update(self, keys, values, *rest):
+    def update(self, keys, values, *args, **kwargs):
         return self.read
 
 
@@ -112,7 +112,7 @@ class _OwnChunk(_CacheProxy):
         self.read = read
         self.start = start
 
-    def update(self, keys, values, *rest):
+    def update(self, keys, values, *args, **kwargs):
         return self._replace_chunk(self.read[0], keys), self._replace_chunk(self.read[1], values)
 
     def _replace_chunk(self, read, own):
@@ -131,8 +131,8 @@ class _OwnSlot(_CacheProxy):
         self.read = read
         self.slot = slot
 
-    def update(self, keys, values, layer_idx, *rest):
-        own = self.cache.update(keys, values, self.slot, *rest)
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        own = self.cache.update(keys, values, self.slot, *args, **kwargs)
         if own[0].shape[-2] != self.read[0].shape[-2]:
             raise ValueError(_foreign_cache(f"slot {self.slot} and layer {layer_idx} differ in length"))
         return own
@@ -249,7 +249,8 @@ class _LayerCall:
     def store_natural(self, spec: LoopSpec, num_layers: int) -> None:
         """Fill the slots of all passes with the natural keys and values: those of a token that does not loop."""
         for k in range(1, spec.steps):
-            self.cache.update(*self.natural.new, self._slot(k, spec, num_layers), *self.natural.rest)
+            args, kwargs = self.natural.rest
+            self.cache.update(*self.natural.new, self._slot(k, spec, num_layers), *args, **kwargs)
 
     def _iteration_cache(self, k, spec, num_layers):
         if spec.kv == "shared":
@@ -264,7 +265,7 @@ class _LayerCall:
         return num_layers + (k - 1) * spec.width + self.index - spec.span[0]
 
     def _chunk_start(self):
-        cache_kwargs = self.natural.rest[0] if self.natural.rest else None
+        cache_kwargs = next(iter(self.natural.rest[0]), None)
         lengths = self.natural.new[0].shape[-2], self.natural.read[0].shape[-2]
         return _chunk_start(self.cache, self.index, *lengths, cache_kwargs)
 
@@ -272,7 +273,10 @@ class _LayerCall:
     # gradients reach them, reentrant or not.
 
     def _is_checkpointing(self) -> bool:
-        return self.layer.training and getattr(self.layer, "gradient_checkpointing", False)
+        layer = self.layer
+        # Since 5.24, a layer in training mode keeps its cache where no gradients are wanted, and checkpoints nothing.
+        pauses_itself = hasattr(layer, "_can_checkpoint_with_cache") and not torch.is_grad_enabled()
+        return layer.training and getattr(layer, "gradient_checkpointing", False) and not pauses_itself
 
     def _run_natural_checkpointed(self):
         first_output = []

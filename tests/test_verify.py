@@ -38,7 +38,7 @@ def test_every_family_passes(export_dir, family):
     assert outcome["steps 1 is bitwise the base model"]["difference"] == 0
     assert outcome["anchor 1 is bitwise the base model"]["difference"] == 0
     assert 0 < outcome["cached decode equals the full forward"]["difference"] < 1e-3
-    assert "sha256" in outcome["weights are the base's"]["detail"]
+    assert outcome["weights are the base's"]["detail"] == "1 compared by xxh3_128"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_one_flipped_bit_of_the_weights_is_found_by_a_full_check(export):
     assert checks(export, "--files-only")[1] == 0
     outcome, status = checks(export, "--files-only", "--full")
     assert status == 1
-    assert outcome["weights are the base's"]["detail"] == "model.safetensors has changed (sha256)"
+    assert outcome["weights are the base's"]["detail"] == "model.safetensors has changed (xxh3_128)"
 
 
 def test_model_that_computes_something_else_fails(export, monkeypatch):
