@@ -6,6 +6,7 @@ import re
 
 from .checkpoint import Origin
 from .cost import Cost
+from .describe import describe_layers, describe_refinements, describe_rule, describe_span, formula
 from .spec import LoopSpec
 
 # Card metadata that an export inherits from its base.
@@ -38,12 +39,13 @@ def make_card(base: Origin, base_card: str, model_type: str, num_layers: int, sp
     return _metadata(base, read_metadata(base_card)) + _BODY.format(
         name=name,
         base=_base_link(base),
-        span=f"[{spec.span[0]}, {spec.span[1]})",
+        span=describe_span(spec),
         layers=describe_layers(spec),
         num_layers=num_layers,
         model_type=model_type,
         steps=spec.steps,
-        step_size=f"{spec.step_size:.6g}",
+        rule=describe_rule(spec),
+        refinements=describe_refinements(spec),
         anchor=f"{spec.anchor:g}",
         mode=spec.mode,
         kv=spec.kv,
@@ -54,22 +56,6 @@ def make_card(base: Origin, base_card: str, model_type: str, num_layers: int, sp
         multiplier=f"{cost.multiplier:.2f}",
         formula=formula(spec),
     )
-
-
-def describe_layers(spec: LoopSpec) -> str:
-    """The span's layers by number: `layers 12 to 19`."""
-    start, stop = spec.span
-    return f"layer {start}" if spec.width == 1 else f"layers {start} to {stop - 1}"
-
-
-def formula(spec: LoopSpec) -> str:
-    """The recursion with the spec's own numbers."""
-    s, beta, last = f"{spec.step_size:.6g}", f"{spec.anchor:g}", spec.steps
-    out = f"h_{last}" if spec.anchor == 0 else f"{beta} n + {1 - spec.anchor:g} h_{last}"
-    lines = ["n       = g(x)", f"h_1     = x + {s} (n - x)"]
-    if spec.steps > 1:
-        lines.append(f"h_(k+1) = h_k + {s} (g(h_k) - h_k)    k = 1 .. {last - 1}")
-    return "\n".join([*lines, f"out     = {out}"])
 
 
 def read_metadata(card: str) -> dict:
@@ -121,9 +107,10 @@ Compare it with the base on your own task before you rely on it.
 | family | `{model_type}` |
 | span | `{span}`, half-open: {layers} of 0 to {num_layers}-1 |
 | steps K | {steps} |
-| damping (step size s) | {step_size} |
+| update rule | {rule} |
 | anchor (beta) | {anchor} |
 | mode | `{mode}` |
+| refinements | {refinements} |
 | K/V policy | `{kv}`: {kv_meaning} |
 | decoding | `{decode}`: {decode_meaning} |
 | cost | {evaluations} layer evaluations a token instead of {num_layers}: {multiplier}x |

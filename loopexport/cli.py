@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -48,15 +49,28 @@ def spec_options(command):
     """The options that make up a loop spec, named as the fields of `LoopSpec`."""
     options = [
         click.option(
-            "--span", metavar="START:STOP", help="Layers to loop, half-open, counted from 0: 12:20 is 12 to 19."
+            "--span",
+            multiple=True,
+            metavar="START:STOP",
+            help="Layers to loop, half-open, counted from 0: 12:20 is 12 to 19; repeat it for several spans.",
         ),
         click.option("--steps", type=int, help="K, times the span is evaluated; 1 is the base model."),
-        click.option("--damping", type=float, help="Step size s in (0, 1]; 1 is naive looping.  [default: 1/steps]"),
+        click.option(
+            "--damping",
+            type=float,
+            help="Step size s in (0, 1]; 1 is naive looping.  [default: 1/steps for euler]",
+        ),
         click.option("--anchor", type=float, help="Weight of the base's own output in [0, 1].  [default: 0]"),
         click.option("--mode", help="block: the span as one; layer: each of its layers in turn.  [default: block]"),
         click.option("--kv", help="Keys and values of iterations: shared, per_step or reference.  [default: shared]"),
         click.option("--decode", help="Decode steps that loop: full, bypass or first_n.  [default: full]"),
         click.option("--first-n", type=int, help="Decode steps that loop under --decode first_n."),
+        click.option("--rule", help="Update rule, see `loopexport rules`.  [default: euler]"),
+        click.option("--schedule", metavar="NUMBERS", help="Numbers for rules ema_sched and poly_blend: 0.5,0.3,0.2."),
+        click.option("--momentum", type=float, help="For rule heavy_ball, in [0, 1).  [default: 0.3]"),
+        click.option("--history", type=int, help="Differences that rule anderson fits.  [default: 2]"),
+        click.option("--frozen-routing", is_flag=True, default=None, help="Iterations use the natural pass's experts."),
+        click.option("--norm-interpolation", is_flag=True, default=None, help="Iterates keep norms from |x| to |n|."),
         click.option(
             "--spec",
             "spec_file",
@@ -178,10 +192,23 @@ def restore(directory, out, weights) -> None:
     click.echo(f"Wrote {base.root}, the base {base.origin.name}")
 
 
+@main.command(context_settings=CONTEXT)
+@json_option
+def rules(as_json) -> None:
+    """List the update rules: what each computes, what it takes and how often it runs the span."""
+    from .report import rule_lines
+    from .spec import RULES
+
+    if as_json:
+        _echo_json({name: asdict(rule) for name, rule in RULES.items()})
+    else:
+        click.echo("\n".join(rule_lines()))
+
+
 def _merge_spec(spec_file: Path | None, options: dict) -> dict:
     from .spec import read_spec_file
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
     return {**read_spec_file(spec_file), **given} if spec_file else given
 
 

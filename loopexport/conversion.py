@@ -53,13 +53,13 @@ class ConvertPlan:
 
     def to_dict(self) -> dict:
         """The plan for `--json`."""
-        start, stop = self.spec.span
+        start, stop = self.spec.layers[0], self.spec.layers[-1] + 1
         return {
             "base": {"name": self.base.origin.name, "revision": self.base.origin.revision},
             "out": str(self.out),
             "model_type": self.base.model_type,
             "spec": {**self.spec.to_config_fields(), "loop_damping": self.spec.step_size},
-            "layers": list(range(start, stop)),
+            "layers": list(self.spec.layers),
             "depth_fraction": [round(start / self.base.num_layers, 4), round(stop / self.base.num_layers, 4)],
             "cost": self.cost.to_dict(),
             "weights": {
@@ -141,7 +141,8 @@ def convert(model: str, out: str | Path | None = None, **options) -> Export:
 
 def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
     name = base.origin.name.rsplit("/", 1)[-1]
-    return Path(f"{name}-looped-{spec.span[0]}-{spec.span[1]}-k{spec.steps}")
+    spans = "-".join(f"{start}-{stop}" for start, stop in spec.spans)
+    return Path(f"{name}-looped-{spans}-k{spec.steps}")
 
 
 def _warnings(spec: LoopSpec) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ class Cost:
     """Cost per token, looped against base. K/V bytes are None where the config does not tell.
 
     Attributes:
-        layer_evaluations: decoder layers run for one token, `L + (K-1) * w`, and `base_layer_evaluations`, L.
+        layer_evaluations: decoder layers run for one token, `L + (E-1) * w`, and `base_layer_evaluations`, L.
         params_read: parameters read to decode one token (layers as often as they run, norm, and head; of the
             embedding one row), and `base_params_read`.
         kv_bytes: bytes added to the cache by one token, all slots, in the checkpoint's dtype, and `base_kv_bytes`.
@@ -43,17 +43,18 @@ class Cost:
 def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
     """Count the cost of a loop on a base.
 
-    `L + (K-1) * w` layer evaluations: the natural pass writes the cache, so no pass is spent on that alone.
+    `L + (E-1) * w` layer evaluations, with E evaluations of the span (K for most rules): the natural pass writes the
+    cache, so no pass is spent on that alone.
     """
-    passes = 0 if spec.is_identity else spec.steps - 1
-    looped_params = sum(base.layer_params.get(layer, 0) for layer in range(*spec.span))
+    iterations = spec.evaluations - 1
+    looped_params = sum(base.layer_params.get(layer, 0) for layer in spec.layers)
     params = _params_read(base)
     slot_bytes = _kv_bytes_per_slot(base)
     slots = base.num_layers + spec.extra_kv_slots
     return Cost(
-        layer_evaluations=base.num_layers + passes * spec.width,
+        layer_evaluations=base.num_layers + iterations * len(spec.layers),
         base_layer_evaluations=base.num_layers,
-        params_read=params + passes * looped_params,
+        params_read=params + iterations * looped_params,
         base_params_read=params,
         kv_bytes=None if slot_bytes is None else slots * slot_bytes,
         base_kv_bytes=None if slot_bytes is None else base.num_layers * slot_bytes,

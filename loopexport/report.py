@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .card import describe_layers
 from .checkpoint import Checkpoint, Origin
 from .conversion import ConvertPlan
 from .cost import Cost, dtype_name
+from .describe import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
 from .export import Export
 from .integrity import Check
-from .spec import LoopSpec
+from .spec import RULES, LoopSpec
 
 MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
 
@@ -40,22 +40,37 @@ def check_lines(checks: list[Check]) -> list[str]:
     return [f"{MARKS[check.passed]} {check.name}: {check.detail}" for check in checks]
 
 
+def rule_lines() -> list[str]:
+    """The update rules as a table, and what the letters mean."""
+    width = max(map(len, RULES))
+    lines = [
+        f"{name:{width}}  {rule.evaluations_per_step} per step  {rule.summary}"
+        + (f"  [{', '.join(rule.takes)}]" if rule.takes else "")
+        for name, rule in RULES.items()
+    ]
+    return [*lines, "", "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields it takes]"]
+
+
 def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
-    start, stop = spec.span
     params = sum(tensor.num_elements for tensor in base.tensors.values())
-    decode = f"first_n {spec.first_n}" if spec.decode == "first_n" else spec.decode
     return [
         f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, "
         f"{_millions(params)} parameters, {dtype_name(base)}",
-        f"Span     {start}:{stop}, half-open: {describe_layers(spec)} of 0 to {base.num_layers - 1}, "
-        f"depth {start / base.num_layers:.2f} to {stop / base.num_layers:.2f}",
-        f"Loop     {spec.steps} steps of size {spec.step_size:.6g}, anchor {spec.anchor:g}, "
-        f"mode {spec.mode}, kv {spec.kv}, decode {decode}",
+        f"Span     {describe_span(spec)}, half-open: {describe_layers(spec)} of 0 to {base.num_layers - 1}, "
+        f"depth {_depths(base, spec)}",
+        f"Loop     {spec.steps} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
+        f"         mode {spec.mode}, kv {spec.kv}, decode {describe_decode(spec)}, "
+        f"refinements: {describe_refinements(spec)}",
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
         f"{cost.multiplier:.2f}x",
         f"         {_millions(cost.params_read)} parameters read a token instead of {_millions(cost.base_params_read)}",
         f"         {_kv_text(cost)}",
     ]
+
+
+def _depths(base: Checkpoint, spec: LoopSpec) -> str:
+    """The spans as fractions of the depth."""
+    return " and ".join(f"{start / base.num_layers:.2f} to {stop / base.num_layers:.2f}" for start, stop in spec.spans)
 
 
 def _files(count: int) -> str:

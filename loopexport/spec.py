@@ -11,9 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from .errors import SpecError
-from .templates.configuration_looped import DECODE_MODES, KV_POLICIES, MODES, LoopSpec
+from .templates.configuration_looped import DECODE_MODES, KV_POLICIES, MODES, RULES, LoopSpec
 
-__all__ = ["DECODE_MODES", "KV_POLICIES", "MODES", "LoopSpec", "make_spec", "parse_span", "read_spec_file"]
+__all__ = ["DECODE_MODES", "KV_POLICIES", "MODES", "RULES", "LoopSpec", "make_spec", "parse_span", "read_spec_file"]
 
 SPEC_KEYS = tuple(field.name for field in fields(LoopSpec))
 
@@ -37,7 +37,7 @@ def parse_span(text: str) -> tuple[int, int]:
 
 
 def make_spec(**values) -> LoopSpec:
-    """A checked `LoopSpec`; the span may be a pair or a string for `parse_span`.
+    """A checked `LoopSpec`; a span may be a pair or a string for `parse_span`.
 
     Raises:
         SpecError: a key is unknown or missing, or a value is not allowed.
@@ -48,12 +48,29 @@ def make_spec(**values) -> LoopSpec:
     for key, example in (("span", "12:20"), ("steps", "4")):
         if values.get(key) is None:
             raise SpecError(f"the loop spec has no {key}; give one, such as {key} {example}")
-    if isinstance(values["span"], str):
-        values["span"] = parse_span(values["span"])
+    values["span"] = _parsed(values["span"])
+    if isinstance(values.get("schedule"), str):
+        values["schedule"] = _parse_numbers(values["schedule"])
     try:
         return LoopSpec(**values)
     except ValueError as error:
         raise SpecError(str(error)) from None
+
+
+def _parsed(span):
+    """A span, or several, with all strings parsed."""
+    if isinstance(span, str):
+        return parse_span(span)
+    if isinstance(span, (list, tuple)) and any(isinstance(each, str) for each in span):
+        return [_parsed(each) for each in span]
+    return span
+
+
+def _parse_numbers(text: str) -> list[float]:
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        raise SpecError(f"schedule {text!r} is not a list of numbers such as 0.5,0.3,0.2") from None
 
 
 def read_spec_file(path: Path) -> dict:
@@ -72,11 +89,15 @@ def read_spec_file(path: Path) -> dict:
         raise SpecError(f"spec file {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SpecError(f"spec file {path} is not a mapping; write lines such as `span: 12:20` and `steps: 4`")
-    # YAML 1.1 reads 12:20 as the base-60 number 740, so the span is taken from the text.
-    if _is_sexagesimal(values.get("span")):
-        values["span"] = "{}:{}".format(*divmod(values["span"], 60))
+    span = values.get("span")
+    if isinstance(span, list) and not all(isinstance(each, int) for each in span):
+        values["span"] = [_from_sexagesimal(each) for each in span]
+    elif span is not None:
+        values["span"] = _from_sexagesimal(span)
     return values
 
 
-def _is_sexagesimal(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _from_sexagesimal(value):
+    """YAML 1.1 reads 12:20 as the base-60 number 740; this gives the text back."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return "{}:{}".format(*divmod(value, 60)) if is_number else value

@@ -6,7 +6,7 @@ parameter names, masks, position embeddings and the forward are the native model
 
 How a forward runs: the native model walks its layer list. Outside the span it meets the layers themselves. Inside, it
 meets a `_Visit`, which runs the layer as asked (the natural pass) and records the call; at the end of the span (or of
-each layer, in layer mode) the recorded calls are replayed K-1 times on the iterates, see `LoopSpec` for the formula.
+each layer, in layer mode) the recorded calls are replayed on the iterates of the update rule, see `LoopSpec`.
 
 Source: "Training-Free Looped Transformers" (arXiv 2605.23872).
 """
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, DynamicCache
 
-from .configuration_looped import CLASS_PREFIX, LoopSpec, looped_config_class
+from .configuration_looped import CLASS_PREFIX, LoopSpec, base_model_type, looped_config_class
 
 # What native layers call the argument that carries the K/V cache, newest name first.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -32,37 +32,198 @@ DECODE_STEPS = "loop_decode_steps"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The update rule: a pure function of the hidden states and g.
+# The update rules: pure functions of the hidden states and g. `LoopSpec` and `RULES` of the configuration declare them.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_loop(x, natural, g, spec: LoopSpec):
-    """The output of the loop, from the hidden states that entered the span and those that left it.
+def run_loop(x, g, spec: LoopSpec):
+    """The output of the loop: the rule's last iterate, blended with the natural pass by the anchor.
 
-        h_1 = x + s (n - x);   h_{k+1} = h_k + s (g(h_k) - h_k);   out = beta n + (1 - beta) h_K
+        out = beta n + (1 - beta) h_K
 
     Args:
-        x: hidden states before the natural pass, `(batch, seq, hidden)`.
-        natural: hidden states after it, n = g(x).
-        g: `g(k, h)` runs iteration k (1 .. K-1) of the span on h.
+        x: hidden states that entered the span, `(batch, seq, hidden)`.
+        g: a `_Body`; its first call is the natural pass.
         spec: the loop.
 
     Blends are computed in the model's dtype. A step size of 1 and an anchor of 0 leave no arithmetic behind, so that
     naive looping is bitwise g applied K times.
 
-    Source: paper section 3, equations of the damped sub-step and the anchor.
+    Source: paper section 3, equations of the damped sub-step and the anchor; the other rules from `_iterate_loop` of
+    the authors' published `loop_qwen3.py`.
     """
-    h = _step(x, natural, spec.step_size)
-    for k in range(1, spec.steps):
-        h = _step(h, g(k, h), spec.step_size)
-    return h if spec.anchor == 0 else spec.anchor * natural + (1 - spec.anchor) * h
+    h = RULES[spec.rule](x.to(g.natural.device), g, spec)  # the span may cross devices under a device_map
+    return h if spec.anchor == 0 else spec.anchor * g.natural + (1 - spec.anchor) * h
 
 
-def _step(h, target, step_size: float):
-    if step_size == 1:
-        return target
-    h = h.to(target.device)  # the span may cross devices under a device_map
-    return h + step_size * (target - h)
+def _euler(x, g, spec):
+    h, s = x, spec.step_size
+    for k in range(1, spec.steps + 1):
+        y = g(h)
+        h = y if s == 1 else h + s * (y - h)
+        if spec.norm_interpolation and k < spec.steps:
+            start, stop = _norm(x), _norm(g.natural)
+            h = _rescale(h, start + (stop - start) * (k / spec.steps))
+    return h
+
+
+def _residual_scaled(x, g, spec):
+    h = x
+    for _ in range(spec.steps):
+        h = g(h)
+    return x + (h - x) / spec.steps
+
+
+def _ema(x, g, spec):
+    h = x
+    for s in spec.schedule or (spec.step_size,) * spec.steps:
+        h = (1 - s) * h + s * g(h)
+    return h
+
+
+def _midpoint(x, g, spec):
+    h, s = x, spec.step_size
+    for _ in range(spec.steps):
+        middle = h + s / 2 * (g(h) - h)
+        h = h + s * (g(middle) - middle)
+    return h
+
+
+def _heun(x, g, spec):
+    h, s = x, spec.step_size
+    for _ in range(spec.steps):
+        k1 = g(h) - h
+        end = h + s * k1
+        h = h + s / 2 * (k1 + g(end) - end)
+    return h
+
+
+def _rk4(x, g, spec):
+    h, s = x, spec.step_size
+    for _ in range(spec.steps):
+        k1 = g(h) - h
+        second = h + s / 2 * k1
+        k2 = g(second) - second
+        third = h + s / 2 * k2
+        k3 = g(third) - third
+        fourth = h + s * k3
+        k4 = g(fourth) - fourth
+        h = h + s / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return h
+
+
+def _heavy_ball(x, g, spec):
+    h = previous = x
+    momentum = 0.3 if spec.momentum is None else spec.momentum
+    for _ in range(spec.steps):
+        h, previous = h + spec.step_size * (g(h) - h) + momentum * (h - previous), h
+    return h
+
+
+def _anderson(x, g, spec):
+    """Least squares finds the mix of past changes that would null the residual, over all tokens of the chunk at once.
+
+    As in the authors' code, whose step takes (1 - s) of the mixed points where Walker and Ni (2011) take all of them.
+    """
+    h, s, history = x, spec.step_size, spec.history or 2
+    points, residuals = [], []
+    for _ in range(spec.steps):
+        points.append(h)
+        residuals.append(g(h) - h)
+        points, residuals = points[-history - 1 :], residuals[-history - 1 :]
+        if len(points) == 1:
+            h = h + s * residuals[-1]
+            continue
+        moves, changes = _differences(points), _differences(residuals)
+        mix = _least_squares(changes, residuals[-1].float())
+        h = h - (1 - s) * (moves @ mix).to(h.dtype) + s * (residuals[-1] - (changes @ mix).to(h.dtype))
+    return h
+
+
+def _differences(values):
+    return torch.stack([values[i + 1] - values[i] for i in range(len(values) - 1)], dim=-1).float()
+
+
+def _least_squares(columns, target):
+    """Coefficients of the last dimension of `columns` that come nearest to `target`, with a touch of Tikhonov."""
+    columns = columns.flatten(0, -2)
+    gram = columns.T @ columns
+    gram = gram + 1e-6 * gram.diagonal().max().clamp_min(1e-8) * torch.eye(len(gram), device=gram.device)
+    return torch.linalg.solve(gram, columns.T @ target.flatten())
+
+
+def _aitken(x, g, spec):
+    """Delta-squared on each coordinate, in fp32; no coordinate moves further than one application of g moves it."""
+    h = x
+    for _ in range(spec.steps // 2):
+        once = g(h)
+        twice = g(once)
+        first, second = (once - h).float(), (twice - 2 * once + h).float()
+        bends = second.abs() > 1e-3 * first.abs() + 1e-4
+        step = torch.where(bends, -first * first / torch.where(bends, second, 1.0), first)
+        h = (h.float() + step.clamp(-first.abs(), first.abs())).to(h.dtype)
+    return h
+
+
+def _norm_stab(x, g, spec):
+    h, s = x, spec.step_size
+    for _ in range(spec.steps):
+        h = _rescale((1 - s) * h + s * g(h), _norm(x))
+    return h
+
+
+def _poly_blend(x, g, spec):
+    h, blend = x, spec.schedule[0] * x
+    for weight in spec.schedule[1:]:
+        h = g(h)
+        blend = blend + weight * h
+    return blend
+
+
+def _input_anchor(x, g, spec):
+    h, s = x, spec.step_size
+    for _ in range(spec.steps):
+        h = (1 - s) * x + s * g(h)
+    return h
+
+
+def _uniform(x, g, spec):
+    h, sums = g(x), list(g.natural_outputs)
+    for k in range(2, spec.steps + 1):
+
+        def mean(position, output, k=k):
+            sums[position] = sums[position] + output
+            return sums[position] / k
+
+        h = g(h, replace=mean)
+    return h
+
+
+def _norm(h):
+    """L2 norm of each token's hidden state in fp32, `(batch, seq, 1)`."""
+    return h.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+
+
+def _rescale(h, norm):
+    return (h.float() * (norm / _norm(h))).to(h.dtype)
+
+
+RULES = {
+    "euler": _euler,
+    "residual_scaled": _residual_scaled,
+    "ema": _ema,
+    "ema_sched": _ema,
+    "midpoint": _midpoint,
+    "heun": _heun,
+    "rk4": _rk4,
+    "heavy_ball": _heavy_ball,
+    "anderson": _anderson,
+    "aitken": _aitken,
+    "norm_stab": _norm_stab,
+    "poly_blend": _poly_blend,
+    "input_anchor": _input_anchor,
+    "uniform": _uniform,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,21 +325,20 @@ def _is_empty(cache, layer_idx: int) -> bool:
 
 
 def _add_slots(cache, spec: LoopSpec, num_layers: int) -> None:
-    """Give the cache one slot for each span layer and further pass, of the kind that the layer itself has.
+    """Give the cache one slot for each looped layer and iteration, of the kind that the layer itself has.
 
     A cache that was made without a config adds slots by itself when they are first stored into.
 
     Raises:
         ValueError: the cache was filled under another loop setting.
     """
-    start, stop = spec.span
     count = len(cache.layers)
     if count < num_layers or count == num_layers + spec.extra_kv_slots:
         return
-    if count != num_layers or not _is_empty(cache, start):
+    if count != num_layers or not _is_empty(cache, spec.layers[0]):
         raise ValueError(_foreign_cache(f"it has {count} slots, not {num_layers + spec.extra_kv_slots}"))
-    for _ in range(1, spec.steps):
-        cache.layers.extend(_empty_slot_like(cache.layers[index]) for index in range(start, stop))
+    for _ in range(1, spec.evaluations):
+        cache.layers.extend(_empty_slot_like(cache.layers[index]) for index in spec.layers)
 
 
 def _empty_slot_like(layer):
@@ -189,6 +349,66 @@ def _empty_slot_like(layer):
 
 def _foreign_cache(why: str) -> str:
     return f"the K/V cache was filled under another loop setting ({why}); start with a new cache"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen routing: what the routers of sparse MoE layers answered in the natural pass, used again.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _RecordRoute:
+    """Keeps what the routers of a layer answer, in order."""
+
+    def __init__(self, routes: list):
+        self.routes = routes
+
+    def __call__(self, answer):
+        self.routes.append(answer)
+        return answer
+
+
+class _ReplayRoute:
+    """Answers for the routers of a layer what was kept, in order."""
+
+    def __init__(self, routes: list):
+        self.routes = routes
+        self.count = 0
+
+    def __call__(self, answer):
+        self.count += 1
+        return self.routes[self.count - 1]
+
+
+@contextmanager
+def _routing(routers, route):
+    """Let `route` see, and change, what the routers answer."""
+    for router in routers:
+        router.loop_route = route
+    try:
+        yield
+        if not route.routes:
+            raise ValueError(f"cannot freeze the routing: {type(routers[0]).__name__} was not called")
+    finally:
+        for router in routers:
+            router.loop_route = None
+
+
+def _pass_through_route(router, args, answer):
+    """A forward hook: the router's answer, or that of the route set for this pass."""
+    return None if router.loop_route is None else router.loop_route(answer)
+
+
+def _prepared_routers(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The routers of a layer: modules named `router`, or `gate` beside `experts`; each gets the hook once."""
+    routers = []
+    for block in layer.modules():
+        children = dict(block.named_children())
+        router: Any = children.get("router") or (children.get("gate") if "experts" in children else None)
+        if router is not None:
+            router.loop_route = None
+            router.register_forward_hook(_pass_through_route)
+            routers.append(router)
+    return tuple(routers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,12 +424,15 @@ class _LayerCall:
         hidden: the hidden states it was called with, `(batch, seq, hidden)`.
         cache: the cache it was called with, or None.
         natural: the keys and values that the natural pass stored and read, once it has run.
+        routes: what the layer's routers answered in the natural pass, if routing is frozen.
     """
 
-    def __init__(self, layer, index, cache_argument, args, kwargs):
+    def __init__(self, layer, index, cache_argument, routers, args, kwargs):
         self.layer = layer
         self.index = index
         self.cache_argument = cache_argument
+        self.routers = routers
+        self.routes: list = []
         self.args = list(args)
         self.kwargs = kwargs
         self.hidden = args[0] if args else kwargs["hidden_states"]
@@ -231,24 +454,33 @@ class _LayerCall:
             kwargs[name] = cache
         return self.layer(*args, **kwargs)
 
-    def run_natural(self, kv: str):
-        """The layer's output as the native model asked for it; keeps the keys and values that iterations need."""
+    def run_natural(self, spec: LoopSpec):
+        """The layer's output as the native model asked for it; keeps what iterations need of it."""
         if not self._is_checkpointing():
             self.natural = _NaturalPass(self.cache)
-            return self.run(self.hidden, self.natural)
+            if not (spec.frozen_routing and self.routers):
+                return self.run(self.hidden, self.natural)
+            with _routing(self.routers, _RecordRoute(self.routes)):
+                return self.run(self.hidden, self.natural)
+        if spec.frozen_routing and self.routers:
+            raise ValueError("frozen routing does not work under gradient checkpointing; switch one of them off")
         # Gradient checkpointing takes the cache from a layer; without one, only `shared` needs the natural K/V.
         self.cache = None
-        return self._run_natural_checkpointed() if kv == "shared" else self.run(self.hidden, None)
+        return self._run_natural_checkpointed() if spec.kv == "shared" else self.run(self.hidden, None)
 
     def run_iteration(self, k: int, hidden, spec: LoopSpec, num_layers: int):
-        """The hidden states after this layer in iteration k (1 .. K-1)."""
+        """The hidden states after this layer in iteration k, counted from 1."""
         if spec.kv == "shared" and self._is_checkpointing():
             return self.layer._gradient_checkpointing_func(self._run_shared, hidden, *self.natural.read)
-        return _hidden_of(self.run(hidden, self._iteration_cache(k, spec, num_layers)))
+        cache = self._iteration_cache(k, spec, num_layers)
+        if not (spec.frozen_routing and self.routers):
+            return _hidden_of(self.run(hidden, cache))
+        with _routing(self.routers, _ReplayRoute(self.routes)):
+            return _hidden_of(self.run(hidden, cache))
 
     def store_natural(self, spec: LoopSpec, num_layers: int) -> None:
         """Fill the slots of all passes with the natural keys and values: those of a token that does not loop."""
-        for k in range(1, spec.steps):
+        for k in range(1, spec.evaluations):
             args, kwargs = self.natural.rest
             self.cache.update(*self.natural.new, self._slot(k, spec, num_layers), *args, **kwargs)
 
@@ -262,7 +494,7 @@ class _LayerCall:
         return _OwnChunk(self.cache, self.natural.read, self._chunk_start())
 
     def _slot(self, k, spec, num_layers) -> int:
-        return num_layers + (k - 1) * spec.width + self.index - spec.span[0]
+        return num_layers + (k - 1) * len(spec.layers) + spec.layers.index(self.index)
 
     def _chunk_start(self):
         cache_kwargs = next(iter(self.natural.rest[0]), None)
@@ -314,6 +546,37 @@ def _with_hidden(output, hidden):
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+class _Body:
+    """g for one span (or, in layer mode, one layer) of one forward: each call runs the recorded layers once more.
+
+    The first call is the natural pass, which the native model has run; it answers with that.
+
+    Attributes:
+        natural_outputs: of each layer in the natural pass.
+    """
+
+    def __init__(self, walk: _Walk, calls: list[_LayerCall], natural):
+        self.walk = walk
+        self.calls = calls
+        self.natural_outputs = [call.hidden for call in calls[1:]] + [natural]
+        self.count = 0
+
+    @property
+    def natural(self):
+        """n, the hidden states after the natural pass."""
+        return self.natural_outputs[-1]
+
+    def __call__(self, hidden, replace=None):
+        """The hidden states after the body; `replace(position, output)` may change each layer's output on the way."""
+        self.count += 1
+        if self.count == 1:
+            return self.natural
+        for position, call in enumerate(self.calls):
+            hidden = call.run_iteration(self.count - 1, hidden, self.walk.spec, self.walk.num_layers)
+            hidden = hidden if replace is None else replace(position, hidden)
+        return hidden
+
+
 class _Walk:
     """One walk of the native model over its layer list, that is, one forward."""
 
@@ -329,23 +592,23 @@ class _Walk:
             self.loops = self._begin(call)
         if not (self.loops or self.spec.kv == "per_step"):
             return call.run(call.hidden, call.cache)
-        output = call.run_natural(self.spec.kv)
+        output = call.run_natural(self.spec)
         self.calls[call.index] = call
         if not self.loops:
             if call.cache is not None:
                 call.store_natural(self.spec, self.num_layers)
             return output
-        start, stop = (call.index, call.index + 1) if self.spec.mode == "layer" else self.spec.span
+        start, stop = self._bounds(call.index)
         if call.index != stop - 1:
             return output
-        body = [self.calls[index] for index in range(start, stop)]
+        body = _Body(self, [self.calls[index] for index in range(start, stop)], _hidden_of(output))
+        return _with_hidden(output, run_loop(body.calls[0].hidden, body, self.spec))
 
-        def g(k, hidden):
-            for each in body:
-                hidden = each.run_iteration(k, hidden, self.spec, self.num_layers)
-            return hidden
-
-        return _with_hidden(output, run_loop(body[0].hidden, _hidden_of(output), g, self.spec))
+    def _bounds(self, index: int) -> tuple[int, int]:
+        """First layer and end of the body that a layer belongs to."""
+        if self.spec.mode == "layer":
+            return index, index + 1
+        return next((start, stop) for start, stop in self.spec.spans if start <= index < stop)
 
     def _begin(self, call: _LayerCall) -> bool:
         """Prepare the cache and decide whether this forward loops, see `LoopSpec.decode`."""
@@ -369,11 +632,11 @@ class _Walk:
 class _Visit:
     """What the native model meets in place of a span layer: calls go to the walk, attributes to the layer."""
 
-    def __init__(self, walk: _Walk, layer, index: int, cache_argument):
-        vars(self).update(walk=walk, layer=layer, index=index, cache_argument=cache_argument)
+    def __init__(self, walk: _Walk, layer, index: int, cache_argument, routers):
+        vars(self).update(walk=walk, layer=layer, index=index, cache_argument=cache_argument, routers=routers)
 
     def __call__(self, *args, **kwargs):
-        return self.walk.run(_LayerCall(self.layer, self.index, self.cache_argument, args, kwargs))
+        return self.walk.run(_LayerCall(self.layer, self.index, self.cache_argument, self.routers, args, kwargs))
 
     def __getattr__(self, name):
         return getattr(self.layer, name)
@@ -395,10 +658,12 @@ class LoopedLayers(nn.ModuleList):
     Attributes:
         config: the model's config.
         cache_arguments: for each layer, name and position of the argument in which it takes the K/V cache.
+        routers: for each layer, the modules that choose its tokens' experts.
     """
 
     config: Any
     cache_arguments: list[tuple[str, int]]
+    routers: tuple[tuple[nn.Module, ...], ...]
 
     def __iter__(self):
         layers: list = list(super().__iter__())
@@ -407,8 +672,8 @@ class LoopedLayers(nn.ModuleList):
         if spec.is_identity:
             return iter(layers)
         walk = _Walk(spec, len(layers))
-        for index in range(*spec.span):
-            layers[index] = _Visit(walk, layers[index], index, self.cache_arguments[index])
+        for index in spec.layers:
+            layers[index] = _Visit(walk, layers[index], index, self.cache_arguments[index], self.routers[index])
         return iter(layers)
 
     def __getitem__(self, index):
@@ -427,6 +692,7 @@ class LoopedModelMixin:
         layers.__class__ = LoopedLayers
         layers.config = config
         layers.cache_arguments = [_cache_argument(layer) for layer in layers._modules.values()]
+        layers.routers = tuple(_prepared_routers(layer) for layer in layers._modules.values())
 
 
 def _layer_list(model: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -470,4 +736,30 @@ def _looped_class(name: str, family: str, mapping) -> type:
     config_class = looped_config_class(family)
     native = mapping[config_class.native_config_class]
     body = {"config_class": config_class, "__module__": __name__, "__qualname__": name}
-    return type(name, (LoopedModelMixin, native), body)
+    looped = type(name, (LoopedModelMixin, native), body)
+    _load_as_native(native, looped)
+    return looped
+
+
+def _load_as_native(native: type, looped: type) -> None:
+    """Let transformers 5 load, save and run the looped class's experts as it does the native one's.
+
+    It fuses the weights of experts by a table of model types that foreign classes are not looked up in, and decides by
+    a class's source, and for good, whether faster experts may run: both go wrong without an error.
+    """
+    try:
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            register_checkpoint_conversion_mapping,
+        )
+    except ImportError:  # transformers 4
+        return
+    model_type = looped.config_class.model_type
+    for ours, theirs in ((model_type, base_model_type(model_type)), (looped.__name__, native.__name__)):
+        conversion = get_checkpoint_conversion_mapping(theirs)
+        if conversion is not None:
+            register_checkpoint_conversion_mapping(ours, conversion, overwrite=True)
+    for name in ("attn", "experts"):
+        answer = getattr(native, f"_can_set_{name}_implementation", None)
+        if answer is not None:
+            setattr(looped, f"_can_set_{name}_implementation_cached_value", answer())

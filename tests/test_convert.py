@@ -118,6 +118,12 @@ def test_config_is_the_bases_raw_json_with_only_our_fields_added(base, tmp_path)
         "loop_kv": "shared",
         "loop_decode": "full",
         "loop_first_n": 0,
+        "loop_rule": "euler",
+        "loop_schedule": None,
+        "loop_momentum": None,
+        "loop_history": None,
+        "loop_frozen_routing": False,
+        "loop_norm_interpolation": False,
     }
     assert set(raw) <= set(config)
     assert (out / "base" / "config.json").read_bytes() == (base / "config.json").read_bytes()
@@ -237,7 +243,8 @@ def test_plan_tells_span_cost_cache_and_disk(base):
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     for part in (
         "1:4, half-open: layers 1 to 3 of 0 to 5, depth 0.17 to 0.67",
-        "3 steps of size 0.333333, anchor 0, mode block, kv per_step, decode full",
+        "3 steps, rule euler, s = 0.333333, anchor 0",
+        "mode block, kv per_step, decode full, refinements: none",
         "12 layer evaluations a token instead of 6: 2.00x",
         f"{12 * 2 * 2 * 16 * 4:,} K/V cache bytes a token instead of {6 * 2 * 2 * 16 * 4:,}",
         f"copy, {size:,} bytes of disk",

@@ -264,7 +264,7 @@ def test_another_version_of_the_template_under_the_same_name_is_not_mixed_up(exp
     before = logits(load(export_dir()), tokens)
     other = shutil.copytree(export_dir(), tmp_path / export_dir().name)
     modeling = (other / "modeling_looped.py").read_text()
-    (other / "modeling_looped.py").write_text(modeling.replace("h + step_size *", "h - step_size *"))
+    (other / "modeling_looped.py").write_text(modeling.replace("else h + s *", "else h - s *"))
     config = (other / "configuration_looped.py").read_text()
     (other / "configuration_looped.py").write_text(config.replace(MODELING_DIGEST, "e" * 16))
     assert_differs(logits(load(other), tokens), before)

@@ -1,0 +1,65 @@
+"""A loop in words and formulas, for people: used by the model card and by what the commands print."""
+
+from __future__ import annotations
+
+from .spec import RULES, LoopSpec
+
+
+def describe_span(spec: LoopSpec) -> str:
+    """The spans as users write them: `12:20`, or `4:8 and 12:20`."""
+    return " and ".join(f"{start}:{stop}" for start, stop in spec.spans)
+
+
+def describe_layers(spec: LoopSpec) -> str:
+    """The spans' layers by number: `layers 12 to 19`."""
+    if len(spec.layers) == 1:
+        return f"layer {spec.layers[0]}"
+    return "layers " + " and ".join(
+        f"{start}" if stop == start + 1 else f"{start} to {stop - 1}" for start, stop in spec.spans
+    )
+
+
+def describe_rule(spec: LoopSpec) -> str:
+    """Name of the update rule and the values of what it takes: `euler, s = 0.25`."""
+    takes = RULES[spec.rule].takes
+    values = {"s": f"{spec.step_size:.6g}"} if "damping" in takes else {}
+    if spec.schedule is not None:
+        values["schedule"] = " ".join(f"{each:g}" for each in spec.schedule)
+    if "momentum" in takes:
+        values["momentum"] = f"{0.3 if spec.momentum is None else spec.momentum:g}"
+    if "history" in takes:
+        values["history"] = f"{spec.history or 2}"
+    return ", ".join([spec.rule, *(f"{name} = {value}" for name, value in values.items())])
+
+
+def describe_refinements(spec: LoopSpec) -> str:
+    """The refinements that are on, or `none`."""
+    names = {"frozen routing": spec.frozen_routing, "norm interpolation": spec.norm_interpolation}
+    return ", ".join(name for name, is_on in names.items() if is_on) or "none"
+
+
+def describe_decode(spec: LoopSpec) -> str:
+    """The decode mode with its number, if it has one."""
+    return f"first_n {spec.first_n}" if spec.decode == "first_n" else spec.decode
+
+
+def formula(spec: LoopSpec) -> str:
+    """The recursion with the spec's own numbers."""
+    beta, last = f"{spec.anchor:g}", spec.steps
+    out = f"h_{last}" if spec.anchor == 0 else f"{beta} n + {1 - spec.anchor:g} h_{last}"
+    return "\n".join([*_recursion(spec), f"out     = {out}"])
+
+
+def _recursion(spec: LoopSpec) -> list[str]:
+    natural = "n       = g(x)"
+    if spec.rule in ("residual_scaled", "poly_blend"):
+        return [natural, f"h_{spec.steps}     = {RULES[spec.rule].summary}"]
+    if spec.rule != "euler":
+        return [natural, f"h_0     = x;  each of {spec.steps} steps: {RULES[spec.rule].summary}"]
+    s = f"{spec.step_size:.6g}"
+    lines = [natural, f"h_1     = x + {s} (n - x)"]
+    if spec.steps > 1:
+        lines.append(f"h_(k+1) = h_k + {s} (g(h_k) - h_k)    k = 1 .. {spec.steps - 1}")
+    if spec.norm_interpolation:
+        lines.append(f"|h_k|   is set to |x| + (|n| - |x|) k/{spec.steps} for each token, k < {spec.steps}")
+    return lines
