@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from .errors import CheckpointError
-from .families import check_family
+from .families import check_family, layer_count
 from .safetensors_header import Header, Tensor, read_header
 
 CONFIG = "config.json"
@@ -39,7 +39,7 @@ FOREIGN_WEIGHTS = {
     ".h5": "load it with transformers and `save_pretrained` it",
 }
 
-LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ class Checkpoint:
     @property
     def num_layers(self) -> int:
         """L, the number of decoder layers."""
-        return self.config["num_hidden_layers"]
+        count = layer_count(self.config)
+        assert count is not None, "check_family has seen to it"
+        return count
 
     @property
     def index_name(self) -> str | None:
@@ -151,6 +153,7 @@ def open_checkpoint(
     config = _read_config(config_path or root / CONFIG)
     check_family(config)
     shards = _read_shards(root, names, read_shard or read_local_shard)
+    _check_causal(config, shards)
     weights = {shard.name for shard in shards}
     carried = {name for name in names if CARRIED.fullmatch(name)}
     if SINGLE_FILE not in weights:
@@ -195,11 +198,11 @@ def _file_names(root: Path) -> set[str]:
 
 def _read_config(path: Path) -> dict:
     config = read_json(path)
-    layers = config.get("num_hidden_layers")
+    layers = layer_count(config)
     if config.get("model_type") is not None and not isinstance(config["model_type"], str):
         raise CheckpointError(f"model_type {config['model_type']!r} in {path} is not a string")
     if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or layers < 1):
-        raise CheckpointError(f"num_hidden_layers {layers!r} in {path} is not a number of layers")
+        raise CheckpointError(f"{layers!r} in {path} is not a number of layers")
     return config
 
 
@@ -219,6 +222,15 @@ def _read_shards(root: Path, names: set[str], read_shard: Callable[[Path, str], 
         if tensor not in held[name]:
             raise CheckpointError(f"{INDEX} places {tensor} in {name}, which does not hold it; download both again")
     return shards
+
+
+def _check_causal(config: dict, shards: tuple[Shard, ...]) -> None:
+    """An encoder of the BERT kind attends to both sides unless its config says that it is a decoder."""
+    has_encoder = any(".encoder.layer." in f".{tensor}" for shard in shards for tensor in shard.header.tensors)
+    if has_encoder and not config.get("is_decoder"):
+        raise CheckpointError(
+            f"{config['model_type']} is an encoder (is_decoder is not set); only decoders can be looped"
+        )
 
 
 def _check_shard_name(name) -> None:

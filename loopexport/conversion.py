@@ -103,6 +103,7 @@ def plan_convert(
     base = find_checkpoint(str(model), revision, headers_only=dry_run)
     try:
         loop.check_depth(base.num_layers)
+        loop.check_layer_types(base.config.get("layer_types") or base.config.get("layers_block_type"))
     except ValueError as error:
         raise SpecError(str(error)) from None
     out = Path(out).expanduser() if out is not None else _default_out(base, loop)

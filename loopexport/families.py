@@ -9,8 +9,8 @@ from __future__ import annotations
 from .errors import CheckpointError
 from .templates.configuration_looped import MODEL_TYPE_PREFIX
 
-# `model_type` of every family that the tests hold to the oracle.
-TESTED_FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
+# What the number of decoder layers is called; the first that a config has counts.
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def check_family(config: dict) -> None:
@@ -29,16 +29,25 @@ def check_family(config: dict) -> None:
     architectures = config.get("architectures") or []
     if config.get("is_encoder_decoder"):
         raise CheckpointError(f"{_names(architectures, model_type)} is an encoder-decoder; only decoders can be looped")
-    if not any(str(name).endswith("ForCausalLM") for name in architectures):
+    if isinstance(config.get("text_config"), dict):
         raise CheckpointError(
-            f"{_names(architectures, model_type)} is not a causal language model (architectures: ...ForCausalLM)"
+            f"{_names(architectures, model_type)} is multimodal; loop its language model: load that with "
+            "AutoModelForCausalLM, `save_pretrained` it, and convert the result"
         )
-    if model_type not in TESTED_FAMILIES:
+    if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise CheckpointError(
-            f"family {model_type!r} is not among those tested: {', '.join(TESTED_FAMILIES)}; please open an issue"
+            f"{_names(architectures, model_type)} is not a causal language model "
+            "(architectures: ...ForCausalLM or ...LMHeadModel)"
         )
-    if not config.get("num_hidden_layers"):
-        raise CheckpointError("config.json has no num_hidden_layers, so there are no layers to loop")
+    if not layer_count(config):
+        raise CheckpointError(
+            f"config.json tells no number of layers ({', '.join(LAYER_COUNT_KEYS)}), so there are none to loop"
+        )
+
+
+def layer_count(config: dict) -> int | None:
+    """L, the number of decoder layers, or None where the config does not tell."""
+    return next((config[key] for key in LAYER_COUNT_KEYS if config.get(key) is not None), None)
 
 
 def _names(architectures, model_type: str) -> str:

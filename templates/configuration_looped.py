@@ -15,11 +15,14 @@ from itertools import pairwise
 
 # Start of the sha256 of modeling_looped.py. transformers 5 tells local code apart by this file alone: without it, two
 # exports of one directory name with different modeling code would share, in one process, whichever was loaded first.
-MODELING_DIGEST = "0469882ed0f3a135"
+MODELING_DIGEST = "236802354bacefdd"
 
 MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")
 DECODE_MODES = ("full", "bypass", "first_n")
+
+# Types of layers whose only memory is a K/V cache, as `layer_types` of native configs name them.
+ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention")
 
 FIELD_PREFIX = "loop_"
 MODEL_TYPE_PREFIX = "looped_"
@@ -183,6 +186,21 @@ class LoopSpec:
                 f"span {start}:{stop} ends outside the model, which has {num_layers} layers; "
                 f"a span is half-open and may end at {num_layers} at most"
             )
+
+    def check_layer_types(self, layer_types) -> None:
+        """Raise ValueError unless keys and values are all that the looped layers keep of the past.
+
+        Args:
+            layer_types: the config's `layer_types` or `layers_block_type`, one name per layer; None where it has none.
+        """
+        if not isinstance(layer_types, (list, tuple)) or len(layer_types) <= self.layers[-1]:
+            return
+        for layer in self.layers:
+            if layer_types[layer] not in ATTENTION_TYPES:
+                raise ValueError(
+                    f"layer {layer} is of type {layer_types[layer]}, which keeps more of the past than keys and "
+                    "values: running it again would spoil that; choose a span of attention layers"
+                )
 
     @classmethod
     def from_config(cls, config) -> LoopSpec:

@@ -238,6 +238,10 @@ class _CacheProxy:
         self.cache = cache
 
     def __getattr__(self, name):
+        if "conv" in name or "recurrent" in name or "ssm" in name or "linear" in name or "indexer" in name:
+            raise ValueError(
+                f"cannot loop a layer that keeps more than keys and values in its cache ({name}); choose another span"
+            )
         return getattr(DynamicCache() if self.cache is None else self.cache, name)
 
 
@@ -657,24 +661,36 @@ class LoopedLayers(nn.ModuleList):
 
     Attributes:
         config: the model's config.
-        cache_arguments: for each layer, name and position of the argument in which it takes the K/V cache.
+        cache_arguments: for each layer, name and position of the argument in which it takes the K/V cache, if any.
         routers: for each layer, the modules that choose its tokens' experts.
     """
 
     config: Any
-    cache_arguments: list[tuple[str, int]]
+    cache_arguments: list[tuple[str, int] | None]
     routers: tuple[tuple[nn.Module, ...], ...]
 
     def __iter__(self):
         layers: list = list(super().__iter__())
         spec = LoopSpec.from_config(self.config)
-        spec.check_depth(len(layers))
+        self.check(spec)
         if spec.is_identity:
             return iter(layers)
         walk = _Walk(spec, len(layers))
         for index in spec.layers:
             layers[index] = _Visit(walk, layers[index], index, self.cache_arguments[index], self.routers[index])
         return iter(layers)
+
+    def check(self, spec: LoopSpec) -> None:
+        """Raise ValueError unless all layers of the spec exist and can be run again."""
+        spec.check_depth(len(self))
+        spec.check_layer_types(getattr(self.config, "layer_types", None))
+        spec.check_layer_types(getattr(self.config, "layers_block_type", None))
+        for index in spec.layers:
+            if self.cache_arguments[index] is None:
+                raise ValueError(
+                    f"cannot loop layer {index}: {type(self._modules[str(index)]).__name__} takes no K/V cache "
+                    f"(none of {', '.join(CACHE_ARGUMENTS)}); choose another span"
+                )
 
     def __getitem__(self, index):
         return list(self)[index] if isinstance(index, slice) else super().__getitem__(index)
@@ -686,13 +702,13 @@ class LoopedModelMixin:
     def __init__(self, config, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
         layers: Any = _layer_list(self.base_model, config.num_hidden_layers)
-        LoopSpec.from_config(config).check_depth(len(layers))
         # The class is swapped, rather than the list replaced, so that parameter names, device maps, tensor-parallel
         # plans and everything else that goes by module paths stay the native model's.
         layers.__class__ = LoopedLayers
         layers.config = config
         layers.cache_arguments = [_cache_argument(layer) for layer in layers._modules.values()]
         layers.routers = tuple(_prepared_routers(layer) for layer in layers._modules.values())
+        layers.check(LoopSpec.from_config(config))
 
 
 def _layer_list(model: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -711,15 +727,13 @@ def _layer_list(model: nn.Module, num_layers: int) -> nn.ModuleList:
     return outermost[0]
 
 
-def _cache_argument(layer: nn.Module) -> tuple[str, int]:
-    """Name and position of the argument in which a decoder layer takes the K/V cache."""
+def _cache_argument(layer: nn.Module) -> tuple[str, int] | None:
+    """Name and position of the argument in which a decoder layer takes the K/V cache; None where it takes none."""
     names = list(inspect.signature(layer.forward).parameters)
     for name in CACHE_ARGUMENTS:
         if name in names:
             return name, names.index(name)
-    raise ValueError(
-        f"cannot loop {type(layer).__name__}: it takes no K/V cache (none of {', '.join(CACHE_ARGUMENTS)})"
-    )
+    return None
 
 
 def __getattr__(name: str) -> type:

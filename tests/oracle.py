@@ -1,7 +1,8 @@
 """The looped forward, written by hand over a plain transformers model; shares no code with the template.
 
 Nothing is cached. For every chunk of tokens the whole sequence so far is run again, layer by layer, and the keys and
-values that an iteration may see are forced by overwriting the outputs of the K and V projections, row by row.
+values that an iteration may see are forced by overwriting the outputs of the K and V projections, row by row. Frozen
+routing overwrites the outputs of the routers.
 
 Source: method.md sections 1 to 3, restated for rows of a sequence:
 
@@ -12,8 +13,8 @@ Source: method.md sections 1 to 3, restated for rows of a sequence:
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from contextlib import contextmanager
 
 import torch
 
@@ -22,24 +23,45 @@ class Oracle:
     """Runs tokens through a plain model with a loop, chunk by chunk.
 
     Args:
-        model: a plain decoder in eval mode; its layers are `model.model.layers`.
-        span, steps, damping, anchor, mode, kv, decode, first_n: the loop.
+        model: a plain decoder in eval mode.
+        span, steps, damping, anchor, mode, kv, decode, first_n, frozen_routing: the loop; several spans as a list.
+        rule, **values: the update rule's name in `UPDATES`, and what it takes.
     """
 
     def __init__(
-        self, model, span, steps, damping=None, anchor=0.0, mode="block", kv="shared", decode="full", first_n=0
+        self,
+        model,
+        span,
+        steps,
+        anchor=0.0,
+        mode="block",
+        kv="shared",
+        decode="full",
+        first_n=0,
+        rule="euler",
+        frozen_routing=False,
+        **values,
     ):
         self.model = model
-        self.layers = list(model.model.layers)
+        inner = model.base_model if model.base_model is not model else model.model  # Gemma 3 on transformers 4
+        self.layers = list(inner.h if hasattr(inner, "h") else inner.layers)
+        self.final_norm = next(
+            getattr(inner, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(inner, name)
+        )
         self.steps = steps
-        self.step_size = 1 / steps if damping is None else damping
+        self.passes = steps * {"midpoint": 2, "heun": 2, "rk4": 4}.get(rule, 1)
+        self.update = functools.partial(UPDATES[rule], steps=steps, **values)
         self.anchor = anchor
         self.kv = kv
         self.decode = decode
         self.first_n = first_n
-        self.stop = span[1]
-        numbers = list(range(*span))
-        self.bodies = [numbers] if mode == "block" else [[number] for number in numbers]
+        self.frozen_routing = frozen_routing
+        spans = span if isinstance(span, list) else [span]
+        self.bodies = [
+            body
+            for each in spans
+            for body in ([list(range(*each))] if mode == "block" else [[number] for number in range(*each)])
+        ]
 
     def logits(self, tokens, chunks, attention_mask=None):
         """Logits of all rows, `(batch, sum(chunks), vocab)`, each as computed with its chunk."""
@@ -60,43 +82,59 @@ class Oracle:
             end = rows + length
             mask = None if attention_mask is None else attention_mask[:, :end]
             h, calls = self._inputs(tokens[:, :end], mask, self.bodies[0][0])
+            reached = self.bodies[0][0]
             for number, body in enumerate(self.bodies):
+                h = self._run(range(reached, body[0]), h, calls)
                 new = self._body(body, h, calls, rows, loops, pass_kv)
                 outputs[number] = new if outputs[number] is None else torch.cat([outputs[number], new], dim=1)
-                h = outputs[number]
+                h, reached = outputs[number], body[-1] + 1
             logits.append(self._finish(tokens[:, :end], mask, h)[:, rows:])
             rows = end
         return torch.cat(logits, dim=1)
 
     def _body(self, body, x, calls, rows, loops, pass_kv):
         """Output rows of the latest chunk, for one loop body and inputs of all rows."""
-        natural_kv = {}
-        n = self._run(body, x, calls, record=natural_kv)
-        for k in range(1, self.steps):
+        natural_kv, routes = {}, {}
+        outputs = []  # of each layer of the body, latest chunk
+        n = self._run(body, x, calls, natural_kv, routes=routes, each=lambda h: outputs.append(h[:, rows:]) or h)
+        for k in range(1, self.passes):
             for layer in body:
                 key = (k, layer)
                 if pass_kv[key] is None:
                     pass_kv[key] = [each[:, :0] for each in natural_kv[layer]]
         if not loops:
-            for k in range(1, self.steps):
+            for k in range(1, self.passes):
                 for layer in body:
                     self._append(pass_kv, (k, layer), [each[:, rows:] for each in natural_kv[layer]])
             return n[:, rows:]
-        h = x + self.step_size * (n - x) if self.step_size != 1 else n
-        for k in range(1, self.steps):
+        k = 0
+
+        def g(h, each=lambda h: h):
+            """Pass k, on and of the latest chunk; what the other rows hold is replaced where it could matter."""
+            nonlocal k
+            k += 1
+            if k == 1:
+                return n[:, rows:]
             own_kv = {}
 
-            def force(layer, own, k=k):
+            def force(layer, own, k=k - 1):
                 natural = natural_kv[layer]
                 past = pass_kv[k, layer] if self.kv == "per_step" else [each[:, :rows] for each in natural]
                 chunk = [each[:, rows:] for each in (natural if self.kv == "shared" else own)]
                 return [torch.cat([p, c], dim=1) for p, c in zip(past, chunk, strict=True)]
 
-            g = self._run(body, h, calls, record=own_kv, force=force)
+            def each_chunk(h):
+                return torch.cat([h[:, :rows], each(h[:, rows:])], dim=1)
+
+            frozen = routes if self.frozen_routing else None
+            full = torch.cat([x[:, :rows], h], dim=1)
+            output = self._run(body, full, calls, own_kv, force, replay=frozen, each=each_chunk)
             for layer in body:
-                self._append(pass_kv, (k, layer), [each[:, rows:] for each in own_kv[layer]])
-            h = h + self.step_size * (g - h) if self.step_size != 1 else g
-        return (self.anchor * n + (1 - self.anchor) * h)[:, rows:]
+                self._append(pass_kv, (k - 1, layer), [each[:, rows:] for each in own_kv[layer]])
+            return output[:, rows:]
+
+        h = self.update(x[:, rows:], n[:, rows:], g, natural_outputs=outputs)
+        return self.anchor * n[:, rows:] + (1 - self.anchor) * h
 
     @staticmethod
     def _append(pass_kv, key, new):
@@ -119,16 +157,23 @@ class Oracle:
                 hook.remove()
         return calls[first][0][0], calls
 
-    def _run(self, body, h, calls, record, force=None):
+    def _run(self, body, h, calls, record=None, force=None, routes=None, replay=None, each=lambda h: h):
         for number in body:
-            with _projections(self.layers[number], number, record, force):
-                output = self.layers[number](h, *calls[number][0][1:], **calls[number][1])
-            h = output[0] if isinstance(output, tuple) else output
+            layer = self.layers[number]
+            hooks = [] if record is None else _projection_hooks(layer, number, record, force)
+            hooks += _router_hooks(layer, number, routes, replay)
+            try:
+                output = layer(h, *calls[number][0][1:], **calls[number][1])
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            h = each(output[0] if isinstance(output, tuple) else output)
         return h
 
     def _finish(self, tokens, mask, h):
-        """Logits from the hidden states after the span: a plain forward with them put in place."""
-        module = self.layers[self.stop] if self.stop < len(self.layers) else self.model.model.norm
+        """Logits from the hidden states after the last span: a plain forward with them put in place."""
+        stop = self.bodies[-1][-1] + 1
+        module = self.layers[stop] if stop < len(self.layers) else self.final_norm
         hook = module.register_forward_pre_hook(lambda module, args, kwargs: ((h, *args[1:]), kwargs), with_kwargs=True)
         try:
             return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
@@ -136,35 +181,211 @@ class Oracle:
             hook.remove()
 
 
-@contextmanager
-def _projections(layer, number, record, force):
-    """Record the outputs of a layer's K and V projections, and replace them by what `force` says."""
-    attention = layer.self_attn
-    if hasattr(attention, "qkv_proj"):  # phi3: one projection for all three
-        groups, heads = attention.config.num_key_value_heads, attention.config.num_attention_heads
-        width = attention.qkv_proj.out_features // (heads + 2 * groups)
-        sizes = [heads * width, groups * width, groups * width]
+def _projection_hooks(layer, number, record, force):
+    """Record what a layer's keys and values are made of, row by row, and replace it by what `force` says."""
+    attention = next(getattr(layer, name) for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
+    if hasattr(attention, "k_proj"):
+        return _separate_hooks(attention, number, record, force)
+    fused, split, join = _fused(attention)
 
-        def fused(module, args, output):
-            query, *own = output.split(sizes, dim=-1)
-            record[number] = own
-            return None if force is None else torch.cat([query, *force(number, own)], dim=-1)
+    def replace(module, args, output):
+        rest, own = split(output)
+        record[number] = own
+        return None if force is None else join(rest, force(number, own))
 
-        hooks = [attention.qkv_proj.register_forward_hook(fused)]
-    else:
-        own = {}
+    return [fused.register_forward_hook(replace)]
 
-        def key(module, args, output):
-            own["key"] = output
-            return None if force is None else force(number, [output, output])[0]
 
-        def value(module, args, output):
-            record[number] = [own["key"], output]
-            return None if force is None else force(number, [output, output])[1]
+def _separate_hooks(attention, number, record, force):
+    own = {}
 
-        hooks = [attention.k_proj.register_forward_hook(key), attention.v_proj.register_forward_hook(value)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def key(module, args, output):
+        own["key"] = output
+        return None if force is None else force(number, [output, output])[0]
+
+    def value(module, args, output):
+        record[number] = [own["key"], output]
+        return None if force is None else force(number, [output, output])[1]
+
+    return [attention.k_proj.register_forward_hook(key), attention.v_proj.register_forward_hook(value)]
+
+
+def _fused(attention):
+    """The projection that keys and values come from, how its output splits into (rest, [parts]), and is joined."""
+    config = attention.config
+    if hasattr(attention, "kv_a_proj_with_mqa"):  # MLA: all of it
+        return attention.kv_a_proj_with_mqa, lambda output: (None, [output]), lambda rest, own: own[0]
+    if hasattr(attention, "c_attn"):  # GPT-2: queries, keys, values
+        return (
+            attention.c_attn,
+            lambda output: (output.chunk(3, dim=-1)[0], list(output.chunk(3, dim=-1)[1:])),
+            lambda rest, own: torch.cat([rest, *own], dim=-1),
+        )
+    if hasattr(attention, "query_key_value"):  # GPT-NeoX: the same for each head
+        heads = config.num_attention_heads
+
+        def split(output):
+            query, *own = output.unflatten(-1, (heads, 3, -1)).unbind(-2)
+            return query, own
+
+        return (
+            attention.query_key_value,
+            split,
+            lambda rest, own: torch.stack([rest, *own], dim=-2).flatten(-3),
+        )
+    groups, heads = config.num_key_value_heads, config.num_attention_heads  # Phi-3
+    width = attention.qkv_proj.out_features // (heads + 2 * groups)
+
+    def split_groups(output):
+        query, *own = output.split([heads * width, groups * width, groups * width], dim=-1)
+        return query, own
+
+    return attention.qkv_proj, split_groups, lambda rest, own: torch.cat([rest, *own], dim=-1)
+
+
+def _router_hooks(layer, number, routes, replay):
+    """Record what a sparse layer's router answers into `routes`, or answer what `replay` holds."""
+    block = next((getattr(layer, name) for name in ("mlp", "block_sparse_moe") if hasattr(layer, name)), None)
+    if not hasattr(block, "experts") or (routes is None and replay is None):
+        return []
+    router = block.gate if hasattr(block, "gate") else block.router
+
+    def answer(module, args, output):
+        if replay is not None:
+            return replay[number]
+        routes[number] = output
+        return None
+
+    return [router.register_forward_hook(answer)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update rules, from method.md and the authors' code: h_K from x, n = g(x) and g, whose first call gives n.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def euler(x, n, g, steps, damping=None, norm_interpolation=False, **_):
+    s = 1 / steps if damping is None else damping
+    h = x
+    for k in range(1, steps + 1):
+        h = g(h) if (s == 1) else h + s * (g(h) - h)
+        if norm_interpolation and k < steps:
+            target = x.norm(dim=-1) + (n.norm(dim=-1) - x.norm(dim=-1)) * k / steps
+            h = h * (target / h.norm(dim=-1))[..., None]
+    return h
+
+
+def residual_scaled(x, n, g, steps, **_):
+    y = functools.reduce(lambda h, _: g(h), range(steps), x)
+    return x + (y - x) / steps
+
+
+def ema(x, n, g, steps, damping=0.5, schedule=None, **_):
+    h = x
+    for alpha in schedule or [damping] * steps:
+        h = torch.lerp(h, g(h), alpha)
+    return h
+
+
+def runge_kutta(tableau, weights):
+    def update(x, n, g, steps, damping=None, **_):
+        s = 1 / steps if damping is None else damping
+        h = x
+        for _step in range(steps):
+            slopes = []
+            for factor in tableau:
+                at = h + s * factor * slopes[-1] if slopes else h
+                slopes.append(g(at) - at)
+            h = h + s * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
+        return h
+
+    return update
+
+
+def heavy_ball(x, n, g, steps, damping=0.5, momentum=0.3, **_):
+    path = [x, x]
+    for _step in range(steps):
+        path.append(path[-1] + damping * (g(path[-1]) - path[-1]) + momentum * (path[-1] - path[-2]))
+    return path[-1]
+
+
+def anderson(x, n, g, steps, damping=1.0, history=2, **_):
+    points, images, h = [], [], x
+    for _step in range(steps):
+        points.append(h)
+        images.append(g(h))
+        residuals = [image - point for point, image in zip(points, images, strict=True)]
+        m = min(history, len(points) - 1)
+        h = (1 - damping) * points[-1] + damping * images[-1]
+        if m:
+            moves = torch.stack([points[-i] - points[-i - 1] for i in range(m, 0, -1)])
+            changes = torch.stack([residuals[-i] - residuals[-i - 1] for i in range(m, 0, -1)])
+            matrix = changes.flatten(1).T
+            gram = matrix.T @ matrix
+            gram = gram + 1e-6 * max(gram.diagonal().max().item(), 1e-8) * torch.eye(m)
+            mix = torch.linalg.solve(gram, matrix.T @ residuals[-1].flatten())
+            h = h - torch.einsum("m,m...->...", mix, (1 - damping) * moves + damping * changes)
+    return h
+
+
+def aitken(x, n, g, steps, **_):
+    h = x
+    for _step in range(steps // 2):
+        once = g(h)
+        twice = g(once)
+        first, second = once - h, twice - 2 * once + h
+        jump = -first.square() / second
+        jump = jump.where(second.abs() > 1e-3 * first.abs() + 1e-4, first)
+        h = h + jump.sign() * torch.minimum(jump.abs(), first.abs())
+    return h
+
+
+def norm_stab(x, n, g, steps, damping=0.5, **_):
+    h = x
+    for _step in range(steps):
+        h = torch.nn.functional.normalize(torch.lerp(h, g(h), damping), dim=-1) * x.norm(dim=-1, keepdim=True)
+    return h
+
+
+def poly_blend(x, n, g, steps, schedule, **_):
+    powers = [x]
+    for _step in range(steps):
+        powers.append(g(powers[-1]))
+    return sum(weight * power for weight, power in zip(schedule, powers, strict=True))
+
+
+def input_anchor(x, n, g, steps, damping=0.5, **_):
+    return functools.reduce(lambda h, _: torch.lerp(x, g(h), damping), range(steps), x)
+
+
+def uniform(x, n, g, steps, natural_outputs, **_):
+    seen = [[output] for output in natural_outputs]
+    h = g(x)
+    for _step in range(steps - 1):
+        layers = iter(seen)
+
+        def mean(output, layers=layers):
+            outputs = next(layers)
+            outputs.append(output)
+            return torch.stack(outputs).mean(dim=0)
+
+        h = g(h, each=mean)
+    return h
+
+
+UPDATES = {
+    "euler": euler,
+    "residual_scaled": residual_scaled,
+    "ema": ema,
+    "ema_sched": ema,
+    "midpoint": runge_kutta([0, 1 / 2], [0, 1]),
+    "heun": runge_kutta([0, 1], [1 / 2, 1 / 2]),
+    "rk4": runge_kutta([0, 1 / 2, 1 / 2, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]),
+    "heavy_ball": heavy_ball,
+    "anderson": anderson,
+    "aitken": aitken,
+    "norm_stab": norm_stab,
+    "poly_blend": poly_blend,
+    "input_anchor": input_anchor,
+    "uniform": uniform,
+}

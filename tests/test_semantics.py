@@ -8,6 +8,7 @@ import pytest
 import torch
 from compare import assert_close, assert_differs
 from oracle import Oracle
+from routing import run_without_ties
 from tiny import FAMILIES, SPAN, tiny_tokens
 from transformers import DynamicCache, StaticCache
 
@@ -36,9 +37,12 @@ def spec_ids(value):
     return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
-def check_against_oracle(model, base, spec, chunks=CHUNKS, cache=None, attention_mask=None):
-    tokens = tiny_tokens(2, LENGTH)
-    ours = run_chunks(model, tokens, chunks, cache or DynamicCache(config=model.config), attention_mask)
+def check_against_oracle(model, base, spec, chunks=CHUNKS, make_cache=None, attention_mask=None):
+    def run(tokens):
+        cache = make_cache() if make_cache else DynamicCache(config=model.config)
+        return run_chunks(model, tokens, chunks, cache, attention_mask)
+
+    tokens, ours = run_without_ties(model, run, 2, LENGTH)
     with torch.no_grad():
         theirs = Oracle(base, **spec).logits(tokens, chunks, attention_mask)
     if attention_mask is not None:
@@ -103,7 +107,9 @@ def test_spans_at_both_ends_and_all_dampings_equal_the_oracle(looped, plain, spa
 def test_static_cache_equals_the_oracle(looped, plain, family, kv):
     spec = {"span": SPAN, "steps": 3, "kv": kv, "decode": "first_n", "first_n": 1}
     model = looped(family, **spec)
-    check_against_oracle(model, plain(family), spec, cache=StaticCache(config=model.config, max_cache_len=LENGTH + 3))
+    check_against_oracle(
+        model, plain(family), spec, make_cache=lambda: StaticCache(config=model.config, max_cache_len=LENGTH + 3)
+    )
 
 
 @pytest.mark.parametrize("kv", KV_POLICIES)
@@ -118,9 +124,9 @@ def test_left_padded_batch_equals_the_oracle(looped, plain, family, kv):
 @pytest.mark.parametrize("kv", ["shared", "per_step"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decode_matches_full_forward(looped, family, kv):
-    model, tokens = looped(family, kv=kv), tiny_tokens(2, LENGTH)
-    cached = run_chunks(model, tokens, CHUNKS, DynamicCache(config=model.config))
-    assert_close(cached, full_forward(model, tokens))
+    model = looped(family, kv=kv)
+    tokens, full = run_without_ties(model, lambda tokens: full_forward(model, tokens), 2, LENGTH)
+    assert_close(run_chunks(model, tokens, CHUNKS, DynamicCache(config=model.config)), full)
 
 
 def test_cached_decode_of_reference_does_not_match_full_forward(looped):
@@ -142,4 +148,4 @@ def test_policies_and_modes_differ_from_each_other(looped):
 def test_cache_made_without_config_works(looped, plain):
     for kv in KV_POLICIES:
         spec = {"span": SPAN, "steps": 3, "kv": kv}
-        check_against_oracle(looped("llama", **spec), plain("llama"), spec, cache=DynamicCache())
+        check_against_oracle(looped("llama", **spec), plain("llama"), spec, make_cache=DynamicCache)

@@ -30,6 +30,29 @@ COMMON = {
 MIXED_LAYERS = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
 SLIDING = {"sliding_window": SLIDING_WINDOW}
 
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+DEEP_MOE = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+MLA = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    # Latents and scaled experts amplify rounding: wider weights would drown a comparison of fp32 sums in it.
+    "initializer_range": 0.1,
+}
+GPT2 = {"n_embd": 64, "n_inner": 96, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 128}
+
 FAMILIES: dict[str, dict] = {
     "llama": {"tie_word_embeddings": False},
     "qwen2": {**SLIDING, "use_sliding_window": True, "layer_types": MIXED_LAYERS, "tie_word_embeddings": True},
@@ -39,7 +62,32 @@ FAMILIES: dict[str, dict] = {
     "gemma3_text": {**SLIDING, "head_dim": 16, "layer_types": MIXED_LAYERS, "query_pre_attn_scalar": 16},
     "phi3": {**SLIDING, "resid_pdrop": 0.0},
     "olmo2": {},
+    "granite": {
+        "residual_multiplier": 0.8,
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": GPT2,
+    "gpt_neox": {"rotary_pct": 0.5, "tie_word_embeddings": False},
+    # Sparse experts; a dense layer before, and in the span of, the sparse ones where the family has such.
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**MOE, **SLIDING, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+    "qwen3_moe": {**MOE, "head_dim": 24, "mlp_only_layers": [2], "norm_topk_prob": True},
+    "gpt_oss": {
+        **SLIDING,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "layer_types": MIXED_LAYERS,
+    },
+    "glm4_moe": {**DEEP_MOE, "head_dim": 16},
+    "deepseek_v2": {**DEEP_MOE, **MLA},
+    "deepseek_v3": {**DEEP_MOE, **MLA},
 }
+# Those with sparse experts.
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3")
 
 
 def tiny_config(family: str, **overrides):
