@@ -39,6 +39,9 @@ FOREIGN_WEIGHTS = {
     ".h5": "load it with transformers and `save_pretrained` it",
 }
 
+# Parameters of layers whose memory is more than a K/V cache: state spaces, linear attention, convolutions, indexers.
+RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|indexer)\b")
+
 LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
@@ -128,6 +131,16 @@ class Checkpoint:
                 layer = int(match[1])
                 params[layer] = params.get(layer, 0) + tensor.num_elements
         return params
+
+    @cached_property
+    def recurrent_tensors(self) -> dict[int, str]:
+        """By layer number, a tensor that shows the layer to keep more of the past than keys and values."""
+        found = {}
+        for name in self.tensors:
+            layer = LAYER_TENSOR.search(name)
+            if layer and RECURRENT_TENSOR.search(name):
+                found[int(layer[1])] = name
+        return found
 
 
 def open_checkpoint(

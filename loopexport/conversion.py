@@ -15,6 +15,7 @@ from .checkpoint import CARD, CONFIG, Checkpoint
 from .cost import Cost, loop_cost
 from .errors import CheckpointError, OutputError, SpecError
 from .export import BASE_FOLDER, Export, is_export, looped_config, open_export, template_bytes
+from .families import layer_types
 from .hub import find_checkpoint
 from .manifest import MANIFEST, FileRecord, Manifest
 from .spec import LoopSpec, make_spec
@@ -101,11 +102,7 @@ def plan_convert(
     if weights not in METHODS:
         raise OutputError(f"weights method {weights!r} must be one of {', '.join(METHODS)}")
     base = find_checkpoint(str(model), revision, headers_only=dry_run)
-    try:
-        loop.check_depth(base.num_layers)
-        loop.check_layer_types(base.config.get("layer_types") or base.config.get("layers_block_type"))
-    except ValueError as error:
-        raise SpecError(str(error)) from None
+    _check_layers(base, loop)
     out = Path(out).expanduser() if out is not None else _default_out(base, loop)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export(out))
     return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, overwrite, _warnings(loop))
@@ -144,6 +141,21 @@ def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
     name = base.origin.name.rsplit("/", 1)[-1]
     spans = "-".join(f"{start}-{stop}" for start, stop in spec.spans)
     return Path(f"{name}-looped-{spans}-k{spec.steps}")
+
+
+def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:
+    try:
+        loop.check_depth(base.num_layers)
+        loop.check_layer_types(layer_types(base.config))
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+    recurrent = [layer for layer in loop.layers if layer in base.recurrent_tensors]
+    if recurrent:  # where the config does not tell the types of layers, the weights do
+        layer = recurrent[0]
+        raise SpecError(
+            f"layer {layer} keeps more of the past than keys and values ({base.recurrent_tensors[layer]}), and cannot "
+            "be run again: choose a span of attention layers"
+        )
 
 
 def _warnings(spec: LoopSpec) -> tuple[str, ...]:

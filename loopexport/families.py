@@ -1,10 +1,14 @@
 """Which models can be looped, told from `config.json` alone.
 
-The modeling template works on any native decoder that iterates one list of layers; a family is listed here once the
-test matrix has proved it.
+The modeling template works on any native decoder that iterates one list of layers, so there is no list of allowed
+families. `families.json` records what came of each family of transformers, and is written by `tests/family_walk.py`.
 """
 
 from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
 
 from .errors import CheckpointError
 from .templates.configuration_looped import MODEL_TYPE_PREFIX
@@ -12,9 +16,28 @@ from .templates.configuration_looped import MODEL_TYPE_PREFIX
 # What the number of decoder layers is called; the first that a config has counts.
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+FILE = Path(__file__).with_name("families.json")
+
+
+@lru_cache(maxsize=1)
+def outcomes() -> dict[str, dict[str, str]]:
+    """For each `model_type`, what came of it by release of transformers: "works", or "refused: why", and the like."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def newest_outcome(model_type: str) -> tuple[str, str]:
+    """Status and reason of a family on the newest release that was tried; both empty for one that never was.
+
+    The statuses are those of `Outcome` in `tests/family_walk.py`.
+    """
+    record = outcomes().get(model_type, {})
+    newest = max(record, key=lambda release: [int(part) for part in release.split(".")], default="")
+    status, _, reason = record.get(newest, "").partition(": ")
+    return status, reason
+
 
 def check_family(config: dict) -> None:
-    """Check that a config describes a decoder-only causal language model of a tested family.
+    """Check that a config describes a decoder-only causal language model that transformers has and can be looped.
 
     Raises:
         CheckpointError: it does not; the message says what it is and what can be done.
@@ -29,10 +52,14 @@ def check_family(config: dict) -> None:
     architectures = config.get("architectures") or []
     if config.get("is_encoder_decoder"):
         raise CheckpointError(f"{_names(architectures, model_type)} is an encoder-decoder; only decoders can be looped")
+    if "decoder_layers" in config or "num_decoder_layers" in config:
+        raise CheckpointError(
+            f"{_names(architectures, model_type)} is half of an encoder-decoder; only plain decoders can be looped"
+        )
     if isinstance(config.get("text_config"), dict):
         raise CheckpointError(
-            f"{_names(architectures, model_type)} is multimodal; loop its language model: load that with "
-            "AutoModelForCausalLM, `save_pretrained` it, and convert the result"
+            f"{_names(architectures, model_type)} is multimodal; take its language model out "
+            "(examples/language_model.py does) and convert that"
         )
     if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise CheckpointError(
@@ -43,11 +70,35 @@ def check_family(config: dict) -> None:
         raise CheckpointError(
             f"config.json tells no number of layers ({', '.join(LAYER_COUNT_KEYS)}), so there are none to loop"
         )
+    status, reason = newest_outcome(model_type)
+    if status == "refused":
+        raise CheckpointError(f"family {model_type!r} cannot be looped: {reason}")
+    if not status:
+        _check_native(model_type)
+
+
+def _check_native(model_type: str) -> None:
+    """An export runs the native model of its family, so transformers has to have one; asked where no record tells."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"transformers {__version__} has no model family {model_type!r}; an export runs the native code of its "
+            "family, never code that comes with a checkpoint: install a transformers that has it"
+        )
 
 
 def layer_count(config: dict) -> int | None:
     """L, the number of decoder layers, or None where the config does not tell."""
-    return next((config[key] for key in LAYER_COUNT_KEYS if config.get(key) is not None), None)
+    count = next((config[key] for key in LAYER_COUNT_KEYS if config.get(key) is not None), None)
+    types = layer_types(config)
+    return len(types) if count is None and types else count
+
+
+def layer_types(config: dict) -> list | None:
+    """The type of each layer by name, or None where the config does not tell."""
+    types = config.get("layer_types") or config.get("layers_block_type")
+    return types if isinstance(types, list) else None
 
 
 def _names(architectures, model_type: str) -> str:

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 # Start of the sha256 of modeling_looped.py. transformers 5 tells local code apart by this file alone: without it, two
 # exports of one directory name with different modeling code would share, in one process, whichever was loaded first.
-MODELING_DIGEST = "236802354bacefdd"
+MODELING_DIGEST = "290938f6dc3425ea"
 
 MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")
@@ -198,8 +198,8 @@ class LoopSpec:
         for layer in self.layers:
             if layer_types[layer] not in ATTENTION_TYPES:
                 raise ValueError(
-                    f"layer {layer} is of type {layer_types[layer]}, which keeps more of the past than keys and "
-                    "values: running it again would spoil that; choose a span of attention layers"
+                    f"layer {layer} is of type {layer_types[layer]}; only layers whose memory is a K/V cache can be "
+                    f"run again ({', '.join(ATTENTION_TYPES)}): choose a span of those"
                 )
 
     @classmethod

@@ -308,8 +308,8 @@ def _chunk_start(cache, layer_idx: int, length: int, read_length: int, cache_kwa
 
     None means at their end, as everywhere but in a static layer, which returns a buffer longer than what it holds.
     """
-    layer = cache.layers[layer_idx]
-    if not layer.is_compileable or read_length != layer.max_cache_len:
+    layer = cache.layers[layer_idx] if hasattr(cache, "layers") else None
+    if layer is None or not layer.is_compileable or read_length != layer.max_cache_len:
         return None
     last = read_length - length
     if cache_kwargs is not None and cache_kwargs.get("cache_position") is not None:  # transformers 4
@@ -319,27 +319,35 @@ def _chunk_start(cache, layer_idx: int, length: int, read_length: int, cache_kwa
     return layer.cumulative_length - length
 
 
-def _is_empty(cache, layer_idx: int) -> bool:
-    """Whether the cache holds nothing yet for this layer."""
+def _is_empty(cache, layer_idx: int, num_tokens: int) -> bool:
+    """Whether the cache held nothing for this layer before this forward, of `num_tokens`."""
+    if not hasattr(cache, "layers"):  # a family's own cache class, transformers 4
+        return int(cache.get_seq_length(layer_idx)) == 0
     if layer_idx >= len(cache.layers) or not cache.layers[layer_idx].is_initialized:
         return True
     # A static cache knows its length as a tensor only, which a compiled graph cannot branch on. What is compiled on an
     # initialised static cache are decode steps.
-    return not torch.compiler.is_compiling() and int(cache.get_seq_length(layer_idx)) == 0
+    if torch.compiler.is_compiling():
+        return False
+    # A layer that reuses the keys of an earlier one holds none; the earlier one has stored this forward's already.
+    owner = next(index for index in range(layer_idx, -1, -1) if getattr(cache.layers[index], "keys", None) is not None)
+    return int(cache.get_seq_length(owner)) == (0 if owner == layer_idx else num_tokens)
 
 
-def _add_slots(cache, spec: LoopSpec, num_layers: int) -> None:
+def _add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int) -> None:
     """Give the cache one slot for each looped layer and iteration, of the kind that the layer itself has.
 
     A cache that was made without a config adds slots by itself when they are first stored into.
 
     Raises:
-        ValueError: the cache was filled under another loop setting.
+        ValueError: the cache was filled under another loop setting, or is of a kind that takes no slots.
     """
+    if type(cache).__module__.startswith("transformers.models."):  # a family's own, which counts its slots its own way
+        raise ValueError(f"kv per_step cannot add slots to a {type(cache).__name__}; use kv shared")
     count = len(cache.layers)
     if count < num_layers or count == num_layers + spec.extra_kv_slots:
         return
-    if count != num_layers or not _is_empty(cache, spec.layers[0]):
+    if count != num_layers or not _is_empty(cache, spec.layers[0], num_tokens):
         raise ValueError(_foreign_cache(f"it has {count} slots, not {num_layers + spec.extra_kv_slots}"))
     for _ in range(1, spec.evaluations):
         cache.layers.extend(_empty_slot_like(cache.layers[index]) for index in spec.layers)
@@ -441,7 +449,8 @@ class _LayerCall:
         self.kwargs = kwargs
         self.hidden = args[0] if args else kwargs["hidden_states"]
         name, position = cache_argument
-        self.cache = kwargs.get(name, args[position] if position < len(args) else None)
+        cache = kwargs.get(name, args[position] if position < len(args) else None)
+        self.cache = getattr(cache, "self_attention_cache", cache)  # what a decoder with room for an encoder has
         self.natural = _NaturalPass(None)
 
     def run(self, hidden, cache):
@@ -484,6 +493,8 @@ class _LayerCall:
 
     def store_natural(self, spec: LoopSpec, num_layers: int) -> None:
         """Fill the slots of all passes with the natural keys and values: those of a token that does not loop."""
+        if not self.natural.new:
+            return
         for k in range(1, spec.evaluations):
             args, kwargs = self.natural.rest
             self.cache.update(*self.natural.new, self._slot(k, spec, num_layers), *args, **kwargs)
@@ -491,8 +502,8 @@ class _LayerCall:
     def _iteration_cache(self, k, spec, num_layers):
         if spec.kv == "shared":
             return _SharedRead(self.cache, self.natural.read)
-        if self.cache is None:
-            return None  # a layer without cache attends to its own keys and values
+        if self.cache is None or not self.natural.new:
+            return self.cache  # a layer without cache attends to its own K/V, one that stores none to another layer's
         if spec.kv == "per_step":
             return _OwnSlot(self.cache, self.natural.read, self._slot(k, spec, num_layers))
         return _OwnChunk(self.cache, self.natural.read, self._chunk_start())
@@ -616,14 +627,14 @@ class _Walk:
 
     def _begin(self, call: _LayerCall) -> bool:
         """Prepare the cache and decide whether this forward loops, see `LoopSpec.decode`."""
-        spec, cache = self.spec, call.cache
+        spec, cache, num_tokens = self.spec, call.cache, call.hidden.shape[-2]
         if cache is None:
             return True
         if spec.kv == "per_step":
-            _add_slots(cache, spec, self.num_layers)
+            _add_slots(cache, spec, self.num_layers, num_tokens)
         if spec.decode == "full":
             return True
-        if call.hidden.shape[1] > 1 or _is_empty(cache, call.index):
+        if num_tokens > 1 or _is_empty(cache, call.index, num_tokens):
             setattr(cache, DECODE_STEPS, 0)
             return True
         if spec.decode == "bypass":
