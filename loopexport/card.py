@@ -7,6 +7,7 @@ import re
 from .checkpoint import Origin
 from .cost import Cost
 from .describe import describe_layers, describe_refinements, describe_rule, describe_span, formula
+from .presets import STATUSES, Preset
 from .spec import LoopSpec
 
 # Card metadata that an export inherits from its base.
@@ -26,7 +27,16 @@ DECODE_MEANING = {
 }
 
 
-def make_card(base: Origin, base_card: str, model_type: str, num_layers: int, spec: LoopSpec, cost: Cost) -> str:
+def make_card(
+    base: Origin,
+    base_card: str,
+    model_type: str,
+    num_layers: int,
+    spec: LoopSpec,
+    cost: Cost,
+    published: Preset | None = None,
+    has_tokenizer: bool = True,
+) -> str:
     """The README.md of an export: Hub metadata, then what it is, what it costs and how to load it.
 
     Args:
@@ -34,6 +44,8 @@ def make_card(base: Origin, base_card: str, model_type: str, num_layers: int, sp
         base_card: the base's own card, whose licence and language are inherited; may be empty.
         model_type, num_layers: the base's family and depth.
         spec, cost: the loop and its cost.
+        published: the preset that was measured with this loop on this model, if one was.
+        has_tokenizer: whether the export holds the base's tokenizer.
     """
     name = base.name.rsplit("/", 1)[-1]
     return _metadata(base, read_metadata(base_card)) + _BODY.format(
@@ -55,6 +67,8 @@ def make_card(base: Origin, base_card: str, model_type: str, num_layers: int, sp
         evaluations=cost.layer_evaluations,
         multiplier=f"{cost.multiplier:.2f}",
         formula=formula(spec),
+        results=_results(published),
+        tokenizer_path="path" if has_tokenizer else f'"{base.name}"',
     )
 
 
@@ -68,6 +82,14 @@ def read_metadata(card: str) -> dict:
     except yaml.YAMLError:
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _results(published: Preset | None) -> str:
+    """What was measured for this very cell."""
+    if published is None:
+        return "No gain was measured for this export."
+    lines = "\n".join(f"- {result}" for result in published.results)
+    return f"Published for this cell, {published.status} ({STATUSES[published.status]}):\n\n{lines}\n"
 
 
 def _metadata(base: Origin, inherited: dict) -> str:
@@ -99,8 +121,8 @@ _BODY = """
 byte, stored once; only the forward differs.
 
 **Gains are not guaranteed.** Published gains are a few points on some tasks for some models; other spans, tasks and
-models lost, models under 3B parameters gained nothing in reproductions, and no gain was measured for this export.
-Compare it with the base on your own task before you rely on it.
+models lost, and models under 3B parameters gained nothing in reproductions. Compare it with the base on your own task
+before you rely on it. {results}
 
 | | |
 | --- | --- |
@@ -128,7 +150,7 @@ turn):
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this directory, or its Hub id
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({tokenizer_path}, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 model.config.loop_steps = {steps}  # may be changed at any time; 1 is the base model
 ```

@@ -23,7 +23,7 @@ CARRIED = re.compile(
     r"""
       generation_config\.json
     | (tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json
-    | (tokenizer|sentencepiece|spiece)(\.bpe)?\.model | merges\.txt | vocab\.txt | [\w.-]+\.tiktoken
+    | (tokenizer|sentencepiece|spiece)(\.bpe)?\.model | merges\.txt | vocab\.txt | [\w.-]+\.tiktoken | tiktoken\.model
     | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja
     | (?i:(licen[cs]e|notice|copying|use_policy|usage_policy)([._-][\w.-]*)?)
     """,
@@ -41,6 +41,9 @@ FOREIGN_WEIGHTS = {
 
 # Parameters of layers whose memory is more than a K/V cache: state spaces, linear attention, convolutions, indexers.
 RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|indexer)\b")
+
+# What the number of experts to choose from is called.
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
@@ -120,6 +123,18 @@ class Checkpoint:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
         return {name: tensor for shard in self.shards for name, tensor in shard.header.tensors.items()}
+
+    @property
+    def num_params(self) -> int:
+        """Number of elements of all tensors; quantised ones are packed, so that it says little of them."""
+        return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it has layers that send a token to some of many experts."""
+        return any(".experts." in name for name in self.tensors) or any(
+            isinstance(self.config.get(key), int) and self.config[key] > 1 for key in EXPERT_COUNT_KEYS
+        )
 
     @cached_property
     def layer_params(self) -> dict[int, int]:

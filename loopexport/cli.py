@@ -52,7 +52,8 @@ def spec_options(command):
             "--span",
             multiple=True,
             metavar="START:STOP",
-            help="Layers to loop, half-open, counted from 0: 12:20 is 12 to 19; repeat it for several spans.",
+            help="Layers to loop, half-open, counted from 0: 12:20 is 12 to 19; repeat it for several spans. "
+            "auto is a heuristic: 4 layers at the depth that the authors found best.",
         ),
         click.option("--steps", type=int, help="K, times the span is evaluated; 1 is the base model."),
         click.option(
@@ -69,8 +70,15 @@ def spec_options(command):
         click.option("--schedule", metavar="NUMBERS", help="Numbers for rules ema_sched and poly_blend: 0.5,0.3,0.2."),
         click.option("--momentum", type=float, help="For rule heavy_ball, in [0, 1).  [default: 0.3]"),
         click.option("--history", type=int, help="Differences that rule anderson fits.  [default: 2]"),
-        click.option("--frozen-routing", is_flag=True, default=None, help="Iterations use the natural pass's experts."),
-        click.option("--norm-interpolation", is_flag=True, default=None, help="Iterates keep norms from |x| to |n|."),
+        click.option(
+            "--frozen-routing/--no-frozen-routing", default=None, help="Iterations use the natural pass's experts."
+        ),
+        click.option(
+            "--norm-interpolation/--no-norm-interpolation", default=None, help="Iterates keep norms from |x| to |n|."
+        ),
+        click.option(
+            "--preset", metavar="NAME", help="A published cell, see `loopexport presets list`; options override it."
+        ),
         click.option(
             "--spec",
             "spec_file",
@@ -203,6 +211,39 @@ def rules(as_json) -> None:
         _echo_json({name: asdict(rule) for name, rule in RULES.items()})
     else:
         click.echo("\n".join(rule_lines()))
+
+
+@main.group(context_settings=CONTEXT)
+def presets() -> None:
+    """Published loops, with what was measured: gains and losses."""
+
+
+@presets.command("list", context_settings=CONTEXT)
+@json_option
+def list_presets(as_json) -> None:
+    """List the published loops, a line each."""
+    from .presets import PRESETS
+    from .report import preset_list_lines
+
+    if as_json:
+        _echo_json({preset.name: preset.to_dict() for preset in PRESETS})
+    else:
+        click.echo("\n".join(preset_list_lines()))
+
+
+@presets.command("show", context_settings=CONTEXT)
+@click.argument("name")
+@json_option
+def show_preset(name, as_json) -> None:
+    """Show the published loop NAME: the model it is for, its fields and its results."""
+    from .presets import find_preset
+    from .report import preset_lines
+
+    preset = find_preset(name)
+    if as_json:
+        _echo_json(preset.to_dict())
+    else:
+        click.echo("\n".join(preset_lines(preset)))
 
 
 def _merge_spec(spec_file: Path | None, options: dict) -> dict:

@@ -9,21 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import __version__
+from . import __version__, tokenizer
 from .card import make_card
 from .checkpoint import CARD, CONFIG, Checkpoint
 from .cost import Cost, loop_cost
 from .errors import CheckpointError, OutputError, SpecError
 from .export import BASE_FOLDER, Export, is_export, looped_config, open_export, template_bytes
 from .families import layer_types
+from .heuristics import AUTO, auto_span, why_auto_span
 from .hub import find_checkpoint
 from .manifest import MANIFEST, FileRecord, Manifest
+from .notices import notices
+from .presets import find_preset, preset_fields, published_cell
 from .spec import LoopSpec, make_spec
 from .staging import check_output, check_space, staged
 from .templates import FILES as TEMPLATES
 from .weights import METHODS, Progress, place, settle_method, xxh3_of
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def plan_convert(
     weights: str = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
+    preset: str | None = None,
     **spec,
 ) -> ConvertPlan:
     """Decide and check a conversion; writes nothing but the Hub's cache.
@@ -93,19 +95,28 @@ def plan_convert(
         weights: how to put the weights in place, one of `METHODS`.
         overwrite: replace an export that stands at `out`.
         dry_run: only the plan is wanted, so weights that are not local yet are not downloaded.
-        **spec: the fields of `LoopSpec`: `span`, `steps`, `damping`, ...
+        preset: name of a published cell whose fields are used where `spec` has none.
+        **spec: the fields of `LoopSpec`: `span`, `steps`, `damping`, ...; span "auto" is a guess, see `heuristics`.
 
     Raises:
         LoopExportError: something is wrong; the message says what, and what to do.
     """
-    loop = make_spec(**spec)
+    fields = {**(preset_fields(preset) if preset is not None else {}), **spec}
+    is_auto = fields.get("span") in (AUTO, (AUTO,), [AUTO])
+    loop = make_spec(**{**fields, "span": (0, 1)} if is_auto else fields)  # wrong fields show before a base is sought
     if weights not in METHODS:
         raise OutputError(f"weights method {weights!r} must be one of {', '.join(METHODS)}")
     base = find_checkpoint(str(model), revision, headers_only=dry_run)
+    loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
     _check_layers(base, loop)
     out = Path(out).expanduser() if out is not None else _default_out(base, loop)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export(out))
-    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, overwrite, _warnings(loop))
+    warnings = [
+        *([why_auto_span(base)] if is_auto else []),
+        *notices(base, loop, find_preset(preset) if preset is not None else None),
+        *filter(None, [tokenizer.notice(_tokenizer_config(base), base.carried, base.origin.name)]),
+    ]
+    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, overwrite, tuple(warnings))
 
 
 def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
@@ -158,15 +169,6 @@ def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:
         )
 
 
-def _warnings(spec: LoopSpec) -> tuple[str, ...]:
-    warnings = ["a gain from looping is not guaranteed: compare with the base on your own task"]
-    if spec.kv == "reference" and not spec.is_identity:
-        warnings.append("kv reference: cached decoding does not equal a full forward, by design; kv shared does")
-    if spec.is_identity:
-        warnings.append("this spec is the base model itself (steps 1 or anchor 1)")
-    return tuple(warnings)
-
-
 def _small_files(plan: ConvertPlan) -> dict[str, bytes]:
     """All files of the export but weights and manifest, by name."""
     base = plan.base
@@ -182,24 +184,16 @@ def _small_files(plan: ConvertPlan) -> dict[str, bytes]:
         base.num_layers,
         plan.spec,
         plan.cost,
+        published=published_cell(base, plan.spec),
+        has_tokenizer=not tokenizer.is_left_out(_tokenizer_config(base), base.carried),
     ).encode()
-    if TOKENIZER_CONFIG in files:
-        originals |= _without_foreign_code(files)
+    originals |= tokenizer.without_foreign_code(files)
     files |= {name: template_bytes(name) for name in TEMPLATES}
     return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
 
 
-def _without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Drop `auto_map` from the tokenizer's config in `files`, since its code stays behind; returns the original."""
-    original = files[TOKENIZER_CONFIG]
-    try:
-        config = json.loads(original)
-    except ValueError:
-        return {}
-    if not isinstance(config, dict) or "auto_map" not in config:
-        return {}
-    files[TOKENIZER_CONFIG] = _json_bytes({key: value for key, value in config.items() if key != "auto_map"})
-    return {TOKENIZER_CONFIG: original}
+def _tokenizer_config(base: Checkpoint) -> bytes:
+    return _read(base.root / tokenizer.CONFIG) if tokenizer.CONFIG in base.carried else b""
 
 
 def _json_bytes(values: dict) -> bytes:

@@ -8,6 +8,7 @@ from .cost import Cost, dtype_name
 from .describe import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
 from .export import Export
 from .integrity import Check
+from .presets import PRESETS, STATUSES, Preset
 from .spec import RULES, LoopSpec
 
 MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
@@ -51,11 +52,45 @@ def rule_lines() -> list[str]:
     return [*lines, "", "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields it takes]"]
 
 
+def preset_list_lines() -> list[str]:
+    """All presets, a line each, and what their status means."""
+    width = max(len(preset.name) for preset in PRESETS)
+    lines = [f"{preset.name:{width}}  {preset.status:14}  {_cell(preset)}: {_gains(preset)}" for preset in PRESETS]
+    return [*lines, "", *(f"{status}: {meaning}" for status, meaning in STATUSES.items())]
+
+
+def preset_lines(preset: Preset) -> list[str]:
+    """All that is known of one preset."""
+    lines = [
+        f"Preset   {preset.name}: {preset.status}, {STATUSES[preset.status]}",
+        f"Model    {' and '.join(preset.models)}: {preset.model_type}, {preset.num_layers} layers",
+    ]
+    lines += ["Loop     not published"] if preset.spec is None else _spec_lines(preset.spec)
+    return [*lines, *(f"Result   {result}" for result in preset.results)]
+
+
+def _cell(preset: Preset) -> str:
+    model = f"{preset.models[0]}, {preset.num_layers} layers"
+    return model if preset.spec is None else f"{model}, span {describe_span(preset.spec)}, K {preset.spec.steps}"
+
+
+def _gains(preset: Preset) -> str:
+    gains = [f"{result.gain:+.2f}" for result in preset.results if result.gain is not None]
+    return " and ".join(gains) + " points" if gains else "no number published"
+
+
+def _spec_lines(spec: LoopSpec) -> list[str]:
+    return [
+        f"Loop     span {describe_span(spec)}, {spec.steps} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
+        f"         mode {spec.mode}, kv {spec.kv}, decode {describe_decode(spec)}, "
+        f"refinements: {describe_refinements(spec)}",
+    ]
+
+
 def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
-    params = sum(tensor.num_elements for tensor in base.tensors.values())
     return [
         f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, "
-        f"{_millions(params)} parameters, {dtype_name(base)}",
+        f"{_millions(base.num_params)} parameters, {dtype_name(base)}",
         f"Span     {describe_span(spec)}, half-open: {describe_layers(spec)} of 0 to {base.num_layers - 1}, "
         f"depth {_depths(base, spec)}",
         f"Loop     {spec.steps} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",

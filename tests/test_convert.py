@@ -230,14 +230,6 @@ def test_card_inherits_the_licence_and_names_base_spec_and_caveat(base, tmp_path
     assert "h_(k+1) = h_k + 0.333333 (g(h_k) - h_k)    k = 1 .. 2" in card
 
 
-def test_tokenizer_code_of_others_is_not_named(base, tmp_path):
-    original = '{"auto_map": {"AutoTokenizer": ["foreign.Tokenizer", null]}, "model_max_length": 9}'
-    (base / "tokenizer_config.json").write_text(original)
-    out = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=3).root
-    assert json.loads((out / "tokenizer_config.json").read_text()) == {"model_max_length": 9}
-    assert (out / "base" / "tokenizer_config.json").read_text() == original
-
-
 def test_plan_tells_span_cost_cache_and_disk(base):
     text = run("convert", base, "out", *SPEC, "--kv", "per_step", "--weights", "copy", "--dry-run").stdout
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
@@ -248,7 +240,7 @@ def test_plan_tells_span_cost_cache_and_disk(base):
         "12 layer evaluations a token instead of 6: 2.00x",
         f"{12 * 2 * 2 * 16 * 4:,} K/V cache bytes a token instead of {6 * 2 * 2 * 16 * 4:,}",
         f"copy, {size:,} bytes of disk",
-        "a gain from looping is not guaranteed",
+        "a gain is unproven for this model and this loop",
     ):
         assert part in text, part
 
