@@ -36,6 +36,7 @@ docs: $(VENV)/test-ready
 benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_convert.py
 	$(VENV)/bin/python benchmarks/bench_forward.py $(SMOLLM)
+	$(VENV)/bin/python benchmarks/bench_families.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(DEMO) build dist *.egg-info

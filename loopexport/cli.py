@@ -213,6 +213,19 @@ def rules(as_json) -> None:
         click.echo("\n".join(rule_lines()))
 
 
+@main.command(context_settings=CONTEXT)
+@json_option
+def families(as_json) -> None:
+    """List the model families of transformers, and what came of converting a tiny model of each."""
+    from .families import outcomes
+    from .report import family_lines
+
+    if as_json:
+        _echo_json(outcomes())
+    else:
+        click.echo("\n".join(family_lines()))
+
+
 @main.group(context_settings=CONTEXT)
 def presets() -> None:
     """Published loops, with what was measured: gains and losses."""

@@ -7,6 +7,7 @@ families. `families.json` records what came of each family of transformers, and 
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,9 +32,37 @@ def newest_outcome(model_type: str) -> tuple[str, str]:
     The statuses are those of `Outcome` in `tests/family_walk.py`.
     """
     record = outcomes().get(model_type, {})
-    newest = max(record, key=lambda release: [int(part) for part in release.split(".")], default="")
+    newest = max(record, key=_version, default="")
     status, _, reason = record.get(newest, "").partition(": ")
     return status, reason
+
+
+def releases() -> list[str]:
+    """The releases of transformers on which families were tried, newest first."""
+    return sorted({release for record in outcomes().values() for release in record}, key=_version, reverse=True)
+
+
+def grouped_outcomes() -> list[tuple[tuple[str, ...], str, list[str]]]:
+    """Families of like outcome: statuses by `releases()` ("" where one has no such family), why, and their names."""
+    groups: dict[tuple, list[str]] = {}
+    for family, record in outcomes().items():
+        statuses = tuple(record.get(release, "").partition(": ")[0] for release in releases())
+        groups.setdefault((statuses, _short(newest_outcome(family)[1])), []).append(family)
+    order = ["works", "in part", "no span", "refused", "untried", ""]
+    return sorted(
+        ((statuses, reason, families) for (statuses, reason), families in groups.items()),
+        key=lambda group: ([order.index(status) for status in group[0]], -len(group[2])),
+    )
+
+
+def _version(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
+
+
+def _short(reason: str) -> str:
+    """A reason without the names of classes and tensors, and without advice."""
+    reason = re.split(r"[;(]|, and cannot|: choose", reason)[0].strip()
+    return re.sub(r"^\w+(ForCausalLM|ForConditionalGeneration|Decoder|LMHead) is", "it is", reason)
 
 
 def check_family(config: dict) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from .checkpoint import Checkpoint, Origin
 from .conversion import ConvertPlan
 from .cost import Cost, dtype_name
 from .describe import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
 from .export import Export
+from .families import grouped_outcomes, releases
 from .integrity import Check
 from .presets import PRESETS, STATUSES, Preset
 from .spec import RULES, LoopSpec
@@ -50,6 +53,17 @@ def rule_lines() -> list[str]:
         for name, rule in RULES.items()
     ]
     return [*lines, "", "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields it takes]"]
+
+
+def family_lines() -> list[str]:
+    """Families of like outcome, in a block each: statuses by release of transformers, why, and names."""
+    lines = []
+    for statuses, reason, names in grouped_outcomes():
+        by_release = zip(statuses, releases(), strict=True)
+        outcome = ", ".join(f"{status or 'absent'} on {release}" for status, release in by_release)
+        heading = f"{outcome}: {reason}" if reason else outcome
+        lines += [heading, *textwrap.wrap(", ".join(names), 110, initial_indent="  ", subsequent_indent="  ")]
+    return lines
 
 
 def preset_list_lines() -> list[str]:

@@ -1,9 +1,9 @@
 """`kv reference` is what the paper's authors run: their prefill and decode paths, restated over a plain model.
 
-From `loop_qwen3.py` of their published code, cache strategy "first": in prefill the span is iterated without any cache; in
-decode each iteration appends its keys and values to the cache, attends, and is cropped off again; the keys and
-values that stay are those of one straight pass over what entered the span. Layer mode (`layer_anchored_frozen`) does
-the same for one layer at a time, with the routers' answers of the straight pass.
+From `loop_qwen3.py` of their published code, cache strategy "first": in prefill the span is iterated without any cache;
+in decode each iteration appends its keys and values to the cache, attends, and is cropped off again; what stays in the
+cache are those of one straight pass over what entered the span. Layer mode (`layer_anchored_frozen`) does the same for
+one layer at a time, with the routers' answers of the straight pass.
 """
 
 from __future__ import annotations
