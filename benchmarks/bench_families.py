@@ -1,4 +1,4 @@
-"""What the loop costs at run time in a dense, a sparse and an MLA model, random but wide enough for compute to dominate.
+"""What the loop costs at run time in a dense, a sparse and an MLA model: random, but wide enough for compute to count.
 
 Time is divided by the base's time and by the ratio of layer evaluations: 1.00 means that nothing is lost but the work
 that the loop asks for. All layers are of one kind and the vocabulary is small, so that the ratio of layer evaluations
