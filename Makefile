@@ -27,11 +27,11 @@ lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/cog --check README.md
+	$(VENV)/bin/cog -I .ci --check README.md
 
 # Bring the generated parts of the README up to date.
 docs: $(VENV)/test-ready
-	$(VENV)/bin/cog -r README.md
+	$(VENV)/bin/cog -I .ci -r README.md
 
 benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_convert.py
