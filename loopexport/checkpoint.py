@@ -24,6 +24,7 @@ CARRIED = re.compile(
       generation_config\.json
     | (tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json
     | (tokenizer|sentencepiece|spiece)(\.bpe)?\.model | merges\.txt | vocab\.txt | [\w.-]+\.tiktoken
+    | (quantize_config|quant_config|hf_quant_config)\.json | recipe\.yaml
     | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja
     | (?i:(licen[cs]e|notice|copying|use_policy|usage_policy)([._-][\w.-]*)?)
     """,
@@ -121,26 +122,30 @@ class Checkpoint:
         """All tensors by name."""
         return {name: tensor for shard in self.shards for name, tensor in shard.header.tensors.items()}
 
-    @cached_property
-    def layer_params(self) -> dict[int, int]:
-        """Number of parameters of each decoder layer, by layer number."""
-        params: dict[int, int] = {}
-        for name, tensor in self.tensors.items():
-            match = LAYER_TENSOR.search(name)
-            if match:
-                layer = int(match[1])
-                params[layer] = params.get(layer, 0) + tensor.num_elements
-        return params
+    @property
+    def quantisation(self) -> str | None:
+        """What the weights are quantised by, as transformers calls it (`gptq`, `fp8`); None where they are not."""
+        values = self.config.get("quantization_config")
+        if not values:
+            return None
+        method = values.get("quant_method") if isinstance(values, dict) else None
+        return str(method or "bitsandbytes")  # whose first configs did not name it
 
     @cached_property
     def recurrent_tensors(self) -> dict[int, str]:
         """By layer number, a tensor that shows the layer to keep more of the past than keys and values."""
         found = {}
         for name in self.tensors:
-            layer = LAYER_TENSOR.search(name)
-            if layer and RECURRENT_TENSOR.search(name):
-                found[int(layer[1])] = name
+            layer = layer_of(name)
+            if layer is not None and RECURRENT_TENSOR.search(name):
+                found[layer] = name
         return found
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the decoder layer that a tensor belongs to; None for one outside the layers."""
+    match = LAYER_TENSOR.search(name)
+    return int(match[1]) if match else None
 
 
 def open_checkpoint(

@@ -105,7 +105,7 @@ def plan_convert(
     _check_layers(base, loop)
     out = Path(out).expanduser() if out is not None else _default_out(base, loop)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export(out))
-    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, overwrite, _warnings(loop))
+    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, overwrite, _warnings(base, loop))
 
 
 def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
@@ -158,12 +158,14 @@ def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:
         )
 
 
-def _warnings(spec: LoopSpec) -> tuple[str, ...]:
+def _warnings(base: Checkpoint, spec: LoopSpec) -> tuple[str, ...]:
     warnings = ["a gain from looping is not guaranteed: compare with the base on your own task"]
     if spec.kv == "reference" and not spec.is_identity:
         warnings.append("kv reference: cached decoding does not equal a full forward, by design; kv shared does")
     if spec.is_identity:
         warnings.append("this spec is the base model itself (steps 1 or anchor 1)")
+    if base.quantisation:
+        warnings.append(f"the base is quantised by {base.quantisation}: the export needs the libraries that it needs")
     return tuple(warnings)
 
 

@@ -1,32 +1,69 @@
-"""What a loop costs, counted from the config and the weights' headers: layer evaluations, parameters, K/V bytes."""
+"""What a loop costs, counted from the config and the weights' headers: layer evaluations, weights read, K/V bytes."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 
-from .checkpoint import Checkpoint
-from .safetensors_header import DTYPE_BITS
+from .checkpoint import Checkpoint, layer_of
+from .families import layer_types
+from .safetensors_header import DTYPE_BITS, Tensor
 from .spec import LoopSpec
+from .templates.configuration_looped import ATTENTION_TYPES
 
 TORCH_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+# What families call the same number in their configs; the first that is set counts.
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+HIDDEN = ("hidden_size", "n_embd", "d_model")
+HEAD_DIM = ("head_dim", "kv_channels")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+# Tensors outside the layers, by the name of their module: the table of token embeddings, which may be the head as well;
+# other tables, of which one row is read; heads; and what transformers leaves unread (multi-token prediction).
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|w|((word|tok)_)?embeddings)\.\w*weight\w*$")
+OTHER_TABLE = re.compile(
+    r"(^|\.)(wpe|embed_positions|embed_tokens_per_layer|(position|token_type)_embeddings)\.\w*weight\w*$"
+)
+HEAD = re.compile(
+    r"(^|\.)(((generator_)?lm_head|predictions)(\.decoder)?|embed_out|output(_projection)?)\.\w*weight\w*$"
+    r"|^decoder\.\w*weight\w*$"
+)
+UNREAD = re.compile(r"^(model\.)?mtp\.")
+
+# Routed experts, module list or fused; shared ones are called `shared_experts`.
+ROUTED = re.compile(r"\.experts\.")
+
+# Types of layers, by `layer_types` of native configs, that keep no keys and values.
+TYPES_WITHOUT_KV = ("linear_attention", "conv", "mamba", "recurrent", "mlp", "moe")
+
+# The release of transformers from which multi-head latent attention keeps the latents instead of keys and values.
+LATENT_CACHE_SINCE = (5, 0)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost per token, looped against base. K/V bytes are None where the config does not tell.
+    """Cost per token, looped against base. None where it cannot be told from the config.
 
     Attributes:
         layer_evaluations: decoder layers run for one token, `L + (E-1) * w`, and `base_layer_evaluations`, L.
-        params_read: parameters read to decode one token (layers as often as they run, norm, and head; of the
-            embedding one row), and `base_params_read`.
-        kv_bytes: bytes added to the cache by one token, all slots, in the checkpoint's dtype, and `base_kv_bytes`.
-            Sliding-window layers stop growing at their window.
+        params_read: parameters read to decode one token, and `base_params_read`: layers as often as they run, of the
+            routed experts those that a token is sent to, of embedding tables one row, everything else once. None for
+            quantised weights, which pack several into an element.
+        bytes_read: the same in bytes of the file's tensors, quantised or not, and `base_bytes_read`.
+        kv_bytes: bytes that one token adds to the cache that the installed transformers keeps, all slots, in the
+            checkpoint's dtype, and `base_kv_bytes`. Sliding-window layers stop growing at their window.
     """
 
     layer_evaluations: int
     base_layer_evaluations: int
-    params_read: int
-    base_params_read: int
+    params_read: int | None
+    base_params_read: int | None
+    bytes_read: int | None
+    base_bytes_read: int | None
     kv_bytes: int | None
     base_kv_bytes: int | None
 
@@ -46,18 +83,19 @@ def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
     `L + (E-1) * w` layer evaluations, with E evaluations of the span (K for most rules): the natural pass writes the
     cache, so no pass is spent on that alone.
     """
-    iterations = spec.evaluations - 1
-    looped_params = sum(base.layer_params.get(layer, 0) for layer in spec.layers)
-    params = _params_read(base)
-    slot_bytes = _kv_bytes_per_slot(base)
-    slots = base.num_layers + spec.extra_kv_slots
+    runs = dict.fromkeys(spec.layers, spec.evaluations)
+    slots = runs if spec.extra_kv_slots else {}
+    params, nbytes = _weights_read(base, runs)
+    base_params, base_nbytes = _weights_read(base, {})
     return Cost(
-        layer_evaluations=base.num_layers + iterations * len(spec.layers),
+        layer_evaluations=base.num_layers + sum(runs.values()) - len(runs),
         base_layer_evaluations=base.num_layers,
-        params_read=params + iterations * looped_params,
-        base_params_read=params,
-        kv_bytes=None if slot_bytes is None else slots * slot_bytes,
-        base_kv_bytes=None if slot_bytes is None else base.num_layers * slot_bytes,
+        params_read=params,
+        base_params_read=base_params,
+        bytes_read=nbytes,
+        base_bytes_read=base_nbytes,
+        kv_bytes=_kv_bytes(base, slots),
+        base_kv_bytes=_kv_bytes(base, {}),
     )
 
 
@@ -69,20 +107,94 @@ def dtype_name(base: Checkpoint) -> str:
     return max(base.tensors.values(), key=lambda tensor: tensor.nbytes).dtype
 
 
-def _params_read(base: Checkpoint) -> int:
-    """Parameters read to decode one token by the base: all but the embedding, unless that is the head as well."""
-    total = sum(tensor.num_elements for tensor in base.tensors.values())
-    has_own_head = any(name.endswith("lm_head.weight") for name in base.tensors)
-    embedding = next((t for name, t in base.tensors.items() if name.endswith("embed_tokens.weight")), None)
-    return total - embedding.num_elements if has_own_head and embedding else total
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights.
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def _kv_bytes_per_slot(base: Checkpoint) -> int | None:
-    config = base.config
-    heads = config.get("num_attention_heads")
-    kv_heads = config.get("num_key_value_heads") or heads
-    hidden = config.get("hidden_size")
-    head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
-    name = dtype_name(base)
-    width = TORCH_DTYPE_BYTES.get(name) or DTYPE_BITS.get(name, 0) // 8
-    return 2 * kv_heads * head_dim * width if kv_heads and head_dim and width else None
+def _weights_read(base: Checkpoint, runs: dict[int, int]) -> tuple[int | None, int | None]:
+    """Parameters and bytes read to decode one token; `runs` tells how often a layer runs, where not once."""
+    experts, active = _int(base.config, EXPERTS), _int(base.config, ACTIVE_EXPERTS)
+    tied = not any(layer_of(name) is None and HEAD.search(name) for name in base.tensors)
+    always, routed = [0, 0], [0, 0]
+    for name, tensor in base.tensors.items():
+        layer = layer_of(name)
+        if UNREAD.search(name) or (layer is not None and layer >= base.num_layers):
+            continue
+        times = 1 if layer is None else runs.get(layer, 1)
+        rows = tensor.shape[0] if layer is None and _is_looked_up(name, tied) else 1
+        total = routed if layer is not None and _is_routed(name, tensor, experts) else always
+        total[0] += times * tensor.num_elements // rows
+        total[1] += times * tensor.nbytes // rows
+    if routed[1] and not (experts and active):
+        return None, None
+    params, nbytes = (each + rest * (active or 0) // (experts or 1) for each, rest in zip(always, routed, strict=True))
+    return (None if base.quantisation else params), nbytes
+
+
+def _is_looked_up(name: str, tied: bool) -> bool:
+    """Whether one row of a tensor is read, rather than all: not of an embedding that is the head as well."""
+    return bool(OTHER_TABLE.search(name) or (not tied and EMBEDDING.search(name)))
+
+
+def _is_routed(name: str, tensor: Tensor, experts: int | None) -> bool:
+    fused = experts and len(tensor.shape) == 3 and tensor.shape[0] == experts  # where no module is called experts
+    return bool(fused or ROUTED.search(name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys and values.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _kv_bytes(base: Checkpoint, slots: dict[int, int]) -> int | None:
+    """Bytes that one token adds to the cache; `slots` tells how many a layer has, where not one."""
+    dtype = dtype_name(base)
+    width = TORCH_DTYPE_BYTES.get(dtype) or (0 if base.quantisation else DTYPE_BITS.get(dtype, 0) // 8)
+    numbers = [_kv_numbers(base, layer) for layer in range(base.num_layers)]
+    if not width or any(number is None for number in numbers):
+        return None
+    return width * sum(slots.get(layer, 1) * (number or 0) for layer, number in enumerate(numbers))
+
+
+def _kv_numbers(base: Checkpoint, layer: int) -> int | None:
+    """How many numbers one layer keeps of a token: 0 where it keeps no keys and values, None where that is unclear."""
+    config, types = base.config, layer_types(base.config)
+    kind = types[layer] if types and layer < len(types) else "attention"
+    if kind in TYPES_WITHOUT_KV or layer >= base.num_layers - (config.get("num_kv_shared_layers") or 0):
+        return 0
+    if kind not in ATTENTION_TYPES or layer in base.recurrent_tensors:
+        return None
+    return _latent_numbers(config) if config.get("kv_lora_rank") else _attention_numbers(config, kind)
+
+
+def _latent_numbers(config: dict) -> int | None:
+    """Multi-head latent attention: the latent and the rotated keys; in older releases each head's keys and values."""
+    latent, rope = config["kv_lora_rank"], config.get("qk_rope_head_dim", 0)
+    if tuple(map(int, version("transformers").split(".")[:2])) >= LATENT_CACHE_SINCE:
+        return latent + rope
+    heads, nope, value = _int(config, HEADS), config.get("qk_nope_head_dim"), config.get("v_head_dim")
+    return heads * (nope + rope + value) if heads and nope and value else None
+
+
+def _attention_numbers(config: dict, kind: str) -> int | None:
+    """Keys and values of all K/V heads; a config may have its own numbers for sliding, or for full, attention."""
+    heads, hidden = _int(config, HEADS), _int(config, HIDDEN)
+    kv_heads = _int(config, KV_HEADS) or (config.get("attn_config") or {}).get("kv_n_heads") or heads
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        kv_heads = 1
+    head_dim = _int(config, HEAD_DIM) or (hidden // heads if hidden and heads else None)
+    value_dim = config.get("v_head_dim") or head_dim
+    if kind == "sliding_attention":
+        kv_heads = config.get("swa_num_key_value_heads") or kv_heads
+        head_dim, value_dim = config.get("swa_head_dim") or head_dim, config.get("swa_v_head_dim") or value_dim
+    elif kind == "full_attention" and config.get("global_head_dim"):
+        head_dim = value_dim = config["global_head_dim"]
+        if config.get("attention_k_eq_v"):
+            kv_heads = config.get("num_global_key_value_heads") or kv_heads
+    return kv_heads * (head_dim + value_dim) if kv_heads and head_dim and value_dim else None
+
+
+def _int(config: dict, keys: tuple[str, ...]) -> int | None:
+    """The first of these that the config gives as a number."""
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)

@@ -52,10 +52,8 @@ def rule_lines() -> list[str]:
 
 
 def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
-    params = sum(tensor.num_elements for tensor in base.tensors.values())
     return [
-        f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, "
-        f"{_millions(params)} parameters, {dtype_name(base)}",
+        f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, {_size(base)}",
         f"Span     {describe_span(spec)}, half-open: {describe_layers(spec)} of 0 to {base.num_layers - 1}, "
         f"depth {_depths(base, spec)}",
         f"Loop     {spec.steps} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
@@ -63,7 +61,7 @@ def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
         f"refinements: {describe_refinements(spec)}",
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
         f"{cost.multiplier:.2f}x",
-        f"         {_millions(cost.params_read)} parameters read a token instead of {_millions(cost.base_params_read)}",
+        f"         {_weights_read_text(cost)}",
         f"         {_kv_text(cost)}",
     ]
 
@@ -79,6 +77,22 @@ def _files(count: int) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f} M"
+
+
+def _size(base: Checkpoint) -> str:
+    if base.quantisation:
+        return f"quantised by {base.quantisation}, {base.weight_bytes:,} bytes"
+    params = sum(tensor.num_elements for tensor in base.tensors.values())
+    return f"{_millions(params)} parameters, {dtype_name(base)}"
+
+
+def _weights_read_text(cost: Cost) -> str:
+    if cost.bytes_read is None or cost.base_bytes_read is None:
+        return "weights read a token: the config does not tell how many experts are"
+    text = f"{cost.bytes_read:,} bytes of weights read a token instead of {cost.base_bytes_read:,}"
+    if cost.params_read is None or cost.base_params_read is None:
+        return text
+    return f"{text} ({_millions(cost.params_read)} parameters instead of {_millions(cost.base_params_read)})"
 
 
 def _kv_text(cost: Cost) -> str:
