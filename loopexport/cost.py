@@ -37,11 +37,18 @@ UNREAD = re.compile(r"^(model\.)?mtp\.")
 # Routed experts, module list or fused; shared ones are called `shared_experts`.
 ROUTED = re.compile(r"\.experts\.")
 
+# Projections to keys and to values, where they are tensors of their own.
+KV_PROJECTION = re.compile(r"\.(k|v)_proj\.weight$")
+
+# Keys of a config whose layers have K/V heads of different number or width.
+NUMBERS_BY_LAYER = ("per_layer_config", "global_head_dim", "swa_head_dim", "swa_num_key_value_heads")
+
 # Types of layers, by `layer_types` of native configs, that keep no keys and values.
 TYPES_WITHOUT_KV = ("linear_attention", "conv", "mamba", "recurrent", "mlp", "moe")
 
-# The release of transformers from which multi-head latent attention keeps the latents instead of keys and values.
-LATENT_CACHE_SINCE = (5, 0)
+# The release of transformers from which multi-head latent attention keeps the latents instead of keys and values
+# (`expand_kv` of its deepseek_v3 and others).
+LATENT_CACHE_SINCE = (5, 15)
 
 
 @dataclass(frozen=True)
@@ -151,13 +158,24 @@ def _kv_bytes(base: Checkpoint, slots: dict[int, int]) -> int | None:
     """Bytes that one token adds to the cache; `slots` tells how many a layer has, where not one."""
     dtype = dtype_name(base)
     width = TORCH_DTYPE_BYTES.get(dtype) or (0 if base.quantisation else DTYPE_BITS.get(dtype, 0) // 8)
-    numbers = [_kv_numbers(base, layer) for layer in range(base.num_layers)]
+    projected = {} if base.quantisation else _projected_numbers(base)
+    numbers = [_kv_numbers(base, layer, projected) for layer in range(base.num_layers)]
     if not width or any(number is None for number in numbers):
         return None
     return width * sum(slots.get(layer, 1) * (number or 0) for layer, number in enumerate(numbers))
 
 
-def _kv_numbers(base: Checkpoint, layer: int) -> int | None:
+def _projected_numbers(base: Checkpoint) -> dict[int, int]:
+    """By layer, the rows of its projections to keys and values; without one to values, those are the keys again."""
+    rows: dict[int, dict[str, int]] = {}
+    for name, tensor in base.tensors.items():
+        layer, match = layer_of(name), KV_PROJECTION.search(name)
+        if layer is not None and match:
+            rows.setdefault(layer, {})[match[1]] = tensor.shape[0]
+    return {layer: each["k"] + each.get("v", each["k"]) for layer, each in rows.items() if "k" in each}
+
+
+def _kv_numbers(base: Checkpoint, layer: int, projected: dict[int, int]) -> int | None:
     """How many numbers one layer keeps of a token: 0 where it keeps no keys and values, None where that is unclear."""
     config, types = base.config, layer_types(base.config)
     kind = types[layer] if types and layer < len(types) else "attention"
@@ -165,7 +183,9 @@ def _kv_numbers(base: Checkpoint, layer: int) -> int | None:
         return 0
     if kind not in ATTENTION_TYPES or layer in base.recurrent_tensors:
         return None
-    return _latent_numbers(config) if config.get("kv_lora_rank") else _attention_numbers(config, kind)
+    if config.get("kv_lora_rank"):
+        return _latent_numbers(config)
+    return projected.get(layer) or _attention_numbers(config)
 
 
 def _latent_numbers(config: dict) -> int | None:
@@ -177,22 +197,16 @@ def _latent_numbers(config: dict) -> int | None:
     return heads * (nope + rope + value) if heads and nope and value else None
 
 
-def _attention_numbers(config: dict, kind: str) -> int | None:
-    """Keys and values of all K/V heads; a config may have its own numbers for sliding, or for full, attention."""
+def _attention_numbers(config: dict) -> int | None:
+    """Keys and values of all K/V heads, of a config that has one number of each for all layers."""
+    if any(config.get(key) for key in NUMBERS_BY_LAYER):
+        return None
     heads, hidden = _int(config, HEADS), _int(config, HIDDEN)
     kv_heads = _int(config, KV_HEADS) or (config.get("attn_config") or {}).get("kv_n_heads") or heads
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         kv_heads = 1
     head_dim = _int(config, HEAD_DIM) or (hidden // heads if hidden and heads else None)
-    value_dim = config.get("v_head_dim") or head_dim
-    if kind == "sliding_attention":
-        kv_heads = config.get("swa_num_key_value_heads") or kv_heads
-        head_dim, value_dim = config.get("swa_head_dim") or head_dim, config.get("swa_v_head_dim") or value_dim
-    elif kind == "full_attention" and config.get("global_head_dim"):
-        head_dim = value_dim = config["global_head_dim"]
-        if config.get("attention_k_eq_v"):
-            kv_heads = config.get("num_global_key_value_heads") or kv_heads
-    return kv_heads * (head_dim + value_dim) if kv_heads and head_dim and value_dim else None
+    return kv_heads * (head_dim + (config.get("v_head_dim") or head_dim)) if kv_heads and head_dim else None
 
 
 def _int(config: dict, keys: tuple[str, ...]) -> int | None:

@@ -171,8 +171,17 @@ def test_latent_attention_keeps_latents_or_by_the_release_all_heads(tiny_base):
     release = tuple(map(int, RELEASE.split(".")))
     if release == (4, 57):
         assert cost(tiny_base("deepseek_v3")).base_kv_bytes == NUM_LAYERS * expanded * FP32
-    if release >= (5, 24):
+    if release >= (5, 15):
         assert cost(tiny_base("deepseek_v3")).base_kv_bytes == NUM_LAYERS * latent * FP32
+
+
+def test_kv_heads_that_differ_by_layer_are_counted_where_weights_show_them(tiny_base, tmp_path):
+    """Layer 1 with 8 rows of keys instead of 32; quantised tensors do not show their rows."""
+    base = copied(tiny_base("llama"), tmp_path, {"model.layers.1.self_attn.k_proj.weight": torch.zeros(8, 64)})
+    edit_config(base, global_head_dim=8)
+    assert cost(base).base_kv_bytes == (NUM_LAYERS * 64 - 24) * FP32
+    edit_config(base, quantization_config={"quant_method": "gptq"})
+    assert cost(base).base_kv_bytes is None
 
 
 def test_layers_without_keys_and_values_add_none(tmp_path):

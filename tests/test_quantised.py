@@ -35,8 +35,8 @@ from loopexport.templates.modeling_looped import _looped_class
 TRANSFORMERS_5 = int(__version__.split(".")[0]) >= 5
 NF4_SHAPES = {"intermediate_size": 128, "num_key_value_heads": 4}  # the CPU kernel takes multiples of 64
 
-# What each needs, of which family it is, how it is made, and whether its kernels give a token the same numbers alone and
-# among others, so that cached decoding can equal a full forward: True, False, or None where that is up to the machine.
+# What each needs, of which family it is, how it is made, and whether its kernels give a token the same numbers alone
+# and among others, so that cached decoding can equal a full forward: True, False, or None where the machine decides.
 RUNS = {
     "torchao int8": ("torchao", "llama", by_torchao, {}, True),
     "torchao int8 experts": ("torchao", "qwen3_moe", by_torchao, {}, True),
