@@ -16,7 +16,7 @@ TORCH_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 # What families call the same number in their configs; the first that is set counts.
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+KV_HEADS = ("kv_n_heads", "num_key_value_heads", "num_kv_heads")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 HEAD_DIM = ("head_dim", "kv_channels")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -40,7 +40,7 @@ ROUTED = re.compile(r"\.experts\.")
 # Projections to keys and to values, where they are tensors of their own.
 KV_PROJECTION = re.compile(r"\.(k|v)_proj\.weight$")
 
-# Keys of a config whose layers have K/V heads of different number or width.
+# Keys of a config whose K/V heads differ in number or width by layer.
 NUMBERS_BY_LAYER = ("per_layer_config", "global_head_dim", "swa_head_dim", "swa_num_key_value_heads")
 
 # Types of layers, by `layer_types` of native configs, that keep no keys and values.
@@ -129,7 +129,7 @@ def _weights_read(base: Checkpoint, runs: dict[int, int]) -> tuple[int | None, i
         if UNREAD.search(name) or (layer is not None and layer >= base.num_layers):
             continue
         times = 1 if layer is None else runs.get(layer, 1)
-        rows = tensor.shape[0] if layer is None and _is_looked_up(name, tied) else 1
+        rows = _rows(tensor) if layer is None and _is_looked_up(name, tied) else 1
         total = routed if layer is not None and _is_routed(name, tensor, experts) else always
         total[0] += times * tensor.num_elements // rows
         total[1] += times * tensor.nbytes // rows
@@ -142,6 +142,10 @@ def _weights_read(base: Checkpoint, runs: dict[int, int]) -> tuple[int | None, i
 def _is_looked_up(name: str, tied: bool) -> bool:
     """Whether one row of a tensor is read, rather than all: not of an embedding that is the head as well."""
     return bool(OTHER_TABLE.search(name) or (not tied and EMBEDDING.search(name)))
+
+
+def _rows(tensor: Tensor) -> int:
+    return max(tensor.shape[0], 1) if tensor.shape else 1
 
 
 def _is_routed(name: str, tensor: Tensor, experts: int | None) -> bool:
@@ -171,7 +175,7 @@ def _projected_numbers(base: Checkpoint) -> dict[int, int]:
     for name, tensor in base.tensors.items():
         layer, match = layer_of(name), KV_PROJECTION.search(name)
         if layer is not None and match:
-            rows.setdefault(layer, {})[match[1]] = tensor.shape[0]
+            rows.setdefault(layer, {})[match[1]] = _rows(tensor)
     return {layer: each["k"] + each.get("v", each["k"]) for layer, each in rows.items() if "k" in each}
 
 
@@ -179,21 +183,22 @@ def _kv_numbers(base: Checkpoint, layer: int, projected: dict[int, int]) -> int 
     """How many numbers one layer keeps of a token: 0 where it keeps no keys and values, None where that is unclear."""
     config, types = base.config, layer_types(base.config)
     kind = types[layer] if types and layer < len(types) else "attention"
-    if kind in TYPES_WITHOUT_KV or layer >= base.num_layers - (config.get("num_kv_shared_layers") or 0):
+    if kind in TYPES_WITHOUT_KV or layer >= base.num_layers - (_int(config, ("num_kv_shared_layers",)) or 0):
         return 0
     if kind not in ATTENTION_TYPES or layer in base.recurrent_tensors:
         return None
-    if config.get("kv_lora_rank"):
-        return _latent_numbers(config)
+    latent = _int(config, ("kv_lora_rank",))
+    if latent:
+        return _latent_numbers(config, latent)
     return projected.get(layer) or _attention_numbers(config)
 
 
-def _latent_numbers(config: dict) -> int | None:
+def _latent_numbers(config: dict, latent: int) -> int | None:
     """Multi-head latent attention: the latent and the rotated keys; in older releases each head's keys and values."""
-    latent, rope = config["kv_lora_rank"], config.get("qk_rope_head_dim", 0)
+    rope = _int(config, ("qk_rope_head_dim",)) or 0
     if tuple(map(int, version("transformers").split(".")[:2])) >= LATENT_CACHE_SINCE:
         return latent + rope
-    heads, nope, value = _int(config, HEADS), config.get("qk_nope_head_dim"), config.get("v_head_dim")
+    heads, nope, value = (_int(config, keys) for keys in (HEADS, ("qk_nope_head_dim",), ("v_head_dim",)))
     return heads * (nope + rope + value) if heads and nope and value else None
 
 
@@ -201,14 +206,18 @@ def _attention_numbers(config: dict) -> int | None:
     """Keys and values of all K/V heads, of a config that has one number of each for all layers."""
     if any(config.get(key) for key in NUMBERS_BY_LAYER):
         return None
+    own = config.get("attn_config")  # a config of attention's own
+    config = {**config, **own} if isinstance(own, dict) else config
     heads, hidden = _int(config, HEADS), _int(config, HIDDEN)
-    kv_heads = _int(config, KV_HEADS) or (config.get("attn_config") or {}).get("kv_n_heads") or heads
+    kv_heads = _int(config, KV_HEADS) or heads
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         kv_heads = 1
     head_dim = _int(config, HEAD_DIM) or (hidden // heads if hidden and heads else None)
-    return kv_heads * (head_dim + (config.get("v_head_dim") or head_dim)) if kv_heads and head_dim else None
+    value_dim = _int(config, ("v_head_dim",)) or head_dim
+    return kv_heads * (head_dim + value_dim) if kv_heads and head_dim and value_dim else None
 
 
 def _int(config: dict, keys: tuple[str, ...]) -> int | None:
-    """The first of these that the config gives as a number."""
-    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+    """The first of these that the config gives as a whole number."""
+    numbers = (config[key] for key in keys if key in config)
+    return next((number for number in numbers if isinstance(number, int) and not isinstance(number, bool)), None)
