@@ -52,7 +52,7 @@ $(VENV)/demo-ready: pyproject.toml
 	touch $@
 
 $(VENV)/test-ready: $(VENV)/demo-ready
-	$(VENV)/bin/pip install --quiet -e ".[gguf,mergekit,test,dev]"
+	$(VENV)/bin/pip install --quiet -e ".[gguf,mergekit,quantised,test,dev]"
 	touch $@
 
 $(OLDEST)/test-ready: pyproject.toml

@@ -24,6 +24,7 @@ CARRIED = re.compile(
       generation_config\.json
     | (tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json
     | (tokenizer|sentencepiece|spiece)(\.bpe)?\.model | merges\.txt | vocab\.txt | [\w.-]+\.tiktoken | tiktoken\.model
+    | (quantize_config|quant_config|hf_quant_config)\.json | recipe\.yaml
     | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja
     | (?i:(licen[cs]e|notice|copying|use_policy|usage_policy)([._-][\w.-]*)?)
     """,
@@ -43,7 +44,7 @@ FOREIGN_WEIGHTS = {
 RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|indexer)\b")
 
 # What the number of experts to choose from is called.
-EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
@@ -133,29 +134,33 @@ class Checkpoint:
     def is_sparse(self) -> bool:
         """Whether it has layers that send a token to some of many experts."""
         return any(".experts." in name for name in self.tensors) or any(
-            isinstance(self.config.get(key), int) and self.config[key] > 1 for key in EXPERT_COUNT_KEYS
+            isinstance(self.config.get(key), int) and self.config[key] > 1 for key in EXPERTS
         )
 
-    @cached_property
-    def layer_params(self) -> dict[int, int]:
-        """Number of parameters of each decoder layer, by layer number."""
-        params: dict[int, int] = {}
-        for name, tensor in self.tensors.items():
-            match = LAYER_TENSOR.search(name)
-            if match:
-                layer = int(match[1])
-                params[layer] = params.get(layer, 0) + tensor.num_elements
-        return params
+    @property
+    def quantisation(self) -> str | None:
+        """What the weights are quantised by, as transformers calls it (`gptq`, `fp8`); None where they are not."""
+        values = self.config.get("quantization_config")
+        if not values:
+            return None
+        method = values.get("quant_method") if isinstance(values, dict) else None
+        return str(method or "bitsandbytes")  # whose first configs did not name it
 
     @cached_property
     def recurrent_tensors(self) -> dict[int, str]:
         """By layer number, a tensor that shows the layer to keep more of the past than keys and values."""
         found = {}
         for name in self.tensors:
-            layer = LAYER_TENSOR.search(name)
-            if layer and RECURRENT_TENSOR.search(name):
-                found[int(layer[1])] = name
+            layer = layer_of(name)
+            if layer is not None and RECURRENT_TENSOR.search(name):
+                found[layer] = name
         return found
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the decoder layer that a tensor belongs to; None for one outside the layers."""
+    match = LAYER_TENSOR.search(name)
+    return int(match[1]) if match else None
 
 
 def open_checkpoint(

@@ -20,6 +20,7 @@ def notices(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None) -> l
         *_cached_decoding(spec),
         *_routing(base, spec),
         *_family(base.model_type),
+        *_quantised(base),
     ]
 
 
@@ -39,7 +40,7 @@ def _gain(base: Checkpoint, spec: LoopSpec, preset: Preset | None) -> list[str]:
 
 
 def _small_model(base: Checkpoint) -> list[str]:
-    small = base.num_params < SMALL_MODEL_PARAMS and "quantization_config" not in base.config
+    small = base.num_params < SMALL_MODEL_PARAMS and base.quantisation is None
     return ["models under 3B parameters gained nothing in reproductions"] if small else []
 
 
@@ -64,3 +65,9 @@ def _family(model_type: str) -> list[str]:
         return []
     known = {"in part": f"works in part ({reason})", "no span": reason, "untried": f"was not tried ({reason})"}
     return [f"family {model_type} {known.get(status, 'was never tried')}: `loopexport verify` the result"]
+
+
+def _quantised(base: Checkpoint) -> list[str]:
+    if base.quantisation is None:
+        return []
+    return [f"the base is quantised by {base.quantisation}: the export needs the libraries that the base needs"]

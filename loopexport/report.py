@@ -79,7 +79,10 @@ def preset_lines(preset: Preset) -> list[str]:
         f"Preset   {preset.name}: {preset.status}, {STATUSES[preset.status]}",
         f"Model    {' and '.join(preset.models)}: {preset.model_type}, {preset.num_layers} layers",
     ]
-    lines += ["Loop     not published"] if preset.spec is None else _spec_lines(preset.spec)
+    if preset.spec is None:
+        lines.append("Loop     not published")
+    else:
+        lines += [f"Span     {describe_span(preset.spec)}, half-open", *_loop_lines(preset.spec)]
     return [*lines, *(f"Result   {result}" for result in preset.results)]
 
 
@@ -93,9 +96,9 @@ def _gains(preset: Preset) -> str:
     return " and ".join(gains) + " points" if gains else "no number published"
 
 
-def _spec_lines(spec: LoopSpec) -> list[str]:
+def _loop_lines(spec: LoopSpec) -> list[str]:
     return [
-        f"Loop     span {describe_span(spec)}, {spec.steps} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
+        f"Loop     {spec.steps} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
         f"         mode {spec.mode}, kv {spec.kv}, decode {describe_decode(spec)}, "
         f"refinements: {describe_refinements(spec)}",
     ]
@@ -103,16 +106,13 @@ def _spec_lines(spec: LoopSpec) -> list[str]:
 
 def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
     return [
-        f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, "
-        f"{_millions(base.num_params)} parameters, {dtype_name(base)}",
+        f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, {_size(base)}",
         f"Span     {describe_span(spec)}, half-open: {describe_layers(spec)} of 0 to {base.num_layers - 1}, "
         f"depth {_depths(base, spec)}",
-        f"Loop     {spec.steps} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
-        f"         mode {spec.mode}, kv {spec.kv}, decode {describe_decode(spec)}, "
-        f"refinements: {describe_refinements(spec)}",
+        *_loop_lines(spec),
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
         f"{cost.multiplier:.2f}x",
-        f"         {_millions(cost.params_read)} parameters read a token instead of {_millions(cost.base_params_read)}",
+        f"         {_weights_read_text(cost)}",
         f"         {_kv_text(cost)}",
     ]
 
@@ -128,6 +128,21 @@ def _files(count: int) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:,.1f} M"
+
+
+def _size(base: Checkpoint) -> str:
+    if base.quantisation:
+        return f"quantised by {base.quantisation}, {base.weight_bytes:,} bytes"
+    return f"{_millions(base.num_params)} parameters, {dtype_name(base)}"
+
+
+def _weights_read_text(cost: Cost) -> str:
+    if cost.bytes_read is None or cost.base_bytes_read is None:
+        return "weights read a token: the config does not tell how many experts are"
+    text = f"{cost.bytes_read:,} bytes of weights read a token instead of {cost.base_bytes_read:,}"
+    if cost.params_read is None or cost.base_params_read is None:
+        return text
+    return f"{text} ({_millions(cost.params_read)} parameters instead of {_millions(cost.base_params_read)})"
 
 
 def _kv_text(cost: Cost) -> str:

@@ -763,6 +763,7 @@ def _looped_class(name: str, family: str, mapping) -> type:
     body = {"config_class": config_class, "__module__": __name__, "__qualname__": name}
     looped = type(name, (LoopedModelMixin, native), body)
     _load_as_native(native, looped)
+    _quantise_as_native(looped.config_class.model_type)
     return looped
 
 
@@ -788,3 +789,15 @@ def _load_as_native(native: type, looped: type) -> None:
         answer = getattr(native, f"_can_set_{name}_implementation", None)
         if answer is not None:
             setattr(looped, f"_can_set_{name}_implementation_cached_value", answer())
+
+
+def _quantise_as_native(model_type: str) -> None:
+    """Let transformers scale and fuse the modules of an AWQ checkpoint that it looks up by the native model's type."""
+    try:
+        from transformers.integrations import awq
+    except ImportError:
+        return
+    for name in ("AWQ_SCALES_MAPPINGS", "AWQ_FUSED_MAPPINGS"):
+        table = getattr(awq, name, {})
+        if base_model_type(model_type) in table:
+            table[model_type] = table[base_model_type(model_type)]

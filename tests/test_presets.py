@@ -144,7 +144,14 @@ def test_presets_can_be_listed_and_shown():
     text = run("presets", "list").stdout
     assert all(preset.name in text and preset.status in text for preset in PRESETS)
     shown = run("presets", "show", "ernie-4.5-21b-a3b-aime26").stdout
-    for part in ("negative", "ernie4_5_moe, 28 layers", "span 17:19, 6 steps", "-2.29 points", "[-5.80, +1.22]"):
+    for part in (
+        "negative",
+        "ernie4_5_moe, 28 layers",
+        "17:19, half-open",
+        "6 steps",
+        "-2.29 points",
+        "[-5.80, +1.22]",
+    ):
         assert part in shown
     values = json.loads(run("presets", "list", "--json").stdout)
     assert list(values) == [preset.name for preset in PRESETS]

@@ -51,7 +51,8 @@ MLA = {
     # Latents and scaled experts amplify rounding: wider weights would drown a comparison of fp32 sums in it.
     "initializer_range": 0.1,
 }
-GPT2 = {"n_embd": 64, "n_inner": 96, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 128}
+ALL_HEADS = {"num_key_value_heads": 4}  # as many heads of keys and values as of queries
+GPT2 = {**ALL_HEADS, "n_embd": 64, "n_inner": 96, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 128}
 
 FAMILIES: dict[str, dict] = {
     "llama": {"tie_word_embeddings": False},
@@ -70,7 +71,7 @@ FAMILIES: dict[str, dict] = {
         "tie_word_embeddings": True,
     },
     "gpt2": GPT2,
-    "gpt_neox": {"rotary_pct": 0.5, "tie_word_embeddings": False},
+    "gpt_neox": {**ALL_HEADS, "rotary_pct": 0.5, "tie_word_embeddings": False},
     # Sparse experts; a dense layer before, and in the span of, the sparse ones where the family has such.
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**MOE, **SLIDING, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
