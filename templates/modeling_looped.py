@@ -739,9 +739,24 @@ class LoopedLayers(nn.ModuleList):
         if spec.is_identity:
             return iter(layers)
         walk = _Walk(spec, len(layers))
-        for index in spec.layers:
+        for index in self._held(spec):
             layers[index] = _Visit(walk, layers[index], index, self.cache_arguments[index], self.routers[index].known)
         return iter(layers)
+
+    def _held(self, spec: LoopSpec) -> list[int]:
+        """The looped layers that this process holds: in a pipeline, those of other stages are identities.
+
+        Raises:
+            ValueError: a stage ends inside of a span that loops as one.
+        """
+        held = [index for index in spec.layers if not isinstance(self._modules[str(index)], nn.Identity)]
+        for start, stop in spec.spans if spec.mode == "block" else ():
+            if 0 < len([index for index in held if start <= index < stop]) < stop - start:
+                raise ValueError(
+                    f"span {start}:{stop} crosses the stages of a pipeline, which cannot loop it as one; choose a span "
+                    "inside of one stage, or mode layer"
+                )
+        return held
 
     def check(self, spec: LoopSpec) -> None:
         """Raise ValueError unless all layers of the spec exist and can be run again."""
