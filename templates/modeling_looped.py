@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from .configuration_looped import CLASS_PREFIX, LoopSpec, base_model_type, loope
 
 # What native layers call the argument that carries the K/V cache, newest name first.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+# What native layers call the module that chooses experts, wherever it is; `gate` is another name beside experts only.
+ROUTERS = ("router", "router_gate")
 
 # Attribute that we set on a cache: decode steps since its latest longer chunk, counted as far as `first_n`.
 DECODE_STEPS = "loop_decode_steps"
@@ -365,62 +368,113 @@ def _foreign_cache(why: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Frozen routing: what the routers of sparse MoE layers answered in the natural pass, used again.
+#
+# A router is known by its path in the layer, not as a module: quantizers, adapters and parallelisation put others in
+# its place. While a layer runs, a stand-in shadows it in the dictionary of the block that asks it, where Python looks
+# before nn.Module does. A hook would be lost with its module, and none can be set inside of a compiled graph.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class _RecordRoute:
-    """Keeps what the routers of a layer answer, in order."""
+    """Stands in for a router: asks it, and keeps the answers in order."""
 
-    def __init__(self, routes: list):
-        self.routes = routes
-
-    def __call__(self, answer):
-        self.routes.append(answer)
-        return answer
-
-
-class _ReplayRoute:
-    """Answers for the routers of a layer what was kept, in order."""
-
-    def __init__(self, routes: list):
-        self.routes = routes
+    def __init__(self, router, answers: list):
+        self.router = router
+        self.answers = answers
         self.count = 0
 
-    def __call__(self, answer):
+    def __call__(self, *args, **kwargs):
         self.count += 1
-        return self.routes[self.count - 1]
+        self.answers.append(self.router(*args, **kwargs))
+        return self.answers[-1]
+
+    def __getattr__(self, name):
+        return getattr(self.router, name)
+
+
+class _ReplayRoute(_RecordRoute):
+    """Stands in for a router: gives the answers that were kept, in order."""
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        return self.answers[min(self.count, len(self.answers)) - 1]
 
 
 @contextmanager
-def _routing(routers, route):
-    """Let `route` see, and change, what the routers answer."""
-    for router in routers:
-        router.loop_route = route
+def _routing(layer: nn.Module, stand_in, routes: dict[str, list]):
+    """While the layer runs, `stand_in` takes the place of its routers.
+
+    Args:
+        routes: by path of the router in the layer, its answers in the natural pass.
+
+    Raises:
+        ValueError: a router was not asked, or not as often as in the natural pass.
+    """
+    shadowed = []
+    for path, answers in routes.items():
+        block, name = _split(path)
+        shadowed.append((vars(layer.get_submodule(block)), name))
+        shadowed[-1][0][name] = stand_in(layer.get_submodule(path), answers)
     try:
         yield
-        if not route.routes:
-            raise ValueError(f"cannot freeze the routing: {type(routers[0]).__name__} was not called")
+        for path, (namespace, name) in zip(routes, shadowed, strict=True):
+            _check_asked(path, namespace[name])
     finally:
-        for router in routers:
-            router.loop_route = None
+        for namespace, name in shadowed:
+            del namespace[name]
 
 
-def _pass_through_route(router, args, answer):
-    """A forward hook: the router's answer, or that of the route set for this pass."""
-    return None if router.loop_route is None else router.loop_route(answer)
+def _check_asked(path: str, stand_in) -> None:
+    if stand_in.count == 0 or stand_in.count != len(stand_in.answers):
+        raise ValueError(
+            f"cannot freeze the routing: {path} was asked {stand_in.count} times in a pass, and "
+            f"{len(stand_in.answers)} times in the natural one, so something else chooses the experts; switch "
+            "frozen_routing off"
+        )
 
 
-def _prepared_routers(layer: nn.Module) -> tuple[nn.Module, ...]:
-    """The routers of a layer: modules named `router`, or `gate` beside `experts`; each gets the hook once."""
-    routers = []
-    for block in layer.modules():
-        children = dict(block.named_children())
-        router: Any = children.get("router") or (children.get("gate") if "experts" in children else None)
-        if router is not None:
-            router.loop_route = None
-            router.register_forward_hook(_pass_through_route)
-            routers.append(router)
-    return tuple(routers)
+def _split(path: str) -> tuple[str, str]:
+    """A module's path as its parent's and its own name."""
+    parent, _, name = path.rpartition(".")
+    return parent, name
+
+
+class _Routers(NamedTuple):
+    """How the experts of a layer are chosen.
+
+    Attributes:
+        known: paths of the routers in the layer.
+        missing: paths of what has experts but no router that we know.
+    """
+
+    known: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> _Routers:
+        """Routers are called `router` or `router_gate`, or `gate` beside experts; they sit beside or in the experts."""
+        paths = [path for path, _ in layer.named_modules() if path]
+        experts = [path for path in paths if _has_experts(_split(path)[1], layer.get_submodule(path))]
+        blocks = {_split(path)[0] for path in experts}
+        known = [path for path in paths if _is_router(*_split(path), blocks)]
+        askers = {_split(path)[0] for path in known}
+        outermost = [path for path in experts if not any(path.startswith(f"{other}.") for other in experts)]
+        missing = [
+            path
+            for path in outermost
+            if _split(path)[0] not in askers and not any(router.startswith(f"{path}.") for router in known)
+        ]
+        return cls(tuple(known), tuple(missing))
+
+
+def _is_router(parent: str, name: str, blocks_of_experts: set[str]) -> bool:
+    return name in ROUTERS or (name == "gate" and parent in blocks_of_experts)
+
+
+def _has_experts(name: str, module: nn.Module) -> bool:
+    """Whether a module is a choice of experts, by its name or class; those that all tokens share are no choice."""
+    names = f"{name} {type(module).__name__}".lower()
+    return ("expert" in names and "share" not in names) or names.endswith("moe")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,15 +490,14 @@ class _LayerCall:
         hidden: the hidden states it was called with, `(batch, seq, hidden)`.
         cache: the cache it was called with, or None.
         natural: the keys and values that the natural pass stored and read, once it has run.
-        routes: what the layer's routers answered in the natural pass, if routing is frozen.
+        routes: by path of each router in the layer, what it answered in the natural pass, if routing is frozen.
     """
 
     def __init__(self, layer, index, cache_argument, routers, args, kwargs):
         self.layer = layer
         self.index = index
         self.cache_argument = cache_argument
-        self.routers = routers
-        self.routes: list = []
+        self.routes: dict[str, list] = {path: [] for path in routers}
         self.args = list(args)
         self.kwargs = kwargs
         self.hidden = args[0] if args else kwargs["hidden_states"]
@@ -471,11 +524,9 @@ class _LayerCall:
         """The layer's output as the native model asked for it; keeps what iterations need of it."""
         if not self._is_checkpointing():
             self.natural = _NaturalPass(self.cache)
-            if not (spec.frozen_routing and self.routers):
+            with self._frozen(spec, _RecordRoute):
                 return self.run(self.hidden, self.natural)
-            with _routing(self.routers, _RecordRoute(self.routes)):
-                return self.run(self.hidden, self.natural)
-        if spec.frozen_routing and self.routers:
+        if spec.frozen_routing and self.routes:
             raise ValueError("frozen routing does not work under gradient checkpointing; switch one of them off")
         # Gradient checkpointing takes the cache from a layer; without one, only `shared` needs the natural K/V.
         self.cache = None
@@ -486,10 +537,11 @@ class _LayerCall:
         if spec.kv == "shared" and self._is_checkpointing():
             return self.layer._gradient_checkpointing_func(self._run_shared, hidden, *self.natural.read)
         cache = self._iteration_cache(k, spec, num_layers)
-        if not (spec.frozen_routing and self.routers):
+        with self._frozen(spec, _ReplayRoute):
             return _hidden_of(self.run(hidden, cache))
-        with _routing(self.routers, _ReplayRoute(self.routes)):
-            return _hidden_of(self.run(hidden, cache))
+
+    def _frozen(self, spec, stand_in):
+        return _routing(self.layer, stand_in, self.routes if spec.frozen_routing else {})
 
     def store_natural(self, spec: LoopSpec, num_layers: int) -> None:
         """Fill the slots of all passes with the natural keys and values: those of a token that does not loop."""
@@ -673,12 +725,12 @@ class LoopedLayers(nn.ModuleList):
     Attributes:
         config: the model's config.
         cache_arguments: for each layer, name and position of the argument in which it takes the K/V cache, if any.
-        routers: for each layer, the modules that choose its tokens' experts.
+        routers: for each layer, how its tokens' experts are chosen.
     """
 
     config: Any
     cache_arguments: list[tuple[str, int] | None]
-    routers: tuple[tuple[nn.Module, ...], ...]
+    routers: list[_Routers]
 
     def __iter__(self):
         layers: list = list(super().__iter__())
@@ -687,9 +739,24 @@ class LoopedLayers(nn.ModuleList):
         if spec.is_identity:
             return iter(layers)
         walk = _Walk(spec, len(layers))
-        for index in spec.layers:
-            layers[index] = _Visit(walk, layers[index], index, self.cache_arguments[index], self.routers[index])
+        for index in self._held(spec):
+            layers[index] = _Visit(walk, layers[index], index, self.cache_arguments[index], self.routers[index].known)
         return iter(layers)
+
+    def _held(self, spec: LoopSpec) -> list[int]:
+        """The looped layers that this process holds: in a pipeline, those of other stages are identities.
+
+        Raises:
+            ValueError: a stage ends inside of a span that loops as one.
+        """
+        held = [index for index in spec.layers if not isinstance(self._modules[str(index)], nn.Identity)]
+        for start, stop in spec.spans if spec.mode == "block" else ():
+            if 0 < len([index for index in held if start <= index < stop]) < stop - start:
+                raise ValueError(
+                    f"span {start}:{stop} crosses the stages of a pipeline, which cannot loop it as one; choose a span "
+                    "inside of one stage, or mode layer"
+                )
+        return held
 
     def check(self, spec: LoopSpec) -> None:
         """Raise ValueError unless all layers of the spec exist and can be run again."""
@@ -701,6 +768,11 @@ class LoopedLayers(nn.ModuleList):
                 raise ValueError(
                     f"cannot loop layer {index}: {type(self._modules[str(index)]).__name__} takes no K/V cache "
                     f"(none of {', '.join(CACHE_ARGUMENTS)}); choose another span"
+                )
+            if spec.frozen_routing and self.routers[index].missing:
+                raise ValueError(
+                    f"cannot freeze the routing of layer {index}: {', '.join(self.routers[index].missing)} has experts "
+                    f"but no router that is known ({', '.join(ROUTERS)} or gate); switch frozen_routing off"
                 )
 
     def __getitem__(self, index):
@@ -718,7 +790,7 @@ class LoopedModelMixin:
         layers.__class__ = LoopedLayers
         layers.config = config
         layers.cache_arguments = [_cache_argument(layer) for layer in layers._modules.values()]
-        layers.routers = tuple(_prepared_routers(layer) for layer in layers._modules.values())
+        layers.routers = [_Routers.of(layer) for layer in layers._modules.values()]
         layers.check(LoopSpec.from_config(config))
 
 

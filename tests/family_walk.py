@@ -280,7 +280,7 @@ def _require_close(what: str, ours, theirs) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def tiny_config(family: str):
+def tiny_config(family: str, **overrides):
     """A tiny config of any family."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -292,12 +292,12 @@ def tiny_config(family: str):
     }
     values = {**TINY, **(MLA if "kv_lora_rank" in fields else {})}
     values = {name: value for name, value in values.items() if name in fields}
-    return AutoConfig.for_model(family, **{**values, **SPECIAL.get(family, {})})
+    return AutoConfig.for_model(family, **{**values, **SPECIAL.get(family, {}), **overrides})
 
 
-def save_tiny_family(family: str, directory: Path) -> Path:
+def save_tiny_family(family: str, directory: Path, **overrides) -> Path:
     """Save a tiny random base of any family."""
-    return _save_base(tiny_config(family), directory)
+    return _save_base(tiny_config(family, **overrides), directory)
 
 
 def _save_base(config, directory: Path) -> Path:

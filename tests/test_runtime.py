@@ -120,10 +120,14 @@ def test_inductor_compiled_forward_equals_eager(looped):
         assert_close(torch.compile(model, fullgraph=True)(tokens).logits, model(tokens).logits)
 
 
+FROZEN = {"mode": "layer", "frozen_routing": True, "norm_interpolation": True}
+
+
 @pytest.mark.parametrize("kv", ["shared", "per_step", "reference"])
-def test_cpu_and_disk_offload_equal_the_plain_load(looped, export_dir, tmp_path, kv):
-    out = export_dir("llama", kv=kv)
-    layers = {f"model.layers.{i}": ("disk" if i == SPAN[0] else "cpu") for i in range(NUM_LAYERS)}
+@pytest.mark.parametrize(("family", "fields"), [("llama", {}), ("qwen3_moe", FROZEN), ("deepseek_v3", FROZEN)])
+def test_cpu_and_disk_offload_equal_the_plain_load(looped, export_dir, tmp_path, family, fields, kv):
+    out = export_dir(family, kv=kv, **fields)
+    layers = {f"model.layers.{i}": ("disk" if i in range(*SPAN) else "cpu") for i in range(NUM_LAYERS)}
     device_map = {
         "model.embed_tokens": "cpu",
         "model.norm": "cpu",
@@ -135,9 +139,9 @@ def test_cpu_and_disk_offload_equal_the_plain_load(looped, export_dir, tmp_path,
         out, trust_remote_code=True, device_map=device_map, offload_folder=tmp_path
     ).eval()
     tokens = tiny_tokens(2, 9)
-    assert next(offloaded.model.layers[SPAN[0]].parameters()).is_meta
+    assert all(weight.is_meta for i in range(*SPAN) for weight in offloaded.model.layers[i].parameters())
     options = {"max_new_tokens": 5, "do_sample": False}
-    model = looped("llama", kv=kv)
+    model = looped(family, kv=kv, **fields)
     with torch.no_grad():
         assert_close(offloaded(tokens).logits, model(tokens).logits)
     assert torch.equal(offloaded.generate(tokens, **options), model.generate(tokens, **options))

@@ -1,0 +1,81 @@
+"""One of the processes among which models are split: loads them, runs them, and keeps what the first process gets.
+
+    torchrun --nproc-per-node 2 tests/parallel_worker.py JOBS.json OUT
+
+A job says `name`, `directory`, `how` (a parallelism: tp, ep or pp) and `options` of `from_pretrained`. Its logits, of a
+full forward and of cached decoding, go to `OUT/name.pt`, and why it was refused to `OUT/name.txt`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed
+from transformers import AutoModelForCausalLM
+
+TOKENS = torch.arange(3, 21).reshape(2, 9)
+PREFILL = 5
+
+
+def run(job: dict, out: Path) -> None:
+    """Do one job."""
+    model = load(job["directory"], job["how"], job["options"])
+    try:
+        iter(model.model.layers)
+    except ValueError as refusal:
+        (out / f"{job['name']}.txt").write_text(str(refusal))
+        return
+    result = {"full": full(model), "decoded": decoded(model), "held": held(model)}
+    if torch.distributed.get_rank() == 0:
+        torch.save(result, out / f"{job['name']}.pt")
+
+
+def load(directory: str, how: str | None, options: dict):
+    """The model, or this process's part of it."""
+    parallel: dict = {}
+    if how == "tp":
+        parallel = {"tp_plan": "auto"}
+    elif how:
+        from transformers.distributed import DistributedConfig
+
+        sizes = {"ep": {"tp_size": 2, "ep_size": 2}, "pp": {"pp_size": 2}}[how]
+        parallel = {"distributed_config": DistributedConfig(**sizes)}
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **parallel, **options).eval()
+
+
+@torch.no_grad()
+def full(model) -> torch.Tensor:
+    """Logits of a forward without a cache."""
+    return model(TOKENS, use_cache=False).logits
+
+
+@torch.no_grad()
+def decoded(model) -> torch.Tensor:
+    """Logits of a prefill and decode steps."""
+    output = model(TOKENS[:, :PREFILL], use_cache=True)
+    parts = [output.logits]
+    for position in range(PREFILL, TOKENS.shape[1]):
+        cache = getattr(output, "cache", None) or output.past_key_values  # the name before transformers 5.24
+        output = model(TOKENS[:, position : position + 1], past_key_values=cache, use_cache=True)
+        parts.append(output.logits)
+    return torch.cat(parts, dim=1)
+
+
+def held(model) -> int:
+    """How many of the model's numbers this process holds."""
+    return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
+
+
+def main() -> None:
+    """Do all jobs, in order."""
+    torch.set_num_threads(1)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job, Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
