@@ -8,6 +8,7 @@ from .checkpoint import Checkpoint
 from .safetensors_header import DTYPE_BITS
 from .spec import LoopSpec
 
+MAX_WIDTH = 2**31  # of anything in a model; a config with a larger number is not to be taken at its word
 TORCH_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -78,11 +79,17 @@ def _params_read(base: Checkpoint) -> int:
 
 
 def _kv_bytes_per_slot(base: Checkpoint) -> int | None:
-    config = base.config
-    heads = config.get("num_attention_heads")
-    kv_heads = config.get("num_key_value_heads") or heads
-    hidden = config.get("hidden_size")
-    head_dim = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    heads = _width(base, "num_attention_heads")
+    kv_heads = _width(base, "num_key_value_heads") or heads
+    hidden = _width(base, "hidden_size")
+    head_dim = _width(base, "head_dim") or (hidden // heads if hidden and heads else None)
     name = dtype_name(base)
     width = TORCH_DTYPE_BYTES.get(name) or DTYPE_BITS.get(name, 0) // 8
     return 2 * kv_heads * head_dim * width if kv_heads and head_dim and width else None
+
+
+def _width(base: Checkpoint, key: str) -> int | None:
+    """A number that the config gives under `key`; None where it gives none, or one for each layer."""
+    value = base.config.get(key)
+    is_width = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_WIDTH
+    return value if is_width else None
