@@ -6,12 +6,13 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 DEMO ?= demo
 PYTEST_OPTIONS ?= -n 2 --dist loadgroup
+FUZZ_EXAMPLES ?= 20000
 
 SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-oldest lint docs benchmarks clean
+.PHONY: demo test test-oldest fuzz lint docs benchmarks clean
 
 demo: $(VENV)/demo-ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" examples/demo.sh $(DEMO)
@@ -22,6 +23,10 @@ test: $(VENV)/test-ready $(SMOLLM)/README.md
 # The same tests on the oldest supported transformers.
 test-oldest: $(OLDEST)/test-ready $(SMOLLM)/README.md
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS)
+
+# The fuzz tests with that many random inputs each; `make test` draws a fixed, small sample.
+fuzz: $(VENV)/test-ready
+	LOOPEXPORT_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) --timeout=7200 tests/test_fuzz.py
 
 lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff format --check .

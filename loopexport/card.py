@@ -74,12 +74,12 @@ def make_card(
 
 def read_metadata(card: str) -> dict:
     """The YAML block at the head of a model card; empty where there is none."""
-    import yaml
+    from .yaml_text import CardLoader, load_yaml
 
     match = re.match(r"\ufeff?\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", card, re.DOTALL)
     try:
-        values = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError:
+        values = load_yaml(match[1], CardLoader) if match else {}
+    except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
 

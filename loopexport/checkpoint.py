@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ CARRIED = re.compile(
     re.VERBOSE,
 )
 
+CARRYING_FOLDERS = ("", "additional_chat_templates/")
+
 # Weights in other formats, and how to come by safetensors from each.
 FOREIGN_WEIGHTS = {
     ".gguf": "load it with transformers (`from_pretrained(dir, gguf_file=...)`) and `save_pretrained` it",
@@ -46,7 +49,10 @@ RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|l
 # What the number of experts to choose from is called.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
-LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
+
+LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d{1,6})\.")
+
+MAX_LAYERS = 100_000  # far beyond any model, and few enough to be counted one by one
 
 
 @dataclass(frozen=True)
@@ -182,8 +188,8 @@ def open_checkpoint(
     Raises:
         CheckpointError: it cannot be read, or is not a model that can be looped; the message says which and why.
     """
-    names = _file_names(root) if names is None else names
-    config = _read_config(config_path or root / CONFIG)
+    names = file_names(root) if names is None else names
+    config = read_config(config_path or root / CONFIG)
     check_family(config)
     shards = _read_shards(root, names, read_shard or read_local_shard)
     _check_causal(config, shards)
@@ -193,7 +199,7 @@ def open_checkpoint(
         carried.add(INDEX)
     return Checkpoint(
         root=root,
-        origin=origin or Origin(root.resolve().name),
+        origin=origin or Origin(_directory_name(root)),
         config=config,
         shards=shards,
         carried=tuple(sorted(carried)),
@@ -208,6 +214,8 @@ def read_json(path: Path) -> dict:
         CheckpointError: there is none.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise CheckpointError(f"{path} is not a file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"no {path.name} in {path.parent}; is it a Hugging Face model directory?") from None
@@ -220,28 +228,54 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def _file_names(root: Path) -> set[str]:
-    """Relative names of the files in a directory; hidden folders (`.git`, the Hub client's `.cache`) left out."""
-    try:
-        paths = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
-    except OSError as error:
-        raise CheckpointError(f"cannot list {root}: {error.strerror}") from None
-    return {path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parent.parts)}
+def _directory_name(root: Path) -> str:
+    """The name of a directory as text: what is no text in it, or cannot be printed, is replaced."""
+    name = os.fsencode(os.path.basename(os.path.realpath(root))).decode("utf-8", errors="replace")
+    return "".join(char if char.isprintable() else "\ufffd" for char in name)
 
 
-def _read_config(path: Path) -> dict:
+def file_names(root: Path) -> set[str]:
+    """Relative names of the files in a directory; hidden folders (`.git`, the Hub client's `.cache`) left out.
+
+    Raises:
+        CheckpointError: the directory, or a folder in it that may hold what an export carries, cannot be listed.
+    """
+    names, folders = set(), [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(root / folder))
+        except OSError as error:
+            if folder in CARRYING_FOLDERS:
+                raise CheckpointError(f"cannot list {root / folder}: {error.strerror}") from None
+            continue  # another's folder, such as lost+found: it would stay behind anyway
+        names |= {folder + entry.name for entry in entries if os.path.isfile(entry.path)}
+        inner = (entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        folders += [f"{folder}{name}/" for name in inner if not name.startswith(".")]
+    return names
+
+
+def read_config(path: Path) -> dict:
+    """The config in a file, with its number of layers and its `model_type`, if it has them, of the right types.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds them in other types.
+    """
     config = read_json(path)
     layers = layer_count(config)
     if config.get("model_type") is not None and not isinstance(config["model_type"], str):
         raise CheckpointError(f"model_type {config['model_type']!r} in {path} is not a string")
-    if layers is not None and (not isinstance(layers, int) or isinstance(layers, bool) or layers < 1):
-        raise CheckpointError(f"{layers!r} in {path} is not a number of layers")
+    if layers is not None and (type(layers) is not int or not 1 <= layers <= MAX_LAYERS):
+        raise CheckpointError(f"{layers!r} in {path} is not a number of layers, 1 to {MAX_LAYERS:,}")
     return config
 
 
 def _read_shards(root: Path, names: set[str], read_shard: Callable[[Path, str], Shard]) -> tuple[Shard, ...]:
     if SINGLE_FILE in names:
-        return (read_shard(root, SINGLE_FILE),)
+        shard = read_shard(root, SINGLE_FILE)
+        if not shard.header.tensors:
+            raise CheckpointError(f"{SINGLE_FILE} in {root} holds no tensors; download it again")
+        return (shard,)
     if INDEX not in names:
         raise CheckpointError(_no_weights(root, names))
     weight_map = read_json(root / INDEX).get("weight_map")
@@ -268,7 +302,8 @@ def _check_causal(config: dict, shards: tuple[Shard, ...]) -> None:
 
 def _check_shard_name(name) -> None:
     """Only plain file names: an index must not reach outside the directory."""
-    if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name or not name.strip("."):
+    is_plain = isinstance(name, str) and name.isprintable() and "\\" not in name and name.strip(".")
+    if not is_plain or PurePosixPath(name).name != name:
         raise CheckpointError(f"{INDEX} names {name!r}, which is not a file of its own directory; do not trust it")
     if not name.endswith(".safetensors"):
         raise CheckpointError(f"{INDEX} names {name!r}, which is not safetensors; {FOREIGN_WEIGHTS['.bin']} first")
@@ -281,7 +316,9 @@ def read_local_shard(root: Path, name: str) -> Shard:
         CheckpointError: it is missing, unreadable or damaged.
     """
     try:
-        path = (root / name).resolve(strict=True)
+        path = Path(os.path.realpath(root / name, strict=True))
+        if not path.is_file():  # a pipe would keep us waiting
+            raise CheckpointError(f"weights file {name} in {root} is not a regular file")
         return Shard(name, path, path.stat().st_size, read_header(path), _sha256_of_hub_blob(path))
     except FileNotFoundError:
         raise CheckpointError(f"weights file {name} is missing in {root}; download it again") from None

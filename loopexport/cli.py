@@ -28,7 +28,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except LoopExportError as error:
-            click.echo(f"Error: {error}", err=True)
+            _echo_line(f"Error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("Interrupted; nothing was left behind.", err=True)
@@ -128,14 +128,14 @@ def convert(model, out, revision, weights, overwrite, dry_run, as_json, spec_fil
         **_merge_spec(spec_file, spec),
     )
     if not as_json:
-        click.echo("\n".join(plan_lines(plan)))
+        _echo_lines(plan_lines(plan))
     if not dry_run:
         with _progress("copying weights", plan.max_disk_bytes) as advance:
             apply(plan, advance)
     if as_json:
         _echo_json({**plan.to_dict(), "written": not dry_run})
     else:
-        click.echo("Dry run: nothing was written." if dry_run else f"Wrote {plan.out}")
+        _echo_line("Dry run: nothing was written." if dry_run else f"Wrote {plan.out}")
 
 
 @main.command(context_settings=CONTEXT)
@@ -156,7 +156,7 @@ def inspect(directory, as_json) -> None:
             }
         )
     else:
-        click.echo("\n".join(export_lines(export)))
+        _echo_lines(export_lines(export))
 
 
 @main.command(context_settings=CONTEXT)
@@ -183,7 +183,7 @@ def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
     if as_json:
         _echo_json({"passed": passed, "checks": [check.to_dict() for check in checks]})
     else:
-        click.echo("\n".join(check_lines(checks)))
+        _echo_lines(check_lines(checks))
     sys.exit(0 if passed else 1)
 
 
@@ -197,7 +197,7 @@ def restore(directory, out, weights) -> None:
 
     with _progress("copying weights", 0) as advance:
         base = run_restore(directory, out, weights=weights, progress=advance)
-    click.echo(f"Wrote {base.root}, the base {base.origin.name}")
+    _echo_line(f"Wrote {base.root}, the base {base.origin.name}")
 
 
 @main.command(context_settings=CONTEXT)
@@ -273,5 +273,16 @@ def _progress(label: str, total_bytes: int):
     return byte_progress(label, total_bytes)
 
 
+def _echo_lines(lines: list[str]) -> None:
+    for line in lines:
+        _echo_line(line)
+
+
+def _echo_line(text: str, err: bool = False) -> None:
+    """One line, whatever is in the text: strangers' names and values may hold line ends and terminal commands."""
+    printable = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    click.echo("".join(printable), err=err)
+
+
 def _echo_json(values: dict) -> None:
-    click.echo(json.dumps(values, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(values, indent=2))

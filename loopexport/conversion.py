@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import __version__, tokenizer
@@ -22,7 +22,7 @@ from .manifest import MANIFEST, FileRecord, Manifest
 from .notices import notices
 from .presets import find_preset, preset_fields, published_cell
 from .spec import LoopSpec, make_spec
-from .staging import check_output, check_space, staged
+from .staging import check_output, check_space, output_path, staged
 from .templates import FILES as TEMPLATES
 from .weights import METHODS, Progress, place, settle_method, xxh3_of
 
@@ -38,6 +38,7 @@ class ConvertPlan:
         weights: how the weights will be put in place, one of `METHODS`.
         overwrite: whether an export at `out` is to be replaced.
         warnings: what the user should know, one line each.
+        files: the contents of all files of the export but weights and manifest, by name.
     """
 
     base: Checkpoint
@@ -47,6 +48,7 @@ class ConvertPlan:
     weights: str
     overwrite: bool
     warnings: tuple[str, ...]
+    files: dict[str, bytes] = field(repr=False)
 
     @property
     def max_disk_bytes(self) -> int:
@@ -109,14 +111,16 @@ def plan_convert(
     base = find_checkpoint(str(model), revision, headers_only=dry_run)
     loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
     _check_layers(base, loop)
-    out = Path(out).expanduser() if out is not None else _default_out(base, loop)
-    check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export(out))
+    out = output_path(out) if out is not None else _default_out(base, loop)
+    check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export)
+    cost = loop_cost(base, loop)
     warnings = [
         *([why_auto_span(base)] if is_auto else []),
         *notices(base, loop, find_preset(preset) if preset is not None else None),
         *filter(None, [tokenizer.notice(_tokenizer_config(base), base.carried, base.origin.name)]),
     ]
-    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, overwrite, tuple(warnings))
+    files = _small_files(base, loop, cost)
+    return ConvertPlan(base, out, loop, cost, weights, overwrite, tuple(warnings), files)
 
 
 def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
@@ -127,12 +131,11 @@ def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
         progress: called with the number of bytes of weights just copied.
 
     Raises:
-        CheckpointError: a file of the base cannot be read.
+        CheckpointError: a weights file of the base cannot be read.
         OutputError: the output cannot be written.
     """
-    contents = _small_files(plan)
     with staged(plan.out, replace=plan.overwrite) as root:
-        files = {name: _write(root / name, content) for name, content in contents.items()}
+        files = {name: _write(root / name, content) for name, content in plan.files.items()}
         weights, method = _place_weights(plan, root, progress)
         manifest = Manifest(__version__, plan.base.origin, plan.spec, method, weights, files, plan.base.left_behind)
         (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -169,22 +172,24 @@ def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:
         )
 
 
-def _small_files(plan: ConvertPlan) -> dict[str, bytes]:
+def _small_files(base: Checkpoint, spec: LoopSpec, cost: Cost) -> dict[str, bytes]:
     """All files of the export but weights and manifest, by name."""
-    base = plan.base
     files = {name: _read(base.root / name) for name in base.carried}
     originals = {CONFIG: _read(base.root / CONFIG)}
     if (base.root / CARD).is_file():
         originals[CARD] = _read(base.root / CARD)
-    files[CONFIG] = _json_bytes(looped_config(base.config, plan.spec))
+    try:
+        files[CONFIG] = _json_bytes(looped_config(base.config, spec))
+    except RecursionError:
+        raise CheckpointError(f"{base.root / CONFIG} is nested too deeply") from None
     files[CARD] = make_card(
         base.origin,
         originals.get(CARD, b"").decode("utf-8", errors="replace"),
         base.model_type,
         base.num_layers,
-        plan.spec,
-        plan.cost,
-        published=published_cell(base, plan.spec),
+        spec,
+        cost,
+        published=published_cell(base, spec),
         has_tokenizer=not tokenizer.is_left_out(_tokenizer_config(base), base.carried),
     ).encode()
     originals |= tokenizer.without_foreign_code(files)
@@ -197,7 +202,7 @@ def _tokenizer_config(base: Checkpoint) -> bytes:
 
 
 def _json_bytes(values: dict) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(values, indent=2) + "\n").encode()  # in ASCII, which can spell whatever JSON can hold
 
 
 def _read(path: Path) -> bytes:

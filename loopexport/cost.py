@@ -12,6 +12,7 @@ from .safetensors_header import DTYPE_BITS, Tensor
 from .spec import LoopSpec
 from .templates.configuration_looped import ATTENTION_TYPES
 
+MAX_WIDTH = 2**31  # of anything in a model; a config with a larger number is not to be taken at its word
 TORCH_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 # What families call the same number in their configs; the first that is set counts.
@@ -217,6 +218,6 @@ def _attention_numbers(config: dict) -> int | None:
 
 
 def _int(config: dict, keys: tuple[str, ...]) -> int | None:
-    """The first of these that the config gives as a whole number."""
+    """The first of these that the config gives as a whole number, not below zero and not beyond belief."""
     numbers = (config[key] for key in keys if key in config)
-    return next((number for number in numbers if isinstance(number, int) and not isinstance(number, bool)), None)
+    return next((number for number in numbers if type(number) is int and 0 <= number < MAX_WIDTH), None)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
 from . import templates
-from .checkpoint import CONFIG, Checkpoint, open_checkpoint, read_json
+from .checkpoint import CONFIG, Checkpoint, open_checkpoint, read_config, read_json
 from .cost import Cost, loop_cost
 from .errors import CheckpointError, ExportError
+from .families import layer_count
 from .manifest import MANIFEST, Manifest, read_manifest
 from .spec import LoopSpec
 from .templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
@@ -19,7 +21,13 @@ BASE_FOLDER = "base"  # originals of the base's files that the export replaces
 
 
 def looped_config(config: dict, spec: LoopSpec) -> dict:
-    """The base's raw config with the loop added; nothing else is touched, nothing re-serialised by transformers."""
+    """The base's raw config with the loop added; nothing else is touched, nothing re-serialised by transformers.
+
+    Raises:
+        CheckpointError: the config names no `model_type`.
+    """
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"config.json names no model_type but {config.get('model_type')!r}")
     entries = auto_map(config["model_type"])
     added = {
         "model_type": MODEL_TYPE_PREFIX + config["model_type"],
@@ -48,7 +56,9 @@ class Export:
     def spec(self) -> LoopSpec:
         """The loop that the export runs now: `config.json` may have been edited since it was converted."""
         try:
-            return LoopSpec.from_config(SimpleNamespace(**self.config))
+            spec = LoopSpec.from_config(SimpleNamespace(**self.config))
+            spec.check_depth(layer_count(self.config) or 0)
+            return spec
         except ValueError as error:
             raise ExportError(f"{self.root / CONFIG} holds an impossible loop: {error}") from None
 
@@ -69,19 +79,22 @@ def open_export(root: str | Path) -> Export:
     Raises:
         ExportError: it is not one, or is damaged.
     """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise ExportError(f"no directory {root}")
+    root = Path(os.path.expanduser(root))
+    if not os.path.isdir(root):
+        raise ExportError(f"no directory {root}, or none that can be read")
     manifest = read_manifest(root)
     try:
-        return Export(root, manifest, read_json(root / CONFIG))
+        return Export(root, manifest, read_config(root / CONFIG))
     except CheckpointError as error:
         raise ExportError(str(error)) from None
 
 
 def is_export(root: Path) -> bool:
-    """Whether a directory was written by LoopExport."""
-    return (root / MANIFEST).is_file()
+    """Whether a directory was written by LoopExport, in whatever format and state it is now."""
+    try:
+        return {"format", "loopexport"} <= read_json(root / MANIFEST).keys()
+    except CheckpointError:
+        return False
 
 
 def template_bytes(name: str) -> bytes:

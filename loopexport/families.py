@@ -79,6 +79,8 @@ def check_family(config: dict) -> None:
             f"the model is looped already ({model_type}); change its loop_* config fields, or `loopexport restore` it"
         )
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"architectures {architectures!r} in config.json is not a list of class names")
     if config.get("is_encoder_decoder"):
         raise CheckpointError(f"{_names(architectures, model_type)} is an encoder-decoder; only decoders can be looped")
     if "decoder_layers" in config or "num_decoder_layers" in config:
@@ -90,7 +92,7 @@ def check_family(config: dict) -> None:
             f"{_names(architectures, model_type)} is multimodal; take its language model out "
             "(examples/language_model.py does) and convert that"
         )
-    if not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise CheckpointError(
             f"{_names(architectures, model_type)} is not a causal language model "
             "(architectures: ...ForCausalLM or ...LMHeadModel)"
@@ -130,5 +132,5 @@ def layer_types(config: dict) -> list | None:
     return types if isinstance(types, list) else None
 
 
-def _names(architectures, model_type: str) -> str:
-    return ", ".join(map(str, architectures)) if architectures else model_type
+def _names(architectures: list[str], model_type: str) -> str:
+    return ", ".join(architectures) or model_type

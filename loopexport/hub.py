@@ -24,7 +24,7 @@ def find_checkpoint(
         CheckpointError: there is no such directory, or it cannot be looped.
         HubError: the Hub refused or could not be reached.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if _is_directory(path):
         if revision is not None:
             raise CheckpointError(f"--revision goes with a Hub id, but {model} is a local directory")

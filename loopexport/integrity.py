@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .checkpoint import CARD, CONFIG, read_json
+from .checkpoint import CARD, CONFIG, file_names, read_config
 from .errors import CheckpointError
 from .export import BASE_FOLDER, Export, looped_config
 from .manifest import FileRecord
 from .safetensors_header import read_header
+from .templates import FILES as TEMPLATES
 from .weights import Progress, sha256_of, xxh3_of
 
 # Files that a user may edit: the card freely, the config in its loop fields.
@@ -45,7 +48,12 @@ def check_files(export: Export, *, full: bool = False, progress: Progress = lamb
         full: hash all weights; otherwise their size and header are compared.
         progress: called with the number of weight bytes just hashed.
     """
-    return [_check_small_files(export), _check_config(export), _check_weights(export, full, progress)]
+    return [
+        _check_small_files(export),
+        _check_config(export),
+        _check_weights(export, full, progress),
+        _check_records(export),
+    ]
 
 
 def _check_small_files(export: Export) -> Check:
@@ -53,7 +61,7 @@ def _check_small_files(export: Export) -> Check:
     records = {name: record for name, record in export.manifest.files.items() if name not in EDITABLE}
     for file, record in records.items():
         path = export.root / file
-        if not path.is_file():
+        if not os.path.isfile(path):
             return Check(name, False, f"{file} is missing")
         if sha256_of(path) != record.sha256:
             return Check(name, False, f"{file} has changed")
@@ -64,11 +72,13 @@ def _check_config(export: Export) -> Check:
     """The config is the base's with our fields added, whatever their values are now."""
     name = "config is the base's plus the loop"
     try:
-        base = read_json(export.root / BASE_FOLDER / CONFIG)
+        base = read_config(export.root / BASE_FOLDER / CONFIG)
         expected = looped_config(base, export.spec)
-    except (CheckpointError, KeyError) as error:
+    except CheckpointError as error:
         return Check(name, False, str(error))
-    changed = sorted(key for key in {*expected, *export.config} if expected.get(key) != export.config.get(key))
+    # As JSON, where NaN is NaN, and neither true nor 1.0 is 1.
+    expected, actual = ({key: json.dumps(value) for key, value in each.items()} for each in (expected, export.config))
+    changed = sorted(key for key in {*expected, *actual} if expected.get(key) != actual.get(key))
     if changed:
         return Check(name, False, f"config.json differs from the base's in {', '.join(changed)}")
     edited = "" if export.spec == export.manifest.spec else "; the loop was edited since the conversion"
@@ -80,13 +90,29 @@ def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
     depths = set()
     for file, record in export.manifest.weights.items():
         path = export.root / file
-        if not path.is_file():
+        if not os.path.isfile(path):
             return Check(name, False, f"{file} is missing")
         changed, depth = _weights_changed(path, record, full, progress)
         if changed:
             return Check(name, False, f"{file} has changed ({changed})")
         depths.add(depth)
     return Check(name, True, f"{len(export.manifest.weights)} compared by {' and '.join(sorted(depths))}")
+
+
+def _check_records(export: Export) -> Check:
+    """Nothing that belongs to the model lies beside what the manifest knows, and nothing that it needs is unknown."""
+    name = "the manifest knows every file"
+    try:
+        base = export.base
+        originals = {f"{BASE_FOLDER}/{each}" for each in file_names(export.root / BASE_FOLDER)}
+    except CheckpointError as error:
+        return Check(name, False, str(error))
+    needed = {CONFIG, CARD, *TEMPLATES, *base.carried, *originals}
+    unknown = sorted(needed - export.manifest.files.keys())
+    unknown += sorted({shard.name for shard in base.shards} ^ export.manifest.weights.keys())
+    if unknown:
+        return Check(name, False, f"{unknown[0]} is not recorded in it, or not part of the model")
+    return Check(name, True, f"{len(needed)} and {len(base.shards)} with weights")
 
 
 def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progress) -> tuple[str, str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from .checkpoint import Origin
-from .errors import ExportError
+from .checkpoint import Origin, read_json
+from .errors import CheckpointError, ExportError, SpecError
 from .spec import LoopSpec, make_spec
 
 MANIFEST = "loopexport.json"
@@ -57,7 +57,7 @@ class Manifest:
         values = {"format": FORMAT, **asdict(self)}
         for group in ("weights", "files"):
             values[group] = {name: _without_none(record) for name, record in sorted(values[group].items())}
-        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(values, indent=2) + "\n"  # in ASCII: names of files need not be text
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -68,27 +68,51 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        path.lstat()
+        values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ExportError(f"{root} is not a LoopExport export: it has no {MANIFEST}") from None
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ExportError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    except CheckpointError as error:
+        raise ExportError(str(error)) from None
+    if values.get("format") != FORMAT:
         raise ExportError(f"{path} is not of format {FORMAT}; it takes another version of LoopExport")
     try:
         return Manifest(
-            loopexport=values["loopexport"],
-            base=Origin(**values["base"]),
+            loopexport=_typed(values["loopexport"], str),
+            base=_origin(**values["base"]),
             spec=make_spec(**values["spec"]),
-            weights_method=values["weights_method"],
-            weights={name: FileRecord(**record) for name, record in values["weights"].items()},
-            files={name: FileRecord(**record) for name, record in values["files"].items()},
-            left_behind=tuple(values["left_behind"]),
+            weights_method=_typed(values["weights_method"], str),
+            weights={_file_name(name): _record(**record) for name, record in values["weights"].items()},
+            files={_file_name(name): _record(**record) for name, record in values["files"].items()},
+            left_behind=tuple(_typed(name, str) for name in values["left_behind"]),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, SpecError) as error:
         raise ExportError(f"{path} is damaged: {error!r}") from None
+
+
+def _file_name(name: str) -> str:
+    """A name that stays inside the directory that it is looked up in, or written to."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or not name.isprintable():
+        raise ValueError(f"{name!r} is not the name of a file of an export; do not trust it")
+    return name
+
+
+def _origin(name, revision=None) -> Origin:
+    return Origin(_typed(name, str), _typed(revision, str, type(None)))
+
+
+def _record(size, sha256=None, xxh3_128=None, header_sha256=None) -> FileRecord:
+    digests = (_typed(digest, str, type(None)) for digest in (sha256, xxh3_128, header_sha256))
+    return FileRecord(_typed(size, int), *digests)
+
+
+def _typed(value, *types: type):
+    if type(value) not in types:
+        raise TypeError(f"{value!r} is not of type {types[0].__name__}")
+    return value
 
 
 def _without_none(record: dict) -> dict:

@@ -8,7 +8,7 @@ from .checkpoint import CARD, Checkpoint, open_checkpoint
 from .errors import ExportError
 from .export import BASE_FOLDER, Export, open_export
 from .integrity import check_files
-from .staging import check_output, check_space, staged
+from .staging import check_output, check_space, output_path, staged
 from .templates import FILES as TEMPLATES
 from .weights import Progress, place, settle_method
 
@@ -28,8 +28,8 @@ def restore(
         ExportError: the export was changed since it was made.
         OutputError: the output cannot be written.
     """
-    export, out = open_export(root), Path(out).expanduser()
-    check_output(out, export.root, overwrite=False, is_replaceable=False)
+    export, out = open_export(root), output_path(out)
+    check_output(out, export.root)
     changed = [check for check in check_files(export) if check.passed is False]
     if changed:
         raise ExportError(f"{export.root} cannot give its base back: {changed[0].detail}")

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from .errors import CheckpointError
@@ -52,23 +54,23 @@ def read_header(path: Path) -> Header:
     """Read and check the header of one shard.
 
     Raises:
-        CheckpointError: the file is not safetensors, or is shorter or longer than its header says.
+        CheckpointError: the file cannot be read, is not safetensors, or is shorter or longer than its header says.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path.name} is not a whole safetensors file ({size} bytes); download it again")
-        raw = file.read(length)
     try:
-        entries = json.loads(raw)
-        entries.pop("__metadata__", None)
-        tensors = {name: _tensor(entry) for name, entry in entries.items()}
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path.name} is not a whole safetensors file ({size} bytes); download it again")
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        tensors, data_bytes = _parse(raw.decode("utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path.name} has no readable safetensors header; download it again") from None
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + data_bytes
     if size != expected:
         raise CheckpointError(
             f"{path.name} has {size} bytes where its header promises {expected}; it is damaged, download it again"
@@ -76,13 +78,46 @@ def read_header(path: Path) -> Header:
     return Header(tensors, hashlib.sha256(prefix + raw).hexdigest())
 
 
+def _parse(text: str) -> tuple[dict[str, Tensor], int]:
+    """The tensors by name, and the bytes of data that they fill, end to end and without holes."""
+    if not text.startswith("{"):
+        raise ValueError("not an object")
+    entries = json.loads(text)
+    _check_metadata(entries.pop("__metadata__", None))
+    tensors = {_text(name): _tensor(entry) for name, entry in entries.items()}
+    filled = 0
+    for start, end in sorted(entry["data_offsets"] for entry in entries.values()):
+        if start != filled:
+            raise ValueError("a hole or an overlap")
+        filled = end
+    return tensors, filled
+
+
+def _check_metadata(metadata: dict | None) -> None:
+    for key, value in ({} if metadata is None else metadata).items():
+        _text(key)
+        _text(value)
+
+
+def _text(value) -> str:
+    """A string that is Unicode text: JSON's escapes can spell half a character, which no other reader takes."""
+    if not isinstance(value, str):
+        raise TypeError("not a string")
+    value.encode()
+    return value
+
+
 def _tensor(entry: dict) -> Tensor:
     start, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)) or end < start:
+    sizes = (*shape, *accumulate(shape, operator.mul), start, end)
+    if not all(type(size) is int and 0 <= size < 2**64 for size in sizes) or end < start:
         raise ValueError("not an extent")
-    tensor = Tensor(str(entry["dtype"]), shape, end - start)
-    bits = DTYPE_BITS.get(tensor.dtype)  # a dtype newer than this table is passed through unchecked
-    if bits is not None and (tensor.num_elements * bits + 7) // 8 != tensor.nbytes:
+    tensor = Tensor(_text(entry["dtype"]), shape, end - start)
+    bits = DTYPE_BITS.get(tensor.dtype)
+    if bits is None:  # a dtype newer than this table is passed through, if its elements have a bit each
+        if tensor.num_elements > 8 * tensor.nbytes:
+            raise ValueError("more elements than bits")
+    elif tensor.num_elements * bits != 8 * tensor.nbytes:
         raise ValueError("extent and shape differ")
     return tensor

@@ -24,10 +24,10 @@ def parse_span(text: str) -> tuple[int, int]:
     Raises:
         SpecError: it is written otherwise; an inclusive `A-B` is answered with the right spelling.
     """
-    half_open = re.fullmatch(r"(-?\d+):(-?\d+)", text.strip())
+    half_open = re.fullmatch(r"(-?\d{1,9}):(-?\d{1,9})", text.strip())
     if half_open:
         return int(half_open[1]), int(half_open[2])
-    inclusive = re.fullmatch(r"(\d+)\s*-\s*(\d+)", text.strip())
+    inclusive = re.fullmatch(r"(\d{1,9})\s*-\s*(\d{1,9})", text.strip())
     if inclusive:
         start, last = int(inclusive[1]), int(inclusive[2])
         raise SpecError(
@@ -42,9 +42,7 @@ def make_spec(**values) -> LoopSpec:
     Raises:
         SpecError: a key is unknown or missing, or a value is not allowed.
     """
-    unknown = sorted(set(values) - set(SPEC_KEYS))
-    if unknown:
-        raise SpecError(f"unknown key {unknown[0]!r} in the loop spec; the keys are {', '.join(SPEC_KEYS)}")
+    _check_keys(values)
     for key, example in (("span", "12:20"), ("steps", "4")):
         if values.get(key) is None:
             raise SpecError(f"the loop spec has no {key}; give one, such as {key} {example}")
@@ -57,12 +55,18 @@ def make_spec(**values) -> LoopSpec:
         raise SpecError(str(error)) from None
 
 
+def _check_keys(values: dict, known: tuple[str, ...] = SPEC_KEYS) -> None:
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise SpecError(f"unknown key {unknown[0]!r} in the loop spec; the keys are {', '.join(known)}")
+
+
 def _parsed(span):
     """A span, or several, with all strings parsed."""
     if isinstance(span, str):
         return parse_span(span)
-    if isinstance(span, (list, tuple)) and any(isinstance(each, str) for each in span):
-        return [_parsed(each) for each in span]
+    if isinstance(span, (list, tuple)):
+        return [parse_span(each) if isinstance(each, str) else each for each in span]
     return span
 
 
@@ -74,30 +78,20 @@ def _parse_numbers(text: str) -> list[float]:
 
 
 def read_spec_file(path: Path) -> dict:
-    """The entries of a YAML spec file; its keys are the fields of `LoopSpec`.
+    """The entries of a YAML spec file; its keys are the fields of `LoopSpec`, and `preset`.
 
     Raises:
-        SpecError: the file cannot be read, or is not a mapping.
+        SpecError: the file cannot be read, is not a mapping, or has an unknown key.
     """
-    import yaml
+    from .yaml_text import SpecLoader, load_yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"), SpecLoader)
     except OSError as error:
         raise SpecError(f"cannot read spec file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"spec file {path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise SpecError(f"spec file {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise SpecError(f"spec file {path} is not a mapping; write lines such as `span: 12:20` and `steps: 4`")
-    span = values.get("span")
-    if isinstance(span, list) and not all(isinstance(each, int) for each in span):
-        values["span"] = [_from_sexagesimal(each) for each in span]
-    elif span is not None:
-        values["span"] = _from_sexagesimal(span)
+    _check_keys(values, (*SPEC_KEYS, "preset"))
     return values
-
-
-def _from_sexagesimal(value):
-    """YAML 1.1 reads 12:20 as the base-60 number 740; this gives the text back."""
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return "{}:{}".format(*divmod(value, 60)) if is_number else value

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,19 +21,46 @@ PARTIAL = ".partial"  # being written, locked by its writer
 REPLACED = ".replaced"  # an older output, out of the way while the new one moves in
 
 
-def check_output(out: Path, source: Path, *, overwrite: bool, is_replaceable: bool) -> None:
+MAX_NAME_BYTES = 200  # file systems take 255; names of what is being written are longer than that of the output
+
+
+def output_path(text: str | Path) -> Path:
+    """The path that a user means by `text`: `~` is expanded, and a directory that goes by `.` or `..` named."""
+    path = Path(os.path.expanduser(text))
+    return path if path.name not in ("", "..") else Path(os.path.realpath(path))
+
+
+def check_output(
+    out: Path, source: Path, *, overwrite: bool = False, is_replaceable: Callable[[Path], bool] | None = None
+) -> None:
     """Check, before any work, that `out` can be written.
 
     Args:
         out: the directory to be made.
         source: the directory that it is made from, which must not be touched.
         overwrite: whether the user allows an existing output to be replaced.
-        is_replaceable: whether what stands at `out` is something that we wrote.
+        is_replaceable: tells whether what stands at a path is something that we wrote; None takes nothing for that.
 
     Raises:
         OutputError: it cannot; the message says what to do.
     """
-    resolved, source = out.resolve(), source.resolve()
+    if "\0" in str(out) or len(os.fsencode(out.name)) > MAX_NAME_BYTES:
+        raise OutputError(
+            f"the output's name {out.name!r} must be of {MAX_NAME_BYTES} bytes at most, and none of them 0"
+        )
+    with _explained(out):
+        _check_place(out, Path(os.path.realpath(out)), Path(os.path.realpath(source)))
+        if out.is_dir() and any(out.iterdir()):
+            if is_replaceable is None or not is_replaceable(out):
+                raise OutputError(f"the output {out} exists and is not a LoopExport export; choose another directory")
+            if not overwrite:
+                raise OutputError(
+                    f"the output {out} exists; use --overwrite to replace it, or choose another directory"
+                )
+        _check_writable(out)
+
+
+def _check_place(out: Path, resolved: Path, source: Path) -> None:
     if resolved == source:
         raise OutputError(f"the output {out} is the model itself; choose another directory")
     if source in resolved.parents:
@@ -42,18 +69,12 @@ def check_output(out: Path, source: Path, *, overwrite: bool, is_replaceable: bo
         raise OutputError(f"the output {out} contains the model {source}; choose another directory")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"the output {out} exists and is not a directory; choose another name or remove it")
-    if out.is_dir() and any(out.iterdir()):
-        if not is_replaceable:
-            raise OutputError(f"the output {out} exists and is not a LoopExport export; choose another directory")
-        if not overwrite:
-            raise OutputError(f"the output {out} exists; use --overwrite to replace it, or choose another directory")
-    _check_writable(out)
 
 
 def _check_writable(out: Path) -> None:
-    parent = next(path for path in out.absolute().parents if path.exists())
+    parent = next(path for path in out.absolute().parents if os.path.lexists(path))
     as_we_run = {"effective_ids": True} if os.access in os.supports_effective_ids else {}
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, **as_we_run):
+    if not parent.is_dir() or not os.access(parent, os.R_OK | os.W_OK | os.X_OK, **as_we_run):
         raise OutputError(f"cannot write into {parent}; choose another output or change its permissions")
 
 

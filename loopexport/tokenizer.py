@@ -46,7 +46,7 @@ def without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
     else:
         originals = {each: files.pop(each) for each in list(files) if FILES.fullmatch(each)}
         config = {"tokenizer_class": name}  # known to no transformers, so that loading it fails
-    files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     return originals
 
 

@@ -6,9 +6,10 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import CheckpointError, OutputError
 
 METHODS = ("auto", "reflink", "hardlink", "copy")
 COPY_CHUNK_BYTES = 16 * 2**20
@@ -46,6 +47,7 @@ def place(source: Path, target: Path, method: str, progress: Progress = lambda c
         progress: called with the number of bytes just copied.
 
     Raises:
+        CheckpointError: the source cannot be read.
         OutputError: the method is not possible between these two places.
     """
     if method == "hardlink":
@@ -56,7 +58,7 @@ def place(source: Path, target: Path, method: str, progress: Progress = lambda c
                 f"the file system of {target.parent} cannot reflink from {source.parent}; use --weights auto or copy"
             )
     else:
-        with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+        with _open(source) as reader, target.open("xb", buffering=0) as writer:
             _copy_bytes(reader, writer, progress)
 
 
@@ -74,11 +76,19 @@ def xxh3_of(path: Path, progress: Progress = lambda count: None) -> str:
 
 def _digest(path: Path, digest, progress: Progress) -> str:
     buffer = memoryview(bytearray(HASH_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with _open(path) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             progress(count)
     return digest.hexdigest()
+
+
+def _open(path: Path) -> FileIO:
+    """A file opened to be read, so that what cannot be read is not taken for what cannot be written."""
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _hardlink(source: Path, target: Path) -> None:

@@ -24,6 +24,8 @@ DECODE_MODES = ("full", "bypass", "first_n")
 # Types of layers whose only memory is a K/V cache, as `layer_types` of native configs name them.
 ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention")
 
+MAX_COUNT = 2**31 - 1  # of steps and the like: beyond any use, within what every number type can hold
+
 FIELD_PREFIX = "loop_"
 MODEL_TYPE_PREFIX = "looped_"
 CLASS_PREFIX = "Looped"
@@ -261,8 +263,10 @@ def _check_bounds(value) -> tuple[int, int]:
 
 
 def _check_steps(value) -> int:
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"steps {value!r} must be a whole number of 1 or more (1 is the base model)")
+    if not _is_count(value, least=1):
+        raise ValueError(
+            f"steps {value!r} must be a whole number of 1 or more (1 is the base model, {MAX_COUNT} the most)"
+        )
     return value
 
 
@@ -281,8 +285,8 @@ def _check_anchor(value) -> float:
 
 
 def _check_first_n(value) -> int:
-    if not _is_int(value) or value < 0:
-        raise ValueError(f"first_n {value!r} must be a whole number of 0 or more")
+    if not _is_count(value, least=0):
+        raise ValueError(f"first_n {value!r} must be a whole number of 0 or more, {MAX_COUNT} at most")
     return value
 
 
@@ -305,8 +309,8 @@ def _check_momentum(value) -> float | None:
 def _check_history(value) -> int | None:
     if value is None:
         return None
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"history {value!r} must be a whole number of 1 or more")
+    if not _is_count(value, least=1):
+        raise ValueError(f"history {value!r} must be a whole number of 1 or more, {MAX_COUNT} at most")
     return value
 
 
@@ -332,8 +336,12 @@ def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_count(value, least: int) -> bool:
+    return _is_int(value) and least <= value <= MAX_COUNT
+
+
 def _is_number(value) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 _FIELD_CHECKS = {
