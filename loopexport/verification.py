@@ -98,7 +98,7 @@ def _check_model(export: Export) -> list[Check]:
 
     generator = torch.Generator().manual_seed(0)
     shape = (2, PROMPT_TOKENS + DECODE_STEPS)
-    tokens = torch.randint(export.base.config["vocab_size"], shape, generator=generator)
+    tokens = torch.randint(_base_config(export).vocab_size, shape, generator=generator)
     with torch.no_grad():
         try:
             base = _run_base(export, tokens)
@@ -144,10 +144,15 @@ def _load(export: Export, dtype) -> tuple[Any, dict]:
 
 def _load_base(export: Export, dtype):
     """The native model on the export's weights: what `base/config.json` makes of them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
-    return AutoModelForCausalLM.from_pretrained(export.root, config=config, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(export.root, config=_base_config(export), dtype=dtype)
+
+
+def _base_config(export: Export):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
 
 
 def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
