@@ -7,6 +7,7 @@ import re
 from .checkpoint import Origin
 from .cost import Cost
 from .describe import describe_layers, describe_refinements, describe_rule, describe_span, formula
+from .licence import licence_of
 from .spec import LoopSpec
 
 # Card metadata that an export inherits from its base.
@@ -26,7 +27,25 @@ DECODE_MEANING = {
 }
 
 
-def make_card(base: Origin, base_card: str, model_type: str, num_layers: int, spec: LoopSpec, cost: Cost) -> str:
+# How the example of use calls the model before it has an id on the Hub.
+LOCAL_PATH = 'path = "."  # this directory, or its Hub id\n'
+
+NO_WEIGHTS = """
+> **There are no weights in this directory**, and it cannot be loaded. It was converted with `--weights none`;
+> `loopexport push` completes it on the Hub with the base's own weights.
+"""
+
+
+def make_card(
+    base: Origin,
+    base_card: str,
+    model_type: str,
+    num_layers: int,
+    spec: LoopSpec,
+    cost: Cost,
+    *,
+    has_weights: bool = True,
+) -> str:
     """The README.md of an export: Hub metadata, then what it is, what it costs and how to load it.
 
     Args:
@@ -34,9 +53,14 @@ def make_card(base: Origin, base_card: str, model_type: str, num_layers: int, sp
         base_card: the base's own card, whose licence and language are inherited; may be empty.
         model_type, num_layers: the base's family and depth.
         spec, cost: the loop and its cost.
+        has_weights: whether the weights are in the directory that the card is for.
     """
     name = base.name.rsplit("/", 1)[-1]
-    return _metadata(base, read_metadata(base_card)) + _BODY.format(
+    inherited = read_metadata(base_card)
+    return _metadata(base, inherited) + _BODY.format(
+        no_weights="" if has_weights else NO_WEIGHTS,
+        path=LOCAL_PATH,
+        licence=_licence_text(inherited),
         name=name,
         base=_base_link(base),
         span=describe_span(spec),
@@ -58,11 +82,33 @@ def make_card(base: Origin, base_card: str, model_type: str, num_layers: int, sp
     )
 
 
+def published_card(card: str, repo_id: str) -> str:
+    """The card of an export as it is right on the Hub: it has its weights there, and an id."""
+    return card.replace(NO_WEIGHTS, "").replace(LOCAL_PATH, f'path = "{repo_id}"\n')
+
+
+def merge_card(ours: str, theirs: str) -> str:
+    """A card that was edited on the Hub, with what it lacks of ours.
+
+    Its text stays, unless there is none; of the metadata, what it says stays, and what it does not say is added.
+    """
+    known, edited = read_metadata(ours), read_metadata(theirs)
+    body = _body(theirs) if _body(theirs).strip() else _body(ours)
+    tags = dict.fromkeys([*_tags(edited), *_tags(known)])
+    merged = {**known, **edited, "tags": list(tags)}
+    return theirs if merged == edited and body == _body(theirs) else _front_matter(merged) + body
+
+
+def _tags(metadata: dict) -> list:
+    tags = metadata.get("tags")
+    return tags if isinstance(tags, list) else []
+
+
 def read_metadata(card: str) -> dict:
     """The YAML block at the head of a model card; empty where there is none."""
     import yaml
 
-    match = re.match(r"\ufeff?\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", card, re.DOTALL)
+    match = _HEAD.match(card)
     try:
         values = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError:
@@ -70,9 +116,33 @@ def read_metadata(card: str) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-def _metadata(base: Origin, inherited: dict) -> str:
+_HEAD = re.compile(r"\ufeff?\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", re.DOTALL)
+
+
+def _body(card: str) -> str:
+    """A card without its metadata."""
+    match = _HEAD.match(card)
+    return card[match.end() :] if match else card
+
+
+def _front_matter(values: dict) -> str:
     import yaml
 
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _licence_text(metadata: dict) -> str:
+    licence = licence_of(metadata)
+    if licence is None:
+        return ""
+    built_with = f"**{licence.built_with}.** " if licence.built_with else ""
+    return (
+        f"\n## Licence\n\n{built_with}{licence.notice.rstrip('.')}.\n\nThe base's files were modified: `config.json` "
+        "and this card are new, modeling code was added, the weights are unchanged.\n"
+    )
+
+
+def _metadata(base: Origin, inherited: dict) -> str:
     values: dict = {key: inherited[key] for key in INHERITED if key in inherited}
     if base.revision is not None:  # a local directory's name is no Hub id
         values["base_model"] = base.name
@@ -82,7 +152,7 @@ def _metadata(base: Origin, inherited: dict) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["custom_code", "looped", "loopexport"],
     }
-    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
+    return _front_matter(values)
 
 
 def _base_link(base: Origin) -> str:
@@ -93,7 +163,7 @@ def _base_link(base: Origin) -> str:
 
 _BODY = """
 # {name}, looped
-
+{no_weights}
 {base}, with {layers} of its {num_layers} applied {steps} times in small damped steps, without any training
 ([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). The weights are the base model's, byte for
 byte, stored once; only the forward differs.
@@ -127,12 +197,11 @@ turn):
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-path = "."  # this directory, or its Hub id
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+{path}tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 model.config.loop_steps = {steps}  # may be changed at any time; 1 is the base model
 ```
 
 Made with [LoopExport](https://pypi.org/project/loopexport/); `loopexport.json` records the base and a digest of every
 file, `base/` holds the originals of the files that differ.
-"""
+{licence}"""

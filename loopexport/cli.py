@@ -31,7 +31,7 @@ class Group(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was left behind.", err=True)
+            click.echo("Interrupted; nothing half-made was left behind.", err=True)
             ctx.exit(130)
 
 
@@ -97,7 +97,14 @@ weights_option = click.option(
 @click.argument("out", required=False)
 @spec_options
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@weights_option
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "reflink", "hardlink", "copy", "none"]),
+    default="auto",
+    show_default=True,
+    help="How to put the weights in place; auto is reflink where the file system can, else copy; none leaves those of "
+    "a Hub model where they are, for `push` to complete.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an export that stands at OUT.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option
@@ -193,6 +200,26 @@ def restore(directory, out, weights) -> None:
 
 
 @main.command(context_settings=CONTEXT)
+@click.argument("directory")
+@click.argument("repo_id")
+@click.option("--revision", help="Branch to push to; made if it does not exist.  [default: main]")
+@click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
+@click.option("--commit-message", help="Message of the commit.")
+@click.option("--token", help="Hub token.  [default: HF_TOKEN, or the saved login]")
+@click.option("--no-server-copy", is_flag=True, help="Upload all weights, even those that the Hub could copy.")
+@click.option("--dry-run", is_flag=True, help="Print how each file would travel, and send nothing.")
+@json_option
+def push(directory, repo_id, dry_run, as_json, no_server_copy, **options) -> None:
+    """Publish the export DIRECTORY as the model REPO_ID on the Hub, in one commit.
+
+    Weights that the base's repository holds are copied there by the Hub; nothing is sent that it has already. Run the
+    same command again after a failure.
+    """
+    _push(directory, repo_id, dry_run=dry_run, as_json=as_json, server_copy=not no_server_copy, **options)
+
+
+@main.command(context_settings=CONTEXT)
 @json_option
 def rules(as_json) -> None:
     """List the update rules: what each computes, what it takes and how often it runs the span."""
@@ -203,6 +230,27 @@ def rules(as_json) -> None:
         _echo_json({name: asdict(rule) for name, rule in RULES.items()})
     else:
         click.echo("\n".join(rule_lines()))
+
+
+def _push(directory, repo_id, *, dry_run: bool, as_json: bool, **options) -> None:
+    from .export import open_export
+    from .push import apply, plan_push, planned
+    from .report import push_lines
+
+    total = sum(record.size for record in open_export(directory).manifest.weights.values())
+    with _progress("hashing weights", total) as advance:
+        plan = plan_push(directory, repo_id, progress=advance, **options)
+    for notice in plan.notices:
+        _note(notice)
+    result = planned(plan) if dry_run else apply(plan, _note)
+    if as_json:
+        _echo_json(result.to_dict())
+    else:
+        click.echo("\n".join(push_lines(plan, result)))
+
+
+def _note(line: str) -> None:
+    click.echo(f"Note: {line}", err=True)
 
 
 def _merge_spec(spec_file: Path | None, options: dict) -> dict:

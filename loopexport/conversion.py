@@ -10,20 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import __version__
-from .card import make_card
-from .checkpoint import CARD, CONFIG, Checkpoint
+from .card import make_card, read_metadata
+from .checkpoint import CARD, CONFIG, LICENCE_TEXT, Checkpoint
 from .cost import Cost, loop_cost
 from .errors import CheckpointError, OutputError, SpecError
-from .export import BASE_FOLDER, Export, is_export, looped_config, open_export, template_bytes
+from .export import (
+    BASE_FOLDER,
+    TOKENIZER_CONFIG,
+    Export,
+    is_export,
+    looped_config,
+    open_export,
+    template_bytes,
+)
 from .families import layer_types
 from .hub import find_checkpoint
+from .licence import NOTICE, licence_of, licence_warnings
 from .manifest import MANIFEST, FileRecord, Manifest
 from .spec import LoopSpec, make_spec
 from .staging import check_output, check_space, staged
 from .templates import FILES as TEMPLATES
 from .weights import METHODS, Progress, place, settle_method, xxh3_of
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+WITHOUT = "none"  # no weights are taken along; `push` lets the Hub copy the base's
+WEIGHTS = (*METHODS, WITHOUT)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class ConvertPlan:
         base: the checkpoint to convert.
         out: the directory to write.
         spec, cost: the loop and what it costs.
-        weights: how the weights will be put in place, one of `METHODS`.
+        weights: how the weights will be put in place, one of `WEIGHTS`.
         overwrite: whether an export at `out` is to be replaced.
         warnings: what the user should know, one line each.
     """
@@ -90,7 +100,7 @@ def plan_convert(
         model: a local directory or a Hub id.
         out: the directory to write; None names it after base and spec, in the current directory.
         revision: branch, tag or commit of a Hub model.
-        weights: how to put the weights in place, one of `METHODS`.
+        weights: how to put the weights in place, one of `WEIGHTS`.
         overwrite: replace an export that stands at `out`.
         dry_run: only the plan is wanted, so weights that are not local yet are not downloaded.
         **spec: the fields of `LoopSpec`: `span`, `steps`, `damping`, ...
@@ -99,13 +109,15 @@ def plan_convert(
         LoopExportError: something is wrong; the message says what, and what to do.
     """
     loop = make_spec(**spec)
-    if weights not in METHODS:
-        raise OutputError(f"weights method {weights!r} must be one of {', '.join(METHODS)}")
-    base = find_checkpoint(str(model), revision, headers_only=dry_run)
+    if weights not in WEIGHTS:
+        raise OutputError(f"weights method {weights!r} must be one of {', '.join(WEIGHTS)}")
+    base = find_checkpoint(str(model), revision, headers_only=dry_run or weights == WITHOUT)
+    if weights == WITHOUT:
+        _check_copyable(base)
     _check_layers(base, loop)
     out = Path(out).expanduser() if out is not None else _default_out(base, loop)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export(out))
-    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, overwrite, _warnings(loop))
+    return ConvertPlan(base, out, loop, loop_cost(base, loop), weights, overwrite, _warnings(base, loop))
 
 
 def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
@@ -123,7 +135,16 @@ def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
     with staged(plan.out, replace=plan.overwrite) as root:
         files = {name: _write(root / name, content) for name, content in contents.items()}
         weights, method = _place_weights(plan, root, progress)
-        manifest = Manifest(__version__, plan.base.origin, plan.spec, method, weights, files, plan.base.left_behind)
+        manifest = Manifest(
+            __version__,
+            plan.base.origin,
+            plan.spec,
+            method,
+            weights,
+            files,
+            plan.base.left_behind,
+            tuple(_notice(plan.base)),
+        )
         (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return open_export(plan.out)
 
@@ -158,13 +179,36 @@ def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:
         )
 
 
-def _warnings(spec: LoopSpec) -> tuple[str, ...]:
+def _check_copyable(base: Checkpoint) -> None:
+    """Check that `push` will be able to let the Hub copy the weights: it tells them by their sha256."""
+    if base.origin.revision is None:
+        raise OutputError(
+            f"--weights none needs a base on the Hub, which has the weights; {base.origin.name} is a local directory"
+        )
+    unknown = [shard.name for shard in base.shards if shard.sha256 is None]
+    if unknown:
+        raise OutputError(f"--weights none needs the sha256 of {unknown[0]}, which the Hub does not tell; use copy")
+
+
+def _warnings(base: Checkpoint, spec: LoopSpec) -> tuple[str, ...]:
     warnings = ["a gain from looping is not guaranteed: compare with the base on your own task"]
     if spec.kv == "reference" and not spec.is_identity:
         warnings.append("kv reference: cached decoding does not equal a full forward, by design; kv shared does")
     if spec.is_identity:
         warnings.append("this spec is the base model itself (steps 1 or anchor 1)")
-    return tuple(warnings)
+    return (*warnings, *licence_warnings(_base_metadata(base), base.origin.name.rsplit("/", 1)[-1], list(base.carried)))
+
+
+def _base_metadata(base: Checkpoint) -> dict:
+    path = base.root / CARD
+    return read_metadata(_read(path).decode("utf-8", errors="replace")) if path.is_file() else {}
+
+
+def _notice(base: Checkpoint) -> dict[str, bytes]:
+    """The notice that the base's licence demands, by its name, unless the base has one."""
+    licence = licence_of(_base_metadata(base))
+    has_one = any(LICENCE_TEXT.fullmatch(name) and name.lower().startswith("notice") for name in base.carried)
+    return {} if licence is None or has_one else {NOTICE: f"{licence.notice}\n".encode()}
 
 
 def _small_files(plan: ConvertPlan) -> dict[str, bytes]:
@@ -182,10 +226,11 @@ def _small_files(plan: ConvertPlan) -> dict[str, bytes]:
         base.num_layers,
         plan.spec,
         plan.cost,
+        has_weights=plan.weights != WITHOUT,
     ).encode()
     if TOKENIZER_CONFIG in files:
         originals |= _without_foreign_code(files)
-    files |= {name: template_bytes(name) for name in TEMPLATES}
+    files |= {name: template_bytes(name) for name in TEMPLATES} | _notice(base)
     return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
 
 
@@ -222,6 +267,10 @@ def _write(path: Path, content: bytes) -> FileRecord:
 def _place_weights(plan: ConvertPlan, root: Path, progress: Progress) -> tuple[dict[str, FileRecord], str]:
     """Put every shard in place; what is copied, and has no known sha256, is hashed in other threads meanwhile."""
     shards = plan.base.shards
+    if plan.weights == WITHOUT:
+        return {
+            each.name: FileRecord(each.size, each.sha256, None, each.header.sha256 or None) for each in shards
+        }, WITHOUT
     method = settle_method(plan.weights, shards[0].path, root)
     if method == "copy":
         check_space(plan.out, plan.base.weight_bytes)

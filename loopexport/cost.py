@@ -13,7 +13,8 @@ TORCH_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost per token, looped against base. K/V bytes are None where the config does not tell.
+    """Cost per token, looped against base. K/V bytes are None where the config does not tell, parameters are where the
+    weights are not at hand.
 
     Attributes:
         layer_evaluations: decoder layers run for one token, `L + (E-1) * w`, and `base_layer_evaluations`, L.
@@ -25,8 +26,8 @@ class Cost:
 
     layer_evaluations: int
     base_layer_evaluations: int
-    params_read: int
-    base_params_read: int
+    params_read: int | None
+    base_params_read: int | None
     kv_bytes: int | None
     base_kv_bytes: int | None
 
@@ -54,7 +55,7 @@ def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
     return Cost(
         layer_evaluations=base.num_layers + iterations * len(spec.layers),
         base_layer_evaluations=base.num_layers,
-        params_read=params + iterations * looped_params,
+        params_read=None if params is None else params + iterations * looped_params,
         base_params_read=params,
         kv_bytes=None if slot_bytes is None else slots * slot_bytes,
         base_kv_bytes=None if slot_bytes is None else base.num_layers * slot_bytes,
@@ -66,11 +67,13 @@ def dtype_name(base: Checkpoint) -> str:
     named = base.config.get("dtype") or base.config.get("torch_dtype")
     if isinstance(named, str):
         return named
-    return max(base.tensors.values(), key=lambda tensor: tensor.nbytes).dtype
+    return max(base.tensors.values(), key=lambda tensor: tensor.nbytes).dtype if base.tensors else "dtype unknown"
 
 
-def _params_read(base: Checkpoint) -> int:
+def _params_read(base: Checkpoint) -> int | None:
     """Parameters read to decode one token by the base: all but the embedding, unless that is the head as well."""
+    if not base.tensors:
+        return None
     total = sum(tensor.num_elements for tensor in base.tensors.values())
     has_own_head = any(name.endswith("lm_head.weight") for name in base.tensors)
     embedding = next((t for name, t in base.tensors.items() if name.endswith("embed_tokens.weight")), None)

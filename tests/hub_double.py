@@ -155,7 +155,7 @@ class HubDouble(ThreadingHTTPServer):
 
     def add(self, name: str, root: Path, *, private: bool = False) -> str:
         """Commit the files of a directory, and no others, to `main` of a repository; the commit's id."""
-        repository = self.repositories.setdefault(name, Repository(name, private))
+        self.repositories.setdefault(name, Repository(name, private))
         paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
         return self.commit(name, {path: file.read_bytes() for path, file in paths.items()})
 
