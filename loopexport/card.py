@@ -66,6 +66,7 @@ def make_card(
         span=describe_span(spec),
         layers=describe_layers(spec),
         num_layers=num_layers,
+        last_layer=num_layers - 1,
         model_type=model_type,
         steps=spec.steps,
         rule=describe_rule(spec),
@@ -116,7 +117,7 @@ def read_metadata(card: str) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-_HEAD = re.compile(r"\ufeff?\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", re.DOTALL)
+_HEAD = re.compile(r"\ufeff?\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 
 
 def _body(card: str) -> str:
@@ -175,7 +176,7 @@ Compare it with the base on your own task before you rely on it.
 | | |
 | --- | --- |
 | family | `{model_type}` |
-| span | `{span}`, half-open: {layers} of 0 to {num_layers}-1 |
+| span | `{span}`, half-open: {layers} of 0 to {last_layer} |
 | steps K | {steps} |
 | update rule | {rule} |
 | anchor (beta) | {anchor} |

@@ -196,7 +196,7 @@ def _warnings(base: Checkpoint, spec: LoopSpec) -> tuple[str, ...]:
         warnings.append("kv reference: cached decoding does not equal a full forward, by design; kv shared does")
     if spec.is_identity:
         warnings.append("this spec is the base model itself (steps 1 or anchor 1)")
-    return (*warnings, *licence_warnings(_base_metadata(base), base.origin.name.rsplit("/", 1)[-1], list(base.carried)))
+    return (*warnings, *licence_warnings(_base_metadata(base), list(base.carried)))
 
 
 def _base_metadata(base: Checkpoint) -> dict:

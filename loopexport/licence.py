@@ -65,20 +65,20 @@ def licence_of(metadata: dict) -> Licence | None:
     return next((LICENCES[name] for name in names if isinstance(name, str) and name in LICENCES), None)
 
 
-def licence_warnings(metadata: dict, repo_name: str, file_names: list[str]) -> list[str]:
-    """What the licence demands and the export, published under this name with these files, does not fulfil.
+def licence_warnings(metadata: dict, file_names: list[str], repo_name: str | None = None) -> list[str]:
+    """What the licence demands and an export with these files, published under this name, does not fulfil.
 
     Args:
         metadata: of the model card.
-        repo_name: name of the repository, without its namespace.
         file_names: of all files that are published.
+        repo_name: name of the repository, without its namespace; None where it is not known yet.
     """
     licence = licence_of(metadata)
     if licence is None:
         return []
     warnings = []
     prefix = licence.name_prefix.replace(" ", "-")
-    if prefix and not repo_name.lower().replace("_", "-").startswith(prefix.lower()):
+    if prefix and repo_name and not repo_name.lower().replace("_", "-").startswith(prefix.lower()):
         warnings.append(f"the {licence.title} wants the model's name to begin with {prefix!r}; {repo_name!r} does not")
     if not any(name.lower().startswith(("license", "licence")) for name in file_names):
         warnings.append(f"the {licence.title} wants a copy of its text to go along; add it to the directory as LICENSE")

@@ -128,7 +128,7 @@ def list_files(api: HfApi, repo_id: str, revision: str, names: list[str] | None 
     return {entry.path: _remote_file(entry) for entry in entries if hasattr(entry, "blob_id")}
 
 
-def cannot_copy_from(api: HfApi, base: Origin, repo_id: str) -> str:
+def cannot_copy_from(base: Origin, repo_id: str) -> str:
     """Why the client cannot ask the Hub to copy files of a base; an empty string if it can."""
     from huggingface_hub import CommitOperationCopy
 

@@ -8,7 +8,7 @@ from .cost import Cost, dtype_name
 from .describe import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
 from .export import Export
 from .integrity import WITHOUT_WEIGHTS, Check
-from .push import COPY, DELETE, THERE, UPLOAD, PushPlan, PushResult
+from .publication import COPY, DELETE, THERE, UPLOAD, PushPlan, PushResult
 from .spec import RULES, LoopSpec
 
 TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}

@@ -160,29 +160,52 @@ def plan_push(
         PushError: something in it must not leave, or does not fit the repository.
         HubError: the Hub refused, or cannot be reached.
     """
-    _check_options(repo_id, revision, create_pr)
     export = open_export(root)
     outgoing = collect(export)
-    api, user = connect(token)
-    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-    target = look_at(api, repo_id, revision or MAIN, needs_write=not create_pr)
-    _check_target(export, target, private)
+    api, target = find_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
+    _check_foreign_weights(export, target)
     files, notices = _settle_card(export, outgoing.files, target)
     items = [*_weights_items(export, progress), *_file_items(files)]
     transfers, more = _settle_transfers(api, export, target, items, server_copy)
-    name = repo_id.rsplit("/", 1)[-1]
-    warnings = licence_warnings(read_metadata(files[CARD].decode("utf-8", errors="replace")), name, list(files))
+    metadata = read_metadata(files[CARD].decode("utf-8", errors="replace"))
+    more += licence_warnings(metadata, list(files), target.repo_id.rsplit("/", 1)[-1])
     return PushPlan(
         api=api,
         export=export,
         target=target,
         transfers=(*transfers, *_deletions(target, {transfer.name for transfer in transfers})),
         staying=outgoing.staying,
-        notices=(*notices, *more, *warnings),
+        notices=(*notices, *more),
         private=private,
         create_pr=create_pr,
         message=commit_message or f"Upload {export.manifest.base.name}, looped by LoopExport {__version__}",
     )
+
+
+def find_target(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> tuple[HfApi, Target]:
+    """Look at where a push goes to, with the options of `plan_push`, before any work is done for it.
+
+    Raises:
+        PushError: these options do not fit the repository.
+        HubError: the Hub refused, or cannot be reached.
+    """
+    _check_options(repo_id, revision, create_pr)
+    api, user = connect(token)
+    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    target = look_at(api, repo_id, revision or MAIN, needs_write=not create_pr)
+    if private and target.is_private is False:
+        raise PushError(
+            f"{target.repo_id} exists and is public, and --private is for new repositories; "
+            "make it private in its settings, or leave out --private"
+        )
+    return api, target
 
 
 def apply(plan: PushPlan, notify: Callable[[str], object] = lambda line: None) -> PushResult:
@@ -234,12 +257,7 @@ def _check_options(repo_id: str, revision: str | None, create_pr: bool) -> None:
         raise PushError(f"--create-pr proposes a change of {MAIN}; leave out --revision {revision}")
 
 
-def _check_target(export: Export, target: Target, private: bool) -> None:
-    if private and target.is_private is False:
-        raise PushError(
-            f"{target.repo_id} exists and is public, and --private is for new repositories; "
-            "make it private in its settings, or leave out --private"
-        )
+def _check_foreign_weights(export: Export, target: Target) -> None:
     ours = {*export.manifest.weights, *export.manifest.files, *_names_pushed(target.manifest)}
     foreign = [name for name in (SINGLE_FILE, INDEX) if name in target.files and name not in ours]
     if foreign:
@@ -302,48 +320,44 @@ def _settle_transfers(
     api: HfApi, export: Export, target: Target, items: list[Transfer], server_copy: bool
 ) -> tuple[list[Transfer], list[str]]:
     """How each file gets there, and what to tell of weights that have to be uploaded."""
-    there = {item.name for item in items if _is_there(item, target.files.get(item.name))}
-    missing = [item for item in items if item.name not in there]
-    base = export.manifest.base
-    reason = cannot_copy_from(api, base, target.repo_id) if server_copy else "--no-server-copy"
-    at_base: dict[str, RemoteFile] = {}
-    if not reason and missing:
-        at_base, reason = _list_base(api, export, [item.name for item in missing])
-    transfers = [
-        replace(item, how=THERE)
-        if item.name in there
-        else replace(item, how=COPY)
-        if _is_copyable(item, at_base.get(item.name))
-        else item
-        for item in items
-    ]
-    uploaded = [item for item in transfers if item.how == UPLOAD and item.name in export.manifest.weights]
-    reason = reason or f"{base.name} does not have the same bytes at {(base.revision or '')[:12]}, or not to be copied"
+    items = [_if_there(item, target.files.get(item.name)) for item in items]
+    at_base, reason = _list_base(api, export, target, [item.name for item in items if item.how == UPLOAD], server_copy)
+    items = [_if_copyable(item, at_base.get(item.name)) for item in items]
+    uploaded = [item for item in items if item.how == UPLOAD and item.name in export.manifest.weights]
     for item in uploaded:
         if item.content is None:
             raise PushError(_cannot_complete(item.name, reason))
-    return transfers, [f"weights are uploaded, not copied on the Hub: {reason}"] if uploaded else []
+    return items, [f"weights are uploaded, not copied on the Hub: {reason}"] if uploaded else []
 
 
-def _list_base(api: HfApi, export: Export, names: list[str]) -> tuple[dict[str, RemoteFile], str]:
+def _list_base(
+    api: HfApi, export: Export, target: Target, names: list[str], server_copy: bool
+) -> tuple[dict[str, RemoteFile], str]:
+    """What the base's repository has of these files, and why those that it lacks, or all, cannot be copied there."""
     base = export.manifest.base
-    assert base.revision is not None, "cannot_copy_from has seen to it"
+    reason = cannot_copy_from(base, target.repo_id) if server_copy else "--no-server-copy"
+    if reason or not names or base.revision is None:
+        return {}, reason
     try:
-        return list_files(api, base.name, base.revision, names), ""
+        files = list_files(api, base.name, base.revision, names)
     except HubError as error:
         return {}, str(error)
+    return files, f"{base.name} at {base.revision[:12]} does not have these bytes where they can be copied from"
 
 
-def _is_there(item: Transfer, file: RemoteFile | None) -> bool:
+def _if_there(item: Transfer, file: RemoteFile | None) -> Transfer:
     if file is None or file.size != item.size:
-        return False
+        return item
     if file.sha256 is not None:
-        return file.sha256 == item.sha256
-    return isinstance(item.content, bytes) and file.git_id == git_blob_id(item.content)
+        is_same = file.sha256 == item.sha256
+    else:
+        is_same = isinstance(item.content, bytes) and file.git_id == git_blob_id(item.content)
+    return replace(item, how=THERE) if is_same else item
 
 
-def _is_copyable(item: Transfer, file: RemoteFile | None) -> bool:
-    return file is not None and file.is_copyable and file.sha256 == item.sha256
+def _if_copyable(item: Transfer, file: RemoteFile | None) -> Transfer:
+    is_copyable = item.how == UPLOAD and file is not None and file.is_copyable and file.sha256 == item.sha256
+    return replace(item, how=COPY) if is_copyable else item
 
 
 def _cannot_complete(name: str, reason: str) -> str:
