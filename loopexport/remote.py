@@ -238,7 +238,7 @@ def _copy_refusals():
 def _explain(error: BaseException, what: str) -> str:
     from huggingface_hub import errors
 
-    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+    if getattr(error, "response", None) is not None:  # an answer; older clients do not always raise their own kind
         return _explain_status(error, what)
     if isinstance(error, errors.LocalTokenNotFoundError):
         return "there is no Hub token; log in (`hf auth login`), set HF_TOKEN, or give --token"

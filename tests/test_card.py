@@ -5,6 +5,7 @@ After a wanted change, `python tests/test_card.py` writes the golden files anew;
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def test_card_is_the_golden_one(name):
     assert CARDS[name]() == (GOLDEN / f"card_{name}.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.skipif(
+    version("huggingface_hub") < "1", reason="its ModelCard asks the real Hub, whatever HF_ENDPOINT says"
+)
 @pytest.mark.parametrize("name", CARDS)
 def test_card_is_valid_for_the_hub(name, monkeypatch):
     from huggingface_hub import ModelCard, constants

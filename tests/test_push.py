@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from hub_double import EXPIRED_TOKEN, OWNER_TOKEN, STRANGER_TOKEN, HubDouble
 from test_convert import SPEC, sha256, tree
@@ -20,6 +22,10 @@ from tiny import SPAN, tiny_model
 import loopexport
 from loopexport import templates
 from loopexport.card import read_metadata
+
+# Clients below version 2 neither copy between repositories nor check the permission to write in advance.
+HAS_COPY = "src_repo_id" in inspect.signature(huggingface_hub.CommitOperationCopy).parameters
+copies = pytest.mark.skipif(not HAS_COPY, reason="this huggingface_hub cannot copy between repositories")
 
 # The command line; the client's waits before it tries again are cut short.
 RUN = """
@@ -123,6 +129,7 @@ def writes(hub):
     ]
 
 
+@copies
 def test_one_commit_holds_the_whole_export_and_no_weight_byte_travelled(hub, push, export):
     done = pushed(push("--json"))
     repository = hub.repositories[REPO]
@@ -163,6 +170,7 @@ def test_pushing_again_sends_nothing_and_makes_no_commit(hub, push):
     assert writes(hub) == []
 
 
+@copies
 def test_dry_run_tells_the_way_of_every_file_and_sends_nothing(hub, push, export):
     (export / "notes.txt").write_text("mine")
     done = pushed(push("--dry-run", "--json"))
@@ -225,6 +233,7 @@ def test_large_files_are_uploaded_in_the_parts_that_the_hub_asks_for(hub, push, 
     assert {name: files[name] for name in weights(export)} == {n: (export / n).read_bytes() for n in weights(export)}
 
 
+@copies
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
@@ -245,6 +254,7 @@ def test_refused_copy_falls_back_to_upload_and_says_so(hub, push, export, fault,
     assert len(hub.repositories[REPO].commits) == 2
 
 
+@copies
 def test_base_that_cannot_be_read_any_more_means_upload(hub, push):
     del hub.repositories[BASE]
     done = push("--json")
@@ -252,6 +262,7 @@ def test_base_that_cannot_be_read_any_more_means_upload(hub, push):
     assert f"Note: weights are uploaded, not copied on the Hub: the Hub has no {BASE}" in done.stderr
 
 
+@copies
 def test_other_bytes_than_the_bases_are_never_copied(hub, push, export):
     """The manifest is forged to fit a shard that is not the base's."""
     name = min(weights(export))
@@ -499,6 +510,7 @@ def weightless(hub, tmp_path):
     return tmp_path / "out"
 
 
+@copies
 def test_conversion_without_weights_downloads_none_and_push_completes_it(hub, weightless, converted, tmp_path):
     assert not any(weights(root) for root in (weightless, tmp_path / "home"))
     total = sum((converted / name).stat().st_size for name in weights(converted))
@@ -704,6 +716,7 @@ def test_convert_with_push_publishes_what_it_wrote(hub, tmp_path):
     assert f"Pushed to {hub.url}/{REPO} as commit {repository.refs['main']}" in done.stdout
 
 
+@copies
 def test_convert_with_push_is_refused_before_it_does_anything(hub, tmp_path):
     hub.commit("team/there", {".gitattributes": b""})
     command = ["convert", BASE, tmp_path / "out", *SPEC, "--push", "team/there"]
@@ -720,6 +733,7 @@ def test_failed_push_after_a_conversion_can_go_on(hub, tmp_path):
     assert pushed(loopexport_command(hub, tmp_path / "home", "push", tmp_path / "out", REPO, "--json"))["commit"]
 
 
+@copies
 def test_example_publishes_without_the_weights_passing_through(hub, base, tmp_path):
     example = Path(__file__).parent.parent / "examples" / "publish.py"
     command = [sys.executable, str(example), BASE, REPO, "1:4", "3"]
@@ -735,6 +749,16 @@ def test_example_publishes_without_the_weights_passing_through(hub, base, tmp_pa
 
 
 # The round trip
+
+
+@pytest.mark.skipif(HAS_COPY, reason="this huggingface_hub can")
+def test_client_that_cannot_copy_uploads_and_says_so(hub, push, weightless, tmp_path):
+    done = push("--json")
+    assert pushed(done)["bytes_copied"] == 0
+    assert "this huggingface_hub cannot copy between repositories; version 2 can" in done.stderr
+    done = loopexport_command(hub, tmp_path / "home", "push", weightless, REPO + "2")
+    assert_refused(done, "is not here and cannot be copied on the Hub (this huggingface_hub cannot copy")
+
 
 LOAD = """
 import sys
@@ -756,6 +780,7 @@ def load(hub, home, model, revision, out):
     return torch.load(out)
 
 
+@copies
 def test_round_trip_computes_the_same_logits_bitwise(hub, weightless, converted, tmp_path):
     """Converted without weights, pushed without a byte of them, loaded from the Hub where LoopExport is not."""
     import torch
