@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
+# What transformers loads from a repository without being asked to, whatever else is there.
+LOADED_UNASKED = (SINGLE_FILE, INDEX, "adapter_config.json")
+
 UPLOAD, COPY, THERE, DELETE = "uploaded", "copied", "there", "deleted"
 
 
@@ -259,10 +262,10 @@ def _check_options(repo_id: str, revision: str | None, create_pr: bool) -> None:
 
 def _check_foreign_weights(export: Export, target: Target) -> None:
     ours = {*export.manifest.weights, *export.manifest.files, *_names_pushed(target.manifest)}
-    foreign = [name for name in (SINGLE_FILE, INDEX) if name in target.files and name not in ours]
+    foreign = [name for name in LOADED_UNASKED if name in target.files and name not in ours]
     if foreign:
         raise PushError(
-            f"{target.repo_id} holds {foreign[0]} of another model, which would be loaded instead; "
+            f"{target.repo_id} holds {foreign[0]} of another model, which would be loaded as part of this one; "
             "choose another repository or --revision, or delete that file there first"
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CARD, Origin
-from .errors import ExportError, HubError
+from .errors import ExportError, HubError, PushError
 from .hub import first_line
 from .manifest import MANIFEST, Manifest, read_manifest
 
@@ -178,6 +178,7 @@ def commit(
     Raises:
         CopyRefusedError: the Hub does not copy these files; nothing is changed.
         HubError: the Hub refused, or cannot be reached; nothing is changed, unless the answer was lost.
+        PushError: the repository would drop a file; nothing is changed.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
@@ -196,8 +197,16 @@ def commit(
     with explained(target.repo_id), _copy_refusals():
         # Apart from the commit, because only here the repository's .gitignore can be kept from dropping files silently.
         api.preupload_lfs_files(target.repo_id, adding, gitignore_content="", **where)
+        _check_none_dropped(adding, target)
         done = api.create_commit(target.repo_id, operations, commit_message=message, parent_commit=target.head, **where)
     return done.oid, done.pr_url
+
+
+def _check_none_dropped(adding: list, target: Target) -> None:
+    """The client says nowhere but in a private attribute that it is about to leave a file out of the commit."""
+    dropped = [operation.path_in_repo for operation in adding if getattr(operation, "_should_ignore", False)]
+    if dropped:
+        raise PushError(f"the .gitignore of {target.repo_id} drops {dropped[0]}; take that line out of it first")
 
 
 @contextmanager

@@ -43,6 +43,11 @@ class Blob:
         """Digest of the content: the name of a large file in the object store."""
         return hashlib.sha256(self.content).hexdigest()
 
+    @property
+    def xet_hash(self) -> str:
+        """Another digest, by which the Hub copies large files; here one that is easily told from the sha256."""
+        return self.sha256[::-1]
+
     @cached_property
     def oid(self) -> str:
         """The git object id: of the content, or of the pointer to it."""
@@ -55,7 +60,7 @@ class Blob:
         entry = {"type": "file", "path": path, "size": len(self.content), "oid": self.oid}
         if self.is_lfs:
             entry["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": 134}
-            entry["xetHash"] = self.sha256[::-1]
+            entry["xetHash"] = self.xet_hash
         return entry
 
 
@@ -131,11 +136,17 @@ class HubDouble(ThreadingHTTPServer):
         asked: all requests so far, as (method, path).
         part_bytes: large files of more bytes are asked for in parts.
         quota_bytes: what the object store of a repository holds at most.
+        has_xet: whether large files have the digest by which they can be copied.
+        takes_gitignore: whether an upload may override the repository's .gitignore.
+        failed_copies: copying is answered by this reason for each file instead.
     """
 
     daemon_threads = True
     part_bytes: int | None = None
     quota_bytes: int | None = None
+    has_xet = True
+    takes_gitignore = True
+    failed_copies: str | None = None
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -417,7 +428,11 @@ class Handler(BaseHTTPRequestHandler):
     def paths_info(self, name, revision):
         _, commit = self.commit_of(self.readable(name), revision)
         paths = parse_qs(self.body.decode()).get("paths", [])
-        return 200, [commit.files[path].describe(path) for path in paths if path in commit.files]
+        entries = [commit.files[path].describe(path) for path in paths if path in commit.files]
+        if not self.server.has_xet:
+            for entry in entries:
+                entry.pop("xetHash", None)
+        return 200, entries
 
     def resolve(self, name, revision, path):
         repository = self.readable(name)
@@ -463,7 +478,7 @@ class Handler(BaseHTTPRequestHandler):
         _, commit = self.commit_of(repository, revision)
         values = json.loads(self.body)
         gitignore = values.get("gitIgnore")
-        if gitignore is None:
+        if gitignore is None or not self.server.takes_gitignore:
             gitignore = commit.files[".gitignore"].content.decode() if ".gitignore" in commit.files else ""
         ignored = [line.strip().replace("*", "") for line in gitignore.splitlines() if line.strip()]
         answers = []
@@ -520,6 +535,9 @@ class Handler(BaseHTTPRequestHandler):
     def duplicate(self, name):
         source, values = self.readable(name), json.loads(self.body)
         target = self.writable(values["target"]["name"])
+        if self.server.failed_copies:
+            failed = [{"sha256": file["sha256"], "error": self.server.failed_copies} for file in values["files"]]
+            return 200, {"success": [], "failed": failed}
         for file in values["files"]:
             assert file["xetHash"] == file["sha256"][::-1]
             target.objects[file["sha256"]] = source.objects[file["sha256"]]

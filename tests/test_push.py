@@ -255,6 +255,31 @@ def test_refused_copy_falls_back_to_upload_and_says_so(hub, push, export, fault,
 
 
 @copies
+def test_copies_that_fail_one_by_one_fall_back_to_upload(hub, push, export):
+    hub.failed_copies = "another storage region"
+    done = push("--json")
+    assert pushed(done)["bytes_copied"] == 0
+    assert "another storage region" in done.stderr
+    assert set(hub.received) == set(weights(export).values())
+
+
+@copies
+def test_trouble_while_copying_is_no_reason_to_upload_gigabytes(hub, push):
+    hub.fail("POST", "/lfs-files/duplicate", status=503, times=99)
+    assert_refused(push(), "the Hub is in trouble (503")
+    assert bytes_received(hub) == 0
+
+
+@copies
+def test_base_whose_storage_cannot_be_copied_from_means_upload(hub, push, export):
+    hub.has_xet = False
+    done = push("--json")
+    assert pushed(done)["bytes_copied"] == 0
+    assert f"{BASE} at" in done.stderr
+    assert not any("duplicate" in path for _, path in hub.asked)
+
+
+@copies
 def test_base_that_cannot_be_read_any_more_means_upload(hub, push):
     del hub.repositories[BASE]
     done = push("--json")
@@ -304,16 +329,24 @@ def test_files_of_the_last_push_that_this_one_lacks_are_deleted(hub, push, expor
     assert files["notes.md"] == b"mine"
 
 
-def test_weights_of_another_model_in_the_target_stop_the_push(hub, push):
-    hub.commit(REPO, {"model.safetensors": b"other"})
-    assert_refused(push(), f"{REPO} holds model.safetensors of another model, which would be loaded instead")
-    assert writes(hub) == []
-
-
 def test_gitignore_of_the_target_drops_nothing(hub, push, export):
     hub.commit(REPO, {".gitignore": b"*.safetensors\n*.py\n"})
     pushed(push("--json", "--no-server-copy"))
     assert set(weights(export)) | set(templates.FILES) <= set(hub.repositories[REPO].files())
+
+
+def test_gitignore_that_cannot_be_overridden_stops_the_push(hub, push):
+    hub.commit(REPO, {".gitignore": b"*.py\n"})
+    hub.takes_gitignore = False
+    assert_refused(push(), f"the .gitignore of {REPO} drops configuration_looped.py")
+    assert len(hub.repositories[REPO].commits) == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json"])
+def test_what_would_be_loaded_beside_the_export_stops_the_push(hub, push, name):
+    hub.commit(REPO, {name: b"other"})
+    assert_refused(push(), f"{REPO} holds {name} of another model, which would be loaded as part of this one")
+    assert writes(hub) == []
 
 
 def test_public_repository_is_not_pushed_to_when_private_was_asked_for(hub, push):
@@ -638,6 +671,12 @@ def test_refusals_come_before_any_weight_is_hashed_or_sent(hub, push, token, to,
     done = push(to=to, token=token)
     assert_refused(done, says)
     assert bytes_received(hub) == 0
+
+
+def test_offline_mode_is_told(hub, export, tmp_path):
+    settings = {**environment(hub, tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", RUN, "push", str(export), REPO]
+    assert_refused(subprocess.run(command, capture_output=True, text=True, env=settings), "HF_HUB_OFFLINE is set")
 
 
 def test_pull_request_of_a_branch_is_refused(push):
