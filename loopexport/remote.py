@@ -184,10 +184,8 @@ def commit(
 
     source: dict[str, Any] = {} if base.name == target.repo_id else {"src_repo_id": base.name, "src_repo_type": "model"}
     adding = [CommitOperationAdd(name, content) for name, (content, _) in additions.items()]
-    for operation in adding:
-        operation.upload_info.sha256 = bytes.fromhex(
-            additions[operation.path_in_repo][1]
-        )  # it is known: no second pass
+    for operation in adding:  # their digests are known, which saves a second pass over large files
+        operation.upload_info.sha256 = bytes.fromhex(additions[operation.path_in_repo][1])
     operations: list[Any] = [
         *adding,
         *(CommitOperationCopy(name, name, src_revision=base.revision, **source) for name in copies),
