@@ -19,7 +19,7 @@ from pathlib import Path
 from .checkpoint import CARD, CARRIED, CONFIG, INDEX, LICENCE_TEXT
 from .errors import PushError
 from .export import BASE_FOLDER, TOKENIZER_CONFIG, Export
-from .integrity import check_config, check_small_files, foreign_code
+from .integrity import EDITABLE, check_config, check_small_files, foreign_code
 from .manifest import MANIFEST
 from .templates import FILES as TEMPLATES
 
@@ -29,6 +29,8 @@ ALLOWED = (
     re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST, *TEMPLATES)))),
     re.compile(f"{BASE_FOLDER}/({'|'.join(map(re.escape, (CONFIG, CARD, TOKENIZER_CONFIG)))})"),
 )
+LARGE_BYTES = 64 * 2**20
+
 WEIGHTS_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 
 # Tools keep their own things there, and never the model's.
@@ -53,11 +55,13 @@ class Outgoing:
     """What leaves.
 
     Attributes:
-        files: all files but the weights, by name.
+        files: content of all files but the weights and large ones, by name.
+        large: names of files, not weights, that are better sent from the disk; they have the digests of the manifest.
         staying: names of the files that stay behind, sorted.
     """
 
     files: dict[str, bytes]
+    large: tuple[str, ...]
     staying: tuple[str, ...]
 
 
@@ -70,10 +74,12 @@ def collect(export: Export) -> Outgoing:
     names = sorted(_names(export))
     _check_unchanged(export)
     leaving = [name for name in names if _may_leave(name, export)]
-    files = {name: (export.root / name).read_bytes() for name in leaving}
+    large = tuple(name for name in leaving if _is_large(name, export))
+    files = {name: (export.root / name).read_bytes() for name in leaving if name not in large}
     for name, content in files.items():
         _check_content(name, content, is_public=export.manifest.base.revision is not None)
-    return Outgoing(files, tuple(name for name in names if name not in files and name not in export.manifest.weights))
+    staying = tuple(name for name in names if name not in leaving and name not in export.manifest.weights)
+    return Outgoing(files, large, staying)
 
 
 def _names(export: Export) -> Iterator[str]:
@@ -123,6 +129,12 @@ def _may_leave(name: str, export: Export) -> bool:
         return True
     is_listed = name == MANIFEST or name in export.manifest.files
     return is_listed and any(pattern.fullmatch(name) for pattern in ALLOWED)
+
+
+def _is_large(name: str, export: Export) -> bool:
+    """Whether a file is too large to be text that somebody wrote."""
+    is_verified = name in export.manifest.files and name not in EDITABLE
+    return is_verified and (export.root / name).stat().st_size > LARGE_BYTES
 
 
 def _check_content(name: str, content: bytes, is_public: bool) -> None:

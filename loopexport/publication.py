@@ -168,10 +168,10 @@ def plan_push(
     api, target = find_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
     _check_foreign_weights(export, target)
     files, notices = _settle_card(export, outgoing.files, target)
-    items = [*_weights_items(export, progress), *_file_items(files)]
+    items = [*_weights_items(export, progress), *_large_items(export, outgoing.large), *_file_items(files)]
     transfers, more = _settle_transfers(api, export, target, items, server_copy)
     metadata = read_metadata(files[CARD].decode("utf-8", errors="replace"))
-    more += licence_warnings(metadata, list(files), target.repo_id.rsplit("/", 1)[-1])
+    more += licence_warnings(metadata, [*files, *outgoing.large], target.repo_id.rsplit("/", 1)[-1])
     return PushPlan(
         api=api,
         export=export,
@@ -313,6 +313,11 @@ def _weights_items(export: Export, progress: Progress) -> list[Transfer]:
         else:
             raise PushError(f"{name} is missing in {export.root}; convert the base again")
     return items
+
+
+def _large_items(export: Export, names: tuple[str, ...]) -> list[Transfer]:
+    records = {name: export.manifest.files[name] for name in names}
+    return [Transfer(name, each.size, UPLOAD, each.sha256 or "", export.root / name) for name, each in records.items()]
 
 
 def _file_items(files: dict[str, bytes]) -> list[Transfer]:

@@ -473,6 +473,15 @@ def test_what_is_not_on_the_list_stays_behind(hub, push, export):
     assert tree(export) == before, "a push changes nothing here"
 
 
+def test_large_file_that_is_no_weights_is_sent_from_the_disk_and_not_twice(hub, push, export):
+    write_listed(export, "tokenizer.json", "{}" + " " * (64 * 2**20))
+    pushed(push("--json"))
+    assert hub.repositories[REPO].files()["tokenizer.json"] == (export / "tokenizer.json").read_bytes()
+    assert {file["how"] for file in pushed(push("--json"))["files"]} == {"there"}
+    flip_last_byte(export / "tokenizer.json")
+    assert_refused(push(), "tokenizer.json has changed")
+
+
 def test_paths_that_the_base_has_published_itself_do_not_stop_the_push(push, export):
     write_listed(export, "generation_config.json", '{"_name_or_path": "/data/training/run"}')
     assert pushed(push("--json"))["commit"]
