@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .conversion import ConvertPlan, convert, plan_convert
     from .errors import LoopExportError
     from .export import Export, open_export
+    from .publication import PushPlan, PushResult, plan_push, push
     from .restoration import restore
     from .spec import LoopSpec
     from .verification import verify
@@ -24,9 +25,13 @@ _HOMES = {
     "Export": "export",
     "LoopExportError": "errors",
     "LoopSpec": "spec",
+    "PushPlan": "publication",
+    "PushResult": "publication",
     "convert": "conversion",
     "open_export": "export",
     "plan_convert": "conversion",
+    "plan_push": "publication",
+    "push": "publication",
     "restore": "restoration",
     "verify": "verification",
 }
@@ -35,9 +40,13 @@ __all__ = [
     "Export",
     "LoopExportError",
     "LoopSpec",
+    "PushPlan",
+    "PushResult",
     "convert",
     "open_export",
     "plan_convert",
+    "plan_push",
+    "push",
     "restore",
     "verify",
 ]

@@ -7,6 +7,7 @@ import re
 from .checkpoint import Origin
 from .cost import Cost
 from .describe import describe_layers, describe_refinements, describe_rule, describe_span, formula
+from .licence import licence_of
 from .presets import STATUSES, Preset
 from .spec import LoopSpec
 
@@ -27,6 +28,15 @@ DECODE_MEANING = {
 }
 
 
+# How the example of use calls the model before it has an id on the Hub.
+LOCAL_PATH = 'path = "."  # this directory, or its Hub id\n'
+
+NO_WEIGHTS = """
+> **There are no weights in this directory**, and it cannot be loaded. It was converted with `--weights none`;
+> `loopexport push` completes it on the Hub with the base's own weights.
+"""
+
+
 def make_card(
     base: Origin,
     base_card: str,
@@ -34,8 +44,10 @@ def make_card(
     num_layers: int,
     spec: LoopSpec,
     cost: Cost,
+    *,
     published: Preset | None = None,
     has_tokenizer: bool = True,
+    has_weights: bool = True,
 ) -> str:
     """The README.md of an export: Hub metadata, then what it is, what it costs and how to load it.
 
@@ -46,14 +58,20 @@ def make_card(
         spec, cost: the loop and its cost.
         published: the preset that was measured with this loop on this model, if one was.
         has_tokenizer: whether the export holds the base's tokenizer.
+        has_weights: whether the weights are in the directory that the card is for.
     """
     name = base.name.rsplit("/", 1)[-1]
-    return _metadata(base, read_metadata(base_card)) + _BODY.format(
+    inherited = read_metadata(base_card)
+    return _metadata(base, inherited) + _BODY.format(
+        no_weights="" if has_weights else NO_WEIGHTS,
+        path=LOCAL_PATH,
+        licence=_licence_text(inherited),
         name=name,
         base=_base_link(base),
         span=describe_span(spec),
         layers=describe_layers(spec),
         num_layers=num_layers,
+        last_layer=num_layers - 1,
         model_type=model_type,
         steps=spec.steps,
         rule=describe_rule(spec),
@@ -72,11 +90,33 @@ def make_card(
     )
 
 
+def published_card(card: str, repo_id: str) -> str:
+    """The card of an export as it is right on the Hub: it has its weights there, and an id."""
+    return card.replace(NO_WEIGHTS, "").replace(LOCAL_PATH, f'path = "{repo_id}"\n')
+
+
+def merge_card(ours: str, theirs: str) -> str:
+    """A card that was edited on the Hub, with what it lacks of ours.
+
+    Its text stays, unless there is none; of the metadata, what it says stays, and what it does not say is added.
+    """
+    known, edited = read_metadata(ours), read_metadata(theirs)
+    body = _body(theirs) if _body(theirs).strip() else _body(ours)
+    tags = dict.fromkeys([*_tags(edited), *_tags(known)])
+    merged = {**known, **edited, "tags": list(tags)}
+    return theirs if merged == edited and body == _body(theirs) else _front_matter(merged) + body
+
+
+def _tags(metadata: dict) -> list:
+    tags = metadata.get("tags")
+    return tags if isinstance(tags, list) else []
+
+
 def read_metadata(card: str) -> dict:
     """The YAML block at the head of a model card; empty where there is none."""
     from .yaml_text import CardLoader, load_yaml
 
-    match = re.match(r"\ufeff?\s*---\r?\n(.*?)\r?\n---\s*(\n|$)", card, re.DOTALL)
+    match = _HEAD.match(card)
     try:
         values = load_yaml(match[1], CardLoader) if match else {}
     except ValueError:
@@ -89,12 +129,36 @@ def _results(published: Preset | None) -> str:
     if published is None:
         return "No gain was measured for this export."
     lines = "\n".join(f"- {result}" for result in published.results)
-    return f"Published for this cell, {published.status} ({STATUSES[published.status]}):\n\n{lines}\n"
+    return f"Published for this cell, {published.status} ({STATUSES[published.status]}):\n\n{lines}"
+
+
+_HEAD = re.compile(r"\ufeff?\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+
+
+def _body(card: str) -> str:
+    """A card without its metadata."""
+    match = _HEAD.match(card)
+    return card[match.end() :] if match else card
+
+
+def _front_matter(values: dict) -> str:
+    import yaml
+
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _licence_text(metadata: dict) -> str:
+    licence = licence_of(metadata)
+    if licence is None:
+        return ""
+    built_with = f"**{licence.built_with}.** " if licence.built_with else ""
+    return (
+        f"\n## Licence\n\n{built_with}{licence.notice.rstrip('.')}.\n\nThe base's files were modified: `config.json` "
+        "and this card are new, modeling code was added, the weights are unchanged.\n"
+    )
 
 
 def _metadata(base: Origin, inherited: dict) -> str:
-    import yaml
-
     values: dict = {key: inherited[key] for key in INHERITED if key in inherited}
     if base.revision is not None:  # a local directory's name is no Hub id
         values["base_model"] = base.name
@@ -104,7 +168,7 @@ def _metadata(base: Origin, inherited: dict) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["custom_code", "looped", "loopexport"],
     }
-    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
+    return _front_matter(values)
 
 
 def _base_link(base: Origin) -> str:
@@ -115,7 +179,7 @@ def _base_link(base: Origin) -> str:
 
 _BODY = """
 # {name}, looped
-
+{no_weights}
 {base}, with {layers} of its {num_layers} applied {steps} times in small damped steps, without any training
 ([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). The weights are the base model's, byte for
 byte, stored once; only the forward differs.
@@ -127,7 +191,7 @@ before you rely on it. {results}
 | | |
 | --- | --- |
 | family | `{model_type}` |
-| span | `{span}`, half-open: {layers} of 0 to {num_layers}-1 |
+| span | `{span}`, half-open: {layers} of 0 to {last_layer} |
 | steps K | {steps} |
 | update rule | {rule} |
 | anchor (beta) | {anchor} |
@@ -149,12 +213,11 @@ turn):
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-path = "."  # this directory, or its Hub id
-tokenizer = AutoTokenizer.from_pretrained({tokenizer_path}, trust_remote_code=True)
+{path}tokenizer = AutoTokenizer.from_pretrained({tokenizer_path}, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 model.config.loop_steps = {steps}  # may be changed at any time; 1 is the base model
 ```
 
 Made with [LoopExport](https://pypi.org/project/loopexport/); `loopexport.json` records the base and a digest of every
 file, `base/` holds the originals of the files that differ.
-"""
+{licence}"""

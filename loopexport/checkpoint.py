@@ -19,15 +19,17 @@ CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+LICENCE_TEXT = re.compile(r"(?i:(licen[cs]e|notice|copying|use_policy|usage_policy)([._-][\w.-]*)?)")
+
 # The small files that an export carries, by name. Everything else stays behind: foreign code, pickles, secrets.
 CARRIED = re.compile(
-    r"""
+    rf"""
       generation_config\.json
     | (tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json
     | (tokenizer|sentencepiece|spiece)(\.bpe)?\.model | merges\.txt | vocab\.txt | [\w.-]+\.tiktoken | tiktoken\.model
     | (quantize_config|quant_config|hf_quant_config)\.json | recipe\.yaml
     | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja
-    | (?i:(licen[cs]e|notice|copying|use_policy|usage_policy)([._-][\w.-]*)?)
+    | {LICENCE_TEXT.pattern}
     """,
     re.VERBOSE,
 )

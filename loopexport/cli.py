@@ -31,7 +31,7 @@ class Group(click.Group):
             _echo_line(f"Error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was left behind.", err=True)
+            click.echo("Interrupted; nothing half-made was left behind.", err=True)
             ctx.exit(130)
 
 
@@ -105,19 +105,33 @@ weights_option = click.option(
 @click.argument("out", required=False)
 @spec_options
 @click.option("--revision", help="Branch, tag or commit of a Hub model.")
-@weights_option
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "reflink", "hardlink", "copy", "none"]),
+    default="auto",
+    show_default=True,
+    help="How to put the weights in place; auto is reflink where the file system can, else copy; none leaves those of "
+    "a Hub model where they are, for `push` to complete.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an export that stands at OUT.")
+@click.option("--push", "repo_id", metavar="REPO_ID", help="Publish OUT on the Hub then, as `loopexport push` does.")
+@click.option("--private", is_flag=True, help="With --push: make the repository private, if it is new.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option
-def convert(model, out, revision, weights, overwrite, dry_run, as_json, spec_file, **spec) -> None:
+def convert(model, out, revision, weights, overwrite, repo_id, private, dry_run, as_json, spec_file, **spec) -> None:
     """Write MODEL (a directory or a Hub id) as a looped model directory OUT.
 
     The weights are the base's, byte for byte, stored once. OUT loads with
     AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True), without LoopExport.
     """
     from .conversion import apply, plan_convert
-    from .report import plan_lines
+    from .publication import find_target
+    from .report import plan_lines, push_lines
 
+    if repo_id is not None:
+        find_target(repo_id, private=private)  # a refusal should come before hours of work
+    elif private:
+        raise click.UsageError("--private goes with --push")
     plan = plan_convert(
         model,
         out,
@@ -132,10 +146,17 @@ def convert(model, out, revision, weights, overwrite, dry_run, as_json, spec_fil
     if not dry_run:
         with _progress("copying weights", plan.max_disk_bytes) as advance:
             apply(plan, advance)
-    if as_json:
-        _echo_json({**plan.to_dict(), "written": not dry_run})
-    else:
+    if not as_json:
         _echo_line("Dry run: nothing was written." if dry_run else f"Wrote {plan.out}")
+    values = {**plan.to_dict(), "written": not dry_run}
+    if repo_id is not None and not dry_run:
+        _note(f"should the push fail, `loopexport push {plan.out} {repo_id}` goes on with it")
+        push_plan, result = _push(plan.out, repo_id, private=private)
+        values["push"] = result.to_dict()
+        if not as_json:
+            click.echo("\n".join(push_lines(push_plan, result)))
+    if as_json:
+        _echo_json(values)
 
 
 @main.command(context_settings=CONTEXT)
@@ -202,6 +223,32 @@ def restore(directory, out, weights) -> None:
 
 
 @main.command(context_settings=CONTEXT)
+@click.argument("directory")
+@click.argument("repo_id")
+@click.option("--revision", help="Branch to push to; made if it does not exist.  [default: main]")
+@click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
+@click.option("--commit-message", help="Message of the commit.")
+@click.option("--token", help="Hub token.  [default: HF_TOKEN, or the saved login]")
+@click.option("--no-server-copy", is_flag=True, help="Upload all weights, even those that the Hub could copy.")
+@click.option("--dry-run", is_flag=True, help="Print how each file would travel, and send nothing.")
+@json_option
+def push(directory, repo_id, dry_run, as_json, no_server_copy, **options) -> None:
+    """Publish the export DIRECTORY as the model REPO_ID on the Hub, in one commit.
+
+    Weights that the base's repository holds are copied there by the Hub; nothing is sent that it has already. Run the
+    same command again after a failure.
+    """
+    from .report import push_lines
+
+    plan, result = _push(directory, repo_id, dry_run=dry_run, server_copy=not no_server_copy, **options)
+    if as_json:
+        _echo_json(result.to_dict())
+    else:
+        click.echo("\n".join(push_lines(plan, result)))
+
+
+@main.command(context_settings=CONTEXT)
 @json_option
 def rules(as_json) -> None:
     """List the update rules: what each computes, what it takes and how often it runs the span."""
@@ -258,6 +305,23 @@ def show_preset(name, as_json) -> None:
         _echo_json(preset.to_dict())
     else:
         click.echo("\n".join(preset_lines(preset)))
+
+
+def _push(directory, repo_id, *, dry_run: bool = False, **options):
+    """Push an export: the plan, and what came of it."""
+    from .export import open_export
+    from .publication import apply, plan_push, planned
+
+    total = sum(record.size for record in open_export(directory).manifest.weights.values())
+    with _progress("hashing weights", total) as advance:
+        plan = plan_push(directory, repo_id, progress=advance, **options)
+    for notice in plan.notices:
+        _note(notice)
+    return plan, planned(plan) if dry_run else apply(plan, _note)
+
+
+def _note(line: str) -> None:
+    _echo_line(f"Note: {line}", err=True)
 
 
 def _merge_spec(spec_file: Path | None, options: dict) -> dict:

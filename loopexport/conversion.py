@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import __version__, tokenizer
-from .card import make_card
-from .checkpoint import CARD, CONFIG, Checkpoint
+from . import __version__
+from .checkpoint import Checkpoint
+from .contents import added_notice, small_file_notices, small_files
 from .cost import Cost, loop_cost
-from .errors import CheckpointError, OutputError, SpecError
-from .export import BASE_FOLDER, Export, is_export, looped_config, open_export, template_bytes
+from .errors import OutputError, SpecError
+from .export import Export, is_export, open_export
 from .families import layer_types
 from .heuristics import AUTO, auto_span, why_auto_span
 from .hub import find_checkpoint
 from .manifest import MANIFEST, FileRecord, Manifest
 from .notices import notices
-from .presets import find_preset, preset_fields, published_cell
+from .presets import find_preset, preset_fields
 from .spec import LoopSpec, make_spec
 from .staging import check_output, check_space, output_path, staged
-from .templates import FILES as TEMPLATES
 from .weights import METHODS, Progress, place, settle_method, xxh3_of
+
+WITHOUT = "none"  # no weights are taken along; `push` lets the Hub copy the base's
+WEIGHTS = (*METHODS, WITHOUT)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ConvertPlan:
         base: the checkpoint to convert.
         out: the directory to write.
         spec, cost: the loop and what it costs.
-        weights: how the weights will be put in place, one of `METHODS`.
+        weights: how the weights will be put in place, one of `WEIGHTS`.
         overwrite: whether an export at `out` is to be replaced.
         warnings: what the user should know, one line each.
         files: the contents of all files of the export but weights and manifest, by name.
@@ -94,7 +95,7 @@ def plan_convert(
         model: a local directory or a Hub id.
         out: the directory to write; None names it after base and spec, in the current directory.
         revision: branch, tag or commit of a Hub model.
-        weights: how to put the weights in place, one of `METHODS`.
+        weights: how to put the weights in place, one of `WEIGHTS`.
         overwrite: replace an export that stands at `out`.
         dry_run: only the plan is wanted, so weights that are not local yet are not downloaded.
         preset: name of a published cell whose fields are used where `spec` has none.
@@ -106,9 +107,11 @@ def plan_convert(
     fields = {**(preset_fields(preset) if preset is not None else {}), **spec}
     is_auto = fields.get("span") in (AUTO, (AUTO,), [AUTO])
     loop = make_spec(**{**fields, "span": (0, 1)} if is_auto else fields)  # wrong fields show before a base is sought
-    if weights not in METHODS:
-        raise OutputError(f"weights method {weights!r} must be one of {', '.join(METHODS)}")
-    base = find_checkpoint(str(model), revision, headers_only=dry_run)
+    if weights not in WEIGHTS:
+        raise OutputError(f"weights method {weights!r} must be one of {', '.join(WEIGHTS)}")
+    base = find_checkpoint(str(model), revision, headers_only=dry_run or weights == WITHOUT)
+    if weights == WITHOUT:
+        _check_copyable(base)
     loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
     _check_layers(base, loop)
     out = output_path(out) if out is not None else _default_out(base, loop)
@@ -117,9 +120,9 @@ def plan_convert(
     warnings = [
         *([why_auto_span(base)] if is_auto else []),
         *notices(base, loop, find_preset(preset) if preset is not None else None),
-        *filter(None, [tokenizer.notice(_tokenizer_config(base), base.carried, base.origin.name)]),
+        *small_file_notices(base),
     ]
-    files = _small_files(base, loop, cost)
+    files = small_files(base, loop, cost, has_weights=weights != WITHOUT)
     return ConvertPlan(base, out, loop, cost, weights, overwrite, tuple(warnings), files)
 
 
@@ -137,7 +140,16 @@ def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
     with staged(plan.out, replace=plan.overwrite) as root:
         files = {name: _write(root / name, content) for name, content in plan.files.items()}
         weights, method = _place_weights(plan, root, progress)
-        manifest = Manifest(__version__, plan.base.origin, plan.spec, method, weights, files, plan.base.left_behind)
+        manifest = Manifest(
+            __version__,
+            plan.base.origin,
+            plan.spec,
+            method,
+            weights,
+            files,
+            plan.base.left_behind,
+            tuple(added_notice(plan.base)),
+        )
         (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return open_export(plan.out)
 
@@ -172,44 +184,15 @@ def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:
         )
 
 
-def _small_files(base: Checkpoint, spec: LoopSpec, cost: Cost) -> dict[str, bytes]:
-    """All files of the export but weights and manifest, by name."""
-    files = {name: _read(base.root / name) for name in base.carried}
-    originals = {CONFIG: _read(base.root / CONFIG)}
-    if (base.root / CARD).is_file():
-        originals[CARD] = _read(base.root / CARD)
-    try:
-        files[CONFIG] = _json_bytes(looped_config(base.config, spec))
-    except RecursionError:
-        raise CheckpointError(f"{base.root / CONFIG} is nested too deeply") from None
-    files[CARD] = make_card(
-        base.origin,
-        originals.get(CARD, b"").decode("utf-8", errors="replace"),
-        base.model_type,
-        base.num_layers,
-        spec,
-        cost,
-        published=published_cell(base, spec),
-        has_tokenizer=not tokenizer.is_left_out(_tokenizer_config(base), base.carried),
-    ).encode()
-    originals |= tokenizer.without_foreign_code(files)
-    files |= {name: template_bytes(name) for name in TEMPLATES}
-    return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
-
-
-def _tokenizer_config(base: Checkpoint) -> bytes:
-    return _read(base.root / tokenizer.CONFIG) if tokenizer.CONFIG in base.carried else b""
-
-
-def _json_bytes(values: dict) -> bytes:
-    return (json.dumps(values, indent=2) + "\n").encode()  # in ASCII, which can spell whatever JSON can hold
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+def _check_copyable(base: Checkpoint) -> None:
+    """Check that `push` will be able to let the Hub copy the weights: it tells them by their sha256."""
+    if base.origin.revision is None:
+        raise OutputError(
+            f"--weights none needs a base on the Hub, which has the weights; {base.origin.name} is a local directory"
+        )
+    unknown = [shard.name for shard in base.shards if shard.sha256 is None]
+    if unknown:
+        raise OutputError(f"--weights none needs the sha256 of {unknown[0]}, which the Hub does not tell; use copy")
 
 
 def _write(path: Path, content: bytes) -> FileRecord:
@@ -221,6 +204,10 @@ def _write(path: Path, content: bytes) -> FileRecord:
 def _place_weights(plan: ConvertPlan, root: Path, progress: Progress) -> tuple[dict[str, FileRecord], str]:
     """Put every shard in place; what is copied, and has no known sha256, is hashed in other threads meanwhile."""
     shards = plan.base.shards
+    if plan.weights == WITHOUT:
+        return {
+            each.name: FileRecord(each.size, each.sha256, None, each.header.sha256 or None) for each in shards
+        }, WITHOUT
     method = settle_method(plan.weights, shards[0].path, root)
     if method == "copy":
         check_space(plan.out, plan.base.weight_bytes)

@@ -111,7 +111,7 @@ def dtype_name(base: Checkpoint) -> str:
     named = base.config.get("dtype") or base.config.get("torch_dtype")
     if isinstance(named, str):
         return named
-    return max(base.tensors.values(), key=lambda tensor: tensor.nbytes).dtype
+    return max(base.tensors.values(), key=lambda tensor: tensor.nbytes).dtype if base.tensors else "dtype unknown"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def _weights_read(base: Checkpoint, runs: dict[int, int]) -> tuple[int | None, i
         total = routed if layer is not None and _is_routed(name, tensor, experts) else always
         total[0] += times * tensor.num_elements // rows
         total[1] += times * tensor.nbytes // rows
-    if routed[1] and not (experts and active):
+    if not base.tensors or (routed[1] and not (experts and active)):
         return None, None
     params, nbytes = (each + rest * (active or 0) // (experts or 1) for each, rest in zip(always, routed, strict=True))
     return (None if base.quantisation else params), nbytes

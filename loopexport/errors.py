@@ -4,6 +4,7 @@ LoopExportError
 ├── SpecError           the loop is not possible, in itself or on this model
 ├── CheckpointError     the base cannot be read, or is of a kind that cannot be looped
 ├── HubError            the Hub refused, or cannot be reached
+├── PushError           an export must not, or cannot, be pushed as it is
 ├── OutputError         the output cannot be written where it was asked for
 └── ExportError         a directory is not an export, or is a damaged one
 """
@@ -24,7 +25,11 @@ class CheckpointError(LoopExportError):
 
 
 class HubError(LoopExportError):
-    """A repository on the Hub cannot be read."""
+    """A repository on the Hub cannot be read or written."""
+
+
+class PushError(LoopExportError):
+    """An export must not leave the machine as it is, or does not fit where it is to go."""
 
 
 class OutputError(LoopExportError):

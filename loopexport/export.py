@@ -65,7 +65,15 @@ class Export:
     @cached_property
     def base(self) -> Checkpoint:
         """The base checkpoint that the export holds: its own weights under the base's config."""
-        return open_checkpoint(self.root, self.manifest.base, config_path=self.root / BASE_FOLDER / CONFIG)
+        config_path = self.root / BASE_FOLDER / CONFIG
+        if self.lacking:  # nothing is known of the tensors then
+            return Checkpoint(self.root, self.manifest.base, read_json(config_path), shards=(), carried=())
+        return open_checkpoint(self.root, self.manifest.base, config_path=config_path)
+
+    @cached_property
+    def lacking(self) -> tuple[str, ...]:
+        """Names of the weights files that are not here, as after a conversion that took none along."""
+        return tuple(name for name in self.manifest.weights if not (self.root / name).exists())
 
     @property
     def cost(self) -> Cost:

@@ -114,7 +114,7 @@ def _explained(repo_id: str, revision: str | None):
     except errors.RevisionNotFoundError:
         raise HubError(f"{repo_id} has no revision {revision!r}; leave --revision out for its main branch") from None
     except errors.LocalEntryNotFoundError as error:
-        cause = _first_line(error.__cause__ or error)
+        cause = first_line(error.__cause__ or error)
         raise HubError(
             f"{repo_id} is not in the Hub's cache and cannot be fetched ({cause}); "
             "check the network, or unset HF_HUB_OFFLINE"
@@ -123,10 +123,11 @@ def _explained(repo_id: str, revision: str | None):
         raise HubError(f"{repo_id} has no {CONFIG}; is it a transformers model?") from None
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
         raise HubError(
-            f"the Hub could not be asked for {repo_id} ({_first_line(error)}); "
+            f"the Hub could not be asked for {repo_id} ({first_line(error)}); "
             "try again, or set HF_HUB_OFFLINE=1 to use what is cached"
         ) from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the client's advice below it."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .checkpoint import CARD, CONFIG, file_names, read_config
-from .errors import CheckpointError
-from .export import BASE_FOLDER, Export, looped_config
+from .errors import CheckpointError, ExportError
+from .export import BASE_FOLDER, Export, looped_config, template_bytes
 from .manifest import FileRecord
 from .safetensors_header import read_header
 from .templates import FILES as TEMPLATES
-from .weights import Progress, sha256_of, xxh3_of
+from .weights import Progress, digests_of, sha256_of, xxh3_of
+
+WITHOUT_WEIGHTS = (
+    "converted with --weights none; `loopexport push` completes it on the Hub, `convert` with other weights here"
+)
 
 # Files that a user may edit: the card freely, the config in its loop fields.
 EDITABLE = (CARD, CONFIG)
@@ -49,14 +53,15 @@ def check_files(export: Export, *, full: bool = False, progress: Progress = lamb
         progress: called with the number of weight bytes just hashed.
     """
     return [
-        _check_small_files(export),
-        _check_config(export),
+        check_small_files(export),
+        check_config(export),
         _check_weights(export, full, progress),
         _check_records(export),
     ]
 
 
-def _check_small_files(export: Export) -> Check:
+def check_small_files(export: Export) -> Check:
+    """All files but weights, card and config have the recorded digests."""
     name = "files are as written"
     records = {name: record for name, record in export.manifest.files.items() if name not in EDITABLE}
     for file, record in records.items():
@@ -68,7 +73,7 @@ def _check_small_files(export: Export) -> Check:
     return Check(name, True, f"{len(records)} compared by sha256")
 
 
-def _check_config(export: Export) -> Check:
+def check_config(export: Export) -> Check:
     """The config is the base's with our fields added, whatever their values are now."""
     name = "config is the base's plus the loop"
     try:
@@ -85,8 +90,36 @@ def _check_config(export: Export) -> Check:
     return Check(name, True, f"{len(base)} base fields{edited}")
 
 
+def foreign_code(export: Export) -> str | None:
+    """Name of the first file of code that is not the installed LoopExport's own, if there is one."""
+    for name in TEMPLATES:
+        path = export.root / name
+        if not path.is_file() or path.read_bytes() != template_bytes(name):
+            return name
+    return None
+
+
+def hash_weights(export: Export, name: str, progress: Progress = lambda count: None) -> str:
+    """The sha256 of a weights file, which is compared with all that the manifest knows of it.
+
+    Raises:
+        ExportError: the file is not what was written.
+    """
+    path, record = export.root / name, export.manifest.weights[name]
+    changed, _ = _weights_changed(path, record, full=False, progress=progress)
+    if not changed:
+        sha256, xxh3 = digests_of(path, progress)
+        known = {"sha256": (record.sha256, sha256), "xxh3_128": (record.xxh3_128, xxh3)}
+        changed = next((kind for kind, (was, now) in known.items() if was not in (None, now)), "")
+        if not changed:
+            return sha256
+    raise ExportError(f"{name} in {export.root} has changed ({changed}); convert the base again")
+
+
 def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
     name = "weights are the base's"
+    if export.lacking and export.manifest.weights_method == "none":
+        return Check(name, False, f"{export.lacking[0]} is not here: {WITHOUT_WEIGHTS}")
     depths = set()
     for file, record in export.manifest.weights.items():
         path = export.root / file
@@ -109,7 +142,7 @@ def _check_records(export: Export) -> Check:
         return Check(name, False, str(error))
     needed = {CONFIG, CARD, *TEMPLATES, *base.carried, *originals}
     unknown = sorted(needed - export.manifest.files.keys())
-    unknown += sorted({shard.name for shard in base.shards} ^ export.manifest.weights.keys())
+    unknown += sorted(({shard.name for shard in base.shards} ^ export.manifest.weights.keys()) - {*export.lacking})
     if unknown:
         return Check(name, False, f"{unknown[0]} is not recorded in it, or not part of the model")
     return Check(name, True, f"{len(needed)} and {len(base.shards)} with weights")
@@ -120,12 +153,13 @@ def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progr
     if path.stat().st_size != record.size:
         return "size", ""
     try:
-        if read_header(path).sha256 != record.header_sha256:
-            return "header", ""
+        header_sha256 = read_header(path).sha256
     except CheckpointError as error:
         return str(error), ""
+    if record.header_sha256 not in (None, header_sha256):
+        return "header", ""
     if not full:
-        return "", "size and header (--full hashes all)"
+        return "", f"size{' and header' if record.header_sha256 else ''} (--full hashes all)"
     if record.sha256 is not None:
         return ("sha256" if sha256_of(path, progress) != record.sha256 else ""), "sha256"
     if record.xxh3_128 is not None:

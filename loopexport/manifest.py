@@ -39,9 +39,10 @@ class Manifest:
         loopexport: version of LoopExport that wrote it.
         base: where the base came from.
         spec: the loop as converted; `config.json` may have been edited since.
-        weights_method: how the weights were put in place ("reflink", "hardlink" or "copy").
+        weights_method: how the weights were put in place ("reflink", "hardlink" or "copy"); "none": they were not.
         weights, files: weights files and all others, by name; the manifest itself is not among them.
         left_behind: names of the base's files that were not taken along.
+        added: names of files that the base does not have, such as a notice that its licence demands.
     """
 
     loopexport: str
@@ -51,6 +52,7 @@ class Manifest:
     weights: dict[str, FileRecord]
     files: dict[str, FileRecord]
     left_behind: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The manifest as it is written: one JSON object, keys in a fixed order."""
@@ -87,6 +89,7 @@ def read_manifest(root: Path) -> Manifest:
             weights={_file_name(name): _record(**record) for name, record in values["weights"].items()},
             files={_file_name(name): _record(**record) for name, record in values["files"].items()},
             left_behind=tuple(_typed(name, str) for name in values["left_behind"]),
+            added=tuple(_typed(name, str) for name in values.get("added", ())),
         )
     except (KeyError, TypeError, AttributeError, ValueError, SpecError) as error:
         raise ExportError(f"{path} is damaged: {error!r}") from None

@@ -5,15 +5,17 @@ from __future__ import annotations
 import textwrap
 
 from .checkpoint import Checkpoint, Origin
-from .conversion import ConvertPlan
+from .conversion import WITHOUT, ConvertPlan
 from .cost import Cost, dtype_name
 from .describe import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
 from .export import Export
 from .families import grouped_outcomes, releases
-from .integrity import Check
+from .integrity import WITHOUT_WEIGHTS, Check
 from .presets import PRESETS, STATUSES, Preset
+from .publication import COPY, DELETE, THERE, UPLOAD, PushPlan, PushResult
 from .spec import RULES, LoopSpec
 
+TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}
 MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
 
 
@@ -34,7 +36,7 @@ def export_lines(export: Export) -> list[str]:
     edited = "" if export.spec == export.manifest.spec else "; loop edited since"
     return [
         *_model_lines(export.base, export.spec, export.cost),
-        f"Weights  {_files(len(export.manifest.weights))} by {export.manifest.weights_method}",
+        _export_weights_text(export),
         f"Written  by LoopExport {export.manifest.loopexport}{edited}",
     ]
 
@@ -42,6 +44,19 @@ def export_lines(export: Export) -> list[str]:
 def check_lines(checks: list[Check]) -> list[str]:
     """One line for each check."""
     return [f"{MARKS[check.passed]} {check.name}: {check.detail}" for check in checks]
+
+
+def push_lines(plan: PushPlan, result: PushResult) -> list[str]:
+    """How each file got to the Hub, or would get there, and where it can be seen."""
+    width = max(len(transfer.name) for transfer in result.transfers)
+    totals = f"{result.bytes_by(UPLOAD):,} bytes uploaded, {result.bytes_by(COPY):,} copied on the Hub"
+    return [
+        *(f"{TRAVEL[each.how]:14}  {each.name:{width}}  {each.size:>15,}" for each in result.transfers),
+        *(f"{'stays here':14}  {name}" for name in plan.staying),
+        f"Dry run: nothing was sent. {totals.replace('bytes', 'bytes would be', 1)}"
+        if result.commit is None
+        else f"Pushed to {result.url} as commit {result.commit}: {totals}",
+    ]
 
 
 def rule_lines() -> list[str]:
@@ -126,19 +141,19 @@ def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.1f} M"
+def _millions(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e6:,.1f} M"
 
 
 def _size(base: Checkpoint) -> str:
     if base.quantisation:
         return f"quantised by {base.quantisation}, {base.weight_bytes:,} bytes"
-    return f"{_millions(base.num_params)} parameters, {dtype_name(base)}"
+    return f"{_millions(base.num_params or None)} parameters, {dtype_name(base)}"
 
 
 def _weights_read_text(cost: Cost) -> str:
     if cost.bytes_read is None or cost.base_bytes_read is None:
-        return "weights read a token: the config does not tell how many experts are"
+        return "bytes of weights read a token: unknown"
     text = f"{cost.bytes_read:,} bytes of weights read a token instead of {cost.base_bytes_read:,}"
     if cost.params_read is None or cost.base_params_read is None:
         return text
@@ -154,7 +169,18 @@ def _kv_text(cost: Cost) -> str:
 def _weights_text(plan: ConvertPlan) -> str:
     if plan.weights == "auto":
         return "reflink where the file system can (no bytes), else a copy"
+    if plan.weights == WITHOUT:
+        return "not taken along: `loopexport push` lets the Hub copy them from the base"
     return f"{plan.weights}, {plan.max_disk_bytes:,} bytes of disk"
+
+
+def _export_weights_text(export: Export) -> str:
+    files = _files(len(export.manifest.weights))
+    if not export.lacking:
+        return f"Weights  {files} by {export.manifest.weights_method}"
+    size = sum(record.size for record in export.manifest.weights.values())
+    why = WITHOUT_WEIGHTS if export.manifest.weights_method == WITHOUT else "they were removed"
+    return f"Weights  NOT HERE, {files}, {size:,} bytes: {', '.join(export.lacking)}; {why}"
 
 
 def _origin(origin: Origin) -> str:

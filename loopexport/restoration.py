@@ -47,7 +47,7 @@ def restore(
 
 def _base_files(export: Export) -> dict[str, Path]:
     """The base's small files by name, and where the export keeps them."""
-    ours = {CARD, *TEMPLATES}
+    ours = {CARD, *TEMPLATES, *export.manifest.added}
     prefix = f"{BASE_FOLDER}/"
     names = export.manifest.files
     files = {name: export.root / name for name in names if name not in ours and not name.startswith(prefix)}

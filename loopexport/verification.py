@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CONFIG
 from .errors import ExportError
-from .export import BASE_FOLDER, Export, open_export, template_bytes
-from .integrity import Check, check_files
+from .export import BASE_FOLDER, Export, open_export
+from .integrity import Check, check_files, foreign_code
 from .spec import LoopSpec
-from .templates import FILES as TEMPLATES
 from .weights import Progress
 
 if TYPE_CHECKING:
@@ -65,12 +64,12 @@ def verify(
 
 
 def _check_known_code(export: Export) -> None:
-    for name in TEMPLATES:
-        if (export.root / name).read_bytes() != template_bytes(name):
-            raise ExportError(
-                f"{name} in {export.root} is not the installed LoopExport's; "
-                "read it, then use --trust-remote-code to run it, or --files-only"
-            )
+    name = foreign_code(export)
+    if name is not None:
+        raise ExportError(
+            f"{name} in {export.root} is not the installed LoopExport's; "
+            "read it, then use --trust-remote-code to run it, or --files-only"
+        )
 
 
 class _BaseDoesNotRunError(Exception):

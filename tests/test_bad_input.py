@@ -550,7 +550,10 @@ def test_folders_nested_ever_so_deep_stay_behind(base, tmp_path, monkeypatch):
         os.mkdir("d")
         os.chdir("d")
     os.chdir(tmp_path)
-    assert run("convert", base, tmp_path / "out", *SPEC).exit_code == 0
+    try:
+        assert run("convert", base, tmp_path / "out", *SPEC).exit_code == 0
+    finally:  # deeper than pytest's own cleaning up can go
+        subprocess.run(["rm", "-rf", base / "d"], check=True)
 
 
 @pytest.mark.parametrize("name", [b"x\ny", b"\xff", b"\x1b[2J", b"~nobody-here", b" "], ids=str)

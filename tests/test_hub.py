@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from checkpoints import write_sparse_checkpoint
-from hub_double import SHA, HubDouble
+from hub_double import HubDouble
 from test_convert import SPEC, sha256
 
 from loopexport.card import read_metadata
@@ -22,7 +22,11 @@ def hub(tmp_path):
     (root / "tokenizer.json").write_text("{}")
     (root / "pytorch_model.bin").write_bytes(b"pickle")
     (root / "modeling_evil.py").write_text("raise SystemExit('ran')")
-    server = HubDouble(root)
+    server = HubDouble()
+    server.sha = server.add("org/model", root)
+    server.root = root
+    server.fail(".*", "/org/gated/", status=403, code="GatedRepo", times=99)
+    server.fail(".*", "/org/broken/", status=451, times=99)  # the client tries 500 and more again, for half a minute
     yield server
     server.shutdown()
 
@@ -44,7 +48,7 @@ def test_hub_model_is_resolved_to_a_commit_that_is_recorded(hub, convert, tmp_pa
     done = convert("org/model")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "out" / "loopexport.json").read_text())
-    assert manifest["base"] == {"name": "org/model", "revision": SHA}
+    assert manifest["base"] == {"name": "org/model", "revision": hub.sha}
     assert read_metadata((tmp_path / "out" / "README.md").read_text())["base_model"] == "org/model"
     for path in hub.root.glob("*.safetensors"):
         assert sha256(tmp_path / "out" / path.name) == sha256(path)
@@ -75,7 +79,7 @@ def test_warm_cache_is_enough_offline(hub, convert, tmp_path):
     done = convert("org/model", "--overwrite", "--weights", "hardlink", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "out" / "loopexport.json").read_text())
-    assert manifest["base"] == {"name": "org/model", "revision": SHA}
+    assert manifest["base"] == {"name": "org/model", "revision": hub.sha}
     for name, record in manifest["weights"].items():  # the cache names its blobs by their sha256
         assert record["sha256"] == sha256(hub.root / name)
 
@@ -111,8 +115,8 @@ def test_unreachable_hub_is_explained(convert):
     assert done.stderr.splitlines()[-1].startswith("Error: org/model is not in the Hub's cache and cannot be fetched")
 
 
-def test_hub_that_breaks_after_the_first_file_is_explained(hub, convert, monkeypatch):
-    monkeypatch.setattr(hub, "model_info_status", 451)
+def test_hub_that_breaks_after_the_first_file_is_explained(hub, convert):
+    hub.fail("GET", r"/api/models/org/model", status=451)
     done = convert("org/model")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -122,6 +126,7 @@ def test_hub_that_breaks_after_the_first_file_is_explained(hub, convert, monkeyp
 
 def test_repository_without_config_is_refused(hub, convert):
     (hub.root / "config.json").unlink()
+    hub.add("org/model", hub.root)
     done = convert("org/model")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         1,

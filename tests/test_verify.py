@@ -167,6 +167,16 @@ def test_restore_gives_the_base_back_bit_for_bit(tiny_base, tmp_path, family, we
     assert open_checkpoint(tmp_path / "again").model_type == family
 
 
+def test_restore_leaves_out_the_notice_that_the_conversion_added(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base("llama"), tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: gemma\n---\n")
+    out = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=3).root
+    assert "Gemma Terms of Use" in (out / "NOTICE").read_text()
+    assert run("verify", out, "--files-only").exit_code == 0
+    assert run("restore", out, tmp_path / "again").exit_code == 0
+    assert tree(tmp_path / "again") == tree(base)
+
+
 def test_restore_refuses_a_damaged_export_and_an_existing_output(export, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")

@@ -1,0 +1,78 @@
+"""What an export holds beside the weights and the manifest, by name: worked out from the base, in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from . import tokenizer
+from .card import make_card, read_metadata
+from .checkpoint import CARD, CONFIG, LICENCE_TEXT, Checkpoint
+from .cost import Cost
+from .errors import CheckpointError
+from .export import BASE_FOLDER, looped_config, template_bytes
+from .licence import NOTICE, licence_of, licence_warnings
+from .presets import published_cell
+from .spec import LoopSpec
+from .templates import FILES as TEMPLATES
+
+
+def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bool) -> dict[str, bytes]:
+    """Contents of all files of the export but weights and manifest.
+
+    Raises:
+        CheckpointError: a file of the base cannot be read.
+    """
+    files = {name: _read(base.root / name) for name in base.carried}
+    originals = {name: _read(base.root / name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
+    files[CONFIG] = _looped_config(base, spec)
+    files[CARD] = make_card(
+        base.origin,
+        originals.get(CARD, b"").decode("utf-8", errors="replace"),
+        base.model_type,
+        base.num_layers,
+        spec,
+        cost,
+        published=published_cell(base, spec),
+        has_tokenizer=not tokenizer.is_left_out(_tokenizer_config(base), base.carried),
+        has_weights=has_weights,
+    ).encode()
+    originals |= tokenizer.without_foreign_code(files)
+    files |= {name: template_bytes(name) for name in TEMPLATES} | added_notice(base)
+    return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
+
+
+def small_file_notices(base: Checkpoint) -> list[str]:
+    """What a user should know of the base's tokenizer and licence."""
+    about_tokenizer = tokenizer.notice(_tokenizer_config(base), base.carried, base.origin.name)
+    return [*filter(None, [about_tokenizer]), *licence_warnings(_metadata(base), list(base.carried))]
+
+
+def added_notice(base: Checkpoint) -> dict[str, bytes]:
+    """The notice that the base's licence demands, by its name, unless the base has one."""
+    licence = licence_of(_metadata(base))
+    has_one = any(LICENCE_TEXT.fullmatch(name) and name.lower().startswith("notice") for name in base.carried)
+    return {} if licence is None or has_one else {NOTICE: f"{licence.notice}\n".encode()}
+
+
+def _looped_config(base: Checkpoint, spec: LoopSpec) -> bytes:
+    try:  # in ASCII, which can spell whatever JSON can hold
+        return (json.dumps(looped_config(base.config, spec), indent=2) + "\n").encode()
+    except RecursionError:
+        raise CheckpointError(f"{base.root / CONFIG} is nested too deeply") from None
+
+
+def _metadata(base: Checkpoint) -> dict:
+    path = base.root / CARD
+    return read_metadata(_read(path).decode("utf-8", errors="replace")) if path.is_file() else {}
+
+
+def _tokenizer_config(base: Checkpoint) -> bytes:
+    return _read(base.root / tokenizer.CONFIG) if tokenizer.CONFIG in base.carried else b""
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
