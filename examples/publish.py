@@ -15,13 +15,13 @@ model, repo_id, span, steps = sys.argv[1:]
 
 with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "looped"
-    export = loopexport.convert(model, out, span=span, steps=int(steps), weights="none")
-    print(f"{export.cost.multiplier:.2f}x the layer evaluations of {export.manifest.base.name}")
     try:
+        export = loopexport.convert(model, out, span=span, steps=int(steps), weights="none")
         result = loopexport.push(out, repo_id, commit_message=f"Layers {span}, {steps} steps")
     except loopexport.LoopExportError as error:
         sys.exit(f"Not published: {error}")
 
+print(f"{export.manifest.base.name} at {export.manifest.base.revision}, layers {span} applied {steps} times")
 for file in result.transfers:
     print(f"{file.how:8}  {file.size:>13,}  {file.name}")
 print(f"Published as {result.url}, commit {result.commit}")
