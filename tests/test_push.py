@@ -17,7 +17,7 @@ import huggingface_hub
 import pytest
 from hub_double import EXPIRED_TOKEN, OWNER_TOKEN, STRANGER_TOKEN, HubDouble
 from test_convert import SPEC, sha256, tree
-from tiny import SPAN, tiny_model
+from tiny import SPAN, save_tiny, tiny_model
 
 import loopexport
 from loopexport import templates
@@ -782,18 +782,26 @@ def test_failed_push_after_a_conversion_can_go_on(hub, tmp_path):
 
 
 @copies
-def test_example_publishes_without_the_weights_passing_through(hub, base, tmp_path):
+def test_example_publishes_a_preset_without_the_weights_passing_through(hub, tmp_path):
+    """On a tiny model of the name, family and depth that the preset was measured on."""
+    base, model = (
+        save_tiny("qwen3", tmp_path / "base", num_hidden_layers=36, layer_types=None),
+        "Qwen/Qwen3-4B-Instruct",
+    )
+    hub.add(model, base)
     example = Path(__file__).parent.parent / "examples" / "publish.py"
-    command = [sys.executable, str(example), BASE, REPO, "1:4", "3"]
+    command = [sys.executable, str(example), model, REPO, "qwen3-4b-mmlu-pro"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(hub, tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     commit = hub.repositories[REPO].refs["main"]
     assert commit in done.stdout
+    assert "published for this cell (replicated): MMLU-Pro" in done.stdout
     files = hub.repositories[REPO].files()
+    assert b"Published for this cell, replicated" in files["README.md"]
     assert {name: files[name] for name in weights(base)} == {name: (base / name).read_bytes() for name in weights(base)}
     assert bytes_received(hub) == 0
     ours = load(hub, tmp_path, REPO, commit, tmp_path / "ours.pt")
-    assert ours["class"] == "LoopedLlamaForCausalLM"
+    assert ours["class"] == "LoopedQwen3ForCausalLM"
 
 
 # The round trip
