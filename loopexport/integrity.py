@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .checkpoint import CARD, CONFIG, read_json
@@ -10,6 +10,7 @@ from .errors import CheckpointError
 from .export import BASE_FOLDER, Export, looped_config
 from .manifest import FileRecord
 from .safetensors_header import read_header
+from .spec import make_spec
 from .weights import Progress, sha256_of, xxh3_of
 
 # Files that a user may edit: the card freely, the config in its loop fields.
@@ -45,7 +46,8 @@ def check_files(export: Export, *, full: bool = False, progress: Progress = lamb
         full: hash all weights; otherwise their size and header are compared.
         progress: called with the number of weight bytes just hashed.
     """
-    return [_check_small_files(export), _check_config(export), _check_weights(export, full, progress)]
+    onnx = [_check_onnx(export, full, progress)] if export.manifest.onnx else []
+    return [_check_small_files(export), _check_config(export), _check_weights(export, full, progress), *onnx]
 
 
 def _check_small_files(export: Export) -> Check:
@@ -105,3 +107,29 @@ def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progr
     if record.xxh3_128 is not None:
         return ("xxh3_128" if xxh3_of(path, progress) != record.xxh3_128 else ""), "xxh3_128"
     return "", "size and header (no digest is known: the weights were not copied)"
+
+
+def _check_onnx(export: Export, full: bool, progress: Progress) -> Check:
+    """Graphs and their data are as written; what they read of the weights is checked with the weights."""
+    name = "ONNX files are as written"
+    known = {*export.manifest.onnx, *export.manifest.weights}
+    for file, record in export.manifest.onnx.items():
+        path = export.root / file
+        missing = sorted({file, *(record.data or ())} - {each for each in known if (export.root / each).is_file()})
+        if missing:
+            return Check(name, False, f"{missing[0]} is missing" + (f"; {file} needs it" if missing[0] != file else ""))
+        if path.stat().st_size != record.size:
+            return Check(name, False, f"{file} has changed (size)")
+        if record.sha256 is not None and sha256_of(path) != record.sha256:
+            return Check(name, False, f"{file} has changed (sha256)")
+        if full and record.xxh3_128 is not None and xxh3_of(path, progress) != record.xxh3_128:
+            return Check(name, False, f"{file} has changed (xxh3_128)")
+    return Check(name, True, f"{len(export.manifest.onnx)} compared{_stale_graphs(export)}")
+
+
+def _stale_graphs(export: Export) -> str:
+    """The graphs hold the loop that the config had when they were made."""
+    for file, record in export.manifest.onnx.items():
+        if record.spec is not None and make_spec(**record.spec) != replace(export.spec, steps=record.steps or 1):
+            return f"; the loop was edited since {file} was made, which still runs the older one"
+    return ""

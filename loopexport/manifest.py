@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .checkpoint import Origin
@@ -32,6 +32,30 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class OnnxRecord:
+    """What is known of a file that the ONNX export wrote.
+
+    Attributes:
+        size: in bytes.
+        sha256: of graphs and configs; xxh3_128 of a data file.
+        steps, dtype, attention: of a graph, else None: its K, what it computes in, and its attention layout.
+        spec: the loop of a graph, as fields of `LoopSpec`.
+        data: files that a graph reads its weights from.
+        difference: the largest that verification against torch saw, of the logits' scale; None where it did not run.
+    """
+
+    size: int
+    sha256: str | None = None
+    xxh3_128: str | None = None
+    steps: int | None = None
+    dtype: str | None = None
+    attention: str | None = None
+    spec: dict | None = None
+    data: tuple[str, ...] | None = None
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that an export knows of itself.
 
@@ -42,6 +66,7 @@ class Manifest:
         weights_method: how the weights were put in place ("reflink", "hardlink" or "copy").
         weights, files: weights files and all others, by name; the manifest itself is not among them.
         left_behind: names of the base's files that were not taken along.
+        onnx: files of the ONNX export, by name; they come after the conversion, and may be made again.
     """
 
     loopexport: str
@@ -51,12 +76,15 @@ class Manifest:
     weights: dict[str, FileRecord]
     files: dict[str, FileRecord]
     left_behind: tuple[str, ...] = ()
+    onnx: dict[str, OnnxRecord] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The manifest as it is written: one JSON object, keys in a fixed order."""
         values = {"format": FORMAT, **asdict(self)}
-        for group in ("weights", "files"):
+        for group in ("weights", "files", "onnx"):
             values[group] = {name: _without_none(record) for name, record in sorted(values[group].items())}
+        if not self.onnx:
+            del values["onnx"]
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -86,6 +114,7 @@ def read_manifest(root: Path) -> Manifest:
             weights={name: FileRecord(**record) for name, record in values["weights"].items()},
             files={name: FileRecord(**record) for name, record in values["files"].items()},
             left_behind=tuple(values["left_behind"]),
+            onnx={name: OnnxRecord(**record) for name, record in values.get("onnx", {}).items()},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path} is damaged: {error!r}") from None

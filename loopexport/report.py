@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .checkpoint import Checkpoint, Origin
 from .conversion import ConvertPlan
 from .cost import Cost, dtype_name
@@ -10,6 +12,9 @@ from .export import Export
 from .integrity import Check
 from .presets import PRESETS, STATUSES, Preset
 from .spec import RULES, LoopSpec
+
+if TYPE_CHECKING:
+    from .onnx.exporting import OnnxOutcome, OnnxPlan
 
 MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
 
@@ -39,6 +44,29 @@ def export_lines(export: Export) -> list[str]:
 def check_lines(checks: list[Check]) -> list[str]:
     """One line for each check."""
     return [f"{MARKS[check.passed]} {check.name}: {check.detail}" for check in checks]
+
+
+def onnx_plan_lines(plan: OnnxPlan) -> list[str]:
+    """What an ONNX export will do."""
+    graphs = ", ".join(f"{name} (K = {spec.steps})" for name, spec in plan.graphs.items())
+    written = (
+        f"{plan.data}, about {plan.data_bytes:,} bytes" if plan.data else "the export's own shards, 0 bytes written"
+    )
+    return [
+        f"Graphs   {graphs}",
+        f"Loop     {describe_layers(plan.export.spec)}, kv {plan.export.spec.kv}, {describe_rule(plan.export.spec)}",
+        f"Compute  {plan.dtype}, attention {plan.attention}",
+        f"Weights  {written}",
+        f"Output   {plan.out or plan.export.root}",
+        *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def onnx_outcome_lines(plan: OnnxPlan, outcome: OnnxOutcome) -> list[str]:
+    """What came of it, with the outcome of each check."""
+    lines = [f"{name}: {line}" for name, checks in outcome.checks.items() for line in check_lines(checks)]
+    names = ", ".join(plan.graphs)
+    return [*lines, f"Wrote {names} to {outcome.root}" if outcome.written else f"{names} not kept: a check failed"]
 
 
 def rule_lines() -> list[str]:

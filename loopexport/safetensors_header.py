@@ -28,11 +28,19 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor's entry: its dtype as in the format (`BF16`), its shape, and its bytes in the file."""
+    """One tensor's entry.
+
+    Attributes:
+        dtype: as in the format, such as `BF16`.
+        shape: its sizes.
+        nbytes: how many bytes it takes in the file.
+        start: where in the file they begin; 0 where the header was not read from a file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int = 0
 
     @property
     def num_elements(self) -> int:
@@ -64,7 +72,7 @@ def read_header(path: Path) -> Header:
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
-        tensors = {name: _tensor(entry) for name, entry in entries.items()}
+        tensors = {name: _tensor(entry, 8 + length) for name, entry in entries.items()}
         ends = [entry["data_offsets"][1] for entry in entries.values()]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise CheckpointError(f"{path.name} has no readable safetensors header; download it again") from None
@@ -76,12 +84,12 @@ def read_header(path: Path) -> Header:
     return Header(tensors, hashlib.sha256(prefix + raw).hexdigest())
 
 
-def _tensor(entry: dict) -> Tensor:
+def _tensor(entry: dict, data_start: int) -> Tensor:
     start, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)) or end < start:
         raise ValueError("not an extent")
-    tensor = Tensor(str(entry["dtype"]), shape, end - start)
+    tensor = Tensor(str(entry["dtype"]), shape, end - start, data_start + start)
     bits = DTYPE_BITS.get(tensor.dtype)  # a dtype newer than this table is passed through unchecked
     if bits is not None and (tensor.num_elements * bits + 7) // 8 != tensor.nbytes:
         raise ValueError("extent and shape differ")
