@@ -24,9 +24,11 @@ if int(transformers.__version__.split(".")[0]) < 5:
     pytest.skip("ONNX export needs transformers 5", allow_module_level=True)
 
 from loopexport.onnx import OnnxModel, exporting, plan_onnx  # noqa: E402
-from loopexport.onnx.check import TOLERANCES, Scenario, load_torch, make_scenarios, run_graph, run_torch  # noqa: E402
+from loopexport.onnx.check import TOLERANCES, load_torch, make_scenarios, run_graph, run_torch  # noqa: E402
 from loopexport.onnx.run import Sampling  # noqa: E402
 from loopexport.onnx.weights import stored_bytes  # noqa: E402
+
+trace_export = exporting.trace_export  # before any test replaces it
 
 # The others take as long again, and go with the matrix.
 QUICK_FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "qwen3_moe", "deepseek_v3")
@@ -65,7 +67,7 @@ def traced(export_dir):
 
     def make(family, dtype="fp32"):
         if (family, dtype) not in made:
-            made[family, dtype] = exporting.trace_export(loopexport.open_export(export_dir(family)), dtype)
+            made[family, dtype] = trace_export(loopexport.open_export(export_dir(family)), dtype)
         return made[family, dtype]
 
     return make
@@ -198,7 +200,9 @@ def test_padding_on_either_side_changes_no_token(graph):
     rows = [np.arange(5, 14), np.arange(40, 44)]
     alone = [model.generate(row[None], max_new_tokens=6, eos_token_ids=())[0] for row in rows]
     theirs = [
-        reference.generate(torch.from_numpy(row[None]), max_new_tokens=6, do_sample=False, eos_token_id=-1)[0, len(row) :]
+        reference.generate(torch.from_numpy(row[None]), max_new_tokens=6, do_sample=False, eos_token_id=-1)[
+            0, len(row) :
+        ]
         for row in rows
     ]
     for ours, other in zip(alone, theirs, strict=True):

@@ -80,15 +80,21 @@ class _Expressible(TorchFunctionMode):
 
     ONNX cannot solve linear equations: the few of that rule are solved by elimination. It needs no pivots, since the
     matrix is symmetric and positive definite. And ONNX Runtime (1.32) miscompiles the product of a transposed matrix
-    and a vector, when it fuses the two: vectors become matrices of one column.
+    with another (its MatmulTransposeFusion): these small ones are multiplied and summed.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.linalg.solve:
             return _eliminate(*args)
-        if func is torch.Tensor.__matmul__ and args[1].dim() == 1:
-            return (args[0] @ args[1].unsqueeze(-1)).squeeze(-1)
+        if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            return _multiply_and_sum(*args)
         return func(*args, **(kwargs or {}))
+
+
+def _multiply_and_sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if right.dim() == 1:
+        return (left * right).sum(-1)
+    return (left.unsqueeze(-1) * right.unsqueeze(0)).sum(-2)
 
 
 def _eliminate(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

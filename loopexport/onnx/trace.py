@@ -157,6 +157,8 @@ class _Traceable(nn.Module):
         slots: list[Any] = [_TracedSlot(i, past[2 * i], past[2 * i + 1]) for i in range(len(past) // 2)]
         cache = Cache(layers=slots)
         logits = _run(self.model, inputs, cache).logits
+        if logits.dtype == torch.bfloat16:  # which numpy, and so every caller in Python, cannot hold
+            logits = logits.float()
         return logits, [each for slot in slots for each in (slot.keys, slot.values)]
 
 
