@@ -199,10 +199,17 @@ def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
     show_default=True,
     help="What the graphs compute in; as-is writes no weights.",
 )
+@click.option(
+    "--attention",
+    type=click.Choice(["portable", "gqa"]),
+    default="portable",
+    show_default=True,
+    help="gqa is faster, and takes no padded batches.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--no-verify", is_flag=True, help="Do not compare with torch, which loads the model in fp32.")
 @json_option
-def onnx(directory, out, steps, dtype, dry_run, no_verify, as_json) -> None:
+def onnx(directory, out, steps, dtype, attention, dry_run, no_verify, as_json) -> None:
     """Write the export DIRECTORY as an ONNX graph, the loop unrolled, on the weights that are there.
 
     Each graph is compared with torch before it is kept. Exit status 1 when they differ.
@@ -210,7 +217,7 @@ def onnx(directory, out, steps, dtype, dry_run, no_verify, as_json) -> None:
     from .onnx import apply, plan_onnx
     from .report import onnx_outcome_lines, onnx_plan_lines
 
-    plan = plan_onnx(directory, out=out, steps=_parse_steps(steps), dtype=dtype)
+    plan = plan_onnx(directory, out=out, steps=_parse_steps(steps), dtype=dtype, attention=attention)
     if not as_json:
         click.echo("\n".join(onnx_plan_lines(plan)))
     if dry_run:

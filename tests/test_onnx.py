@@ -65,10 +65,11 @@ def traced(export_dir):
     """`traced(family)`: skeleton and trace of a family's tiny base, made once a session."""
     made = {}
 
-    def make(family, dtype="fp32"):
-        if (family, dtype) not in made:
-            made[family, dtype] = trace_export(loopexport.open_export(export_dir(family)), dtype)
-        return made[family, dtype]
+    def make(family, dtype="fp32", attention="portable"):
+        key = family, dtype, attention
+        if key not in made:
+            made[key] = trace_export(loopexport.open_export(export_dir(family)), dtype, attention)
+        return made[key]
 
     return make
 
@@ -77,11 +78,12 @@ def traced(export_dir):
 def graph(export_dir, traced, tmp_path):
     """`graph(family, **spec)`: a copy of an export with its graph in it."""
 
-    def make(family="llama", **spec):
-        root = tmp_path / "-".join(map(str, (family, *spec.values())))
+    def make(family="llama", attention="portable", **spec):
+        root = tmp_path / "-".join(map(str, (family, attention, *spec.values())))
         shutil.copytree(export_dir(family, **spec), root)
-        plan = plan_onnx(root)
-        model = exporting.build_graph(plan, plan.export, *traced(family), plan.export.spec, {})
+        plan = plan_onnx(root, attention=attention)
+        traces = traced(family, attention=attention)
+        model = exporting.build_graph(plan, plan.export, *traces, plan.export.spec, {})
         ir.save(model, root / "model.onnx")
         return root
 
@@ -96,8 +98,10 @@ def largest_difference(root, scenario):
     return float(np.abs(ours - theirs)[visible].max() / np.abs(theirs[visible]).max())
 
 
-def assert_equals_torch(root):
+def assert_equals_torch(root, padded=True):
     for scenario in make_scenarios(VOCAB, loopexport.open_export(root).spec):
+        if not (padded or scenario.mask.all()):
+            continue
         difference = largest_difference(root, scenario)
         assert difference <= TOLERANCES["fp32"], f"{scenario.name}: {difference:.3g} of the logits' scale"
 
@@ -119,6 +123,34 @@ def test_graph_equals_torch(graph, family):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
 def test_every_rule_equals_torch(graph, rule):
     assert_equals_torch(graph("llama", steps=4, **rule))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_fused_attention_equals_torch(graph, family):
+    """GroupQueryAttention: iterations under `shared` read the natural cache and add no key to it."""
+    for spec in ({"steps": 1}, {"steps": 3}, {"steps": 3, "kv": "per_step"}, {"steps": 2, "kv": "reference"}):
+        root = graph(family, "gqa", **spec)
+        assert_equals_torch(root, padded=False)
+        fused = [node for node in ir.load(root / "model.onnx").graph if node.op_type == "GroupQueryAttention"]
+        assert len(fused) == 6 + (spec["steps"] - 1) * 3
+
+
+def test_fused_attention_refuses_what_it_would_get_wrong(graph):
+    model = OnnxModel(graph("llama", "gqa", steps=3))
+    ids = np.array([[5, 6, 7], [8, 9, 10]])
+    with pytest.raises(loopexport.LoopExportError, match="takes no padded batch"):
+        model.forward(ids, np.array([[0, 1, 1], [1, 1, 1]]))
+    _, cache = model.forward(ids)
+    with pytest.raises(loopexport.LoopExportError, match="takes 3 tokens on a cache for one prompt only"):
+        model.forward(ids, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("family", "says"), [("deepseek_v3", "changes keys behind the cache"), ("gpt_oss", "has no sinks")]
+)
+def test_families_beyond_fused_attention_are_refused(export_dir, family, says):
+    with pytest.raises(loopexport.LoopExportError, match=says):
+        trace_export(loopexport.open_export(export_dir(family)), "fp32", "gqa")
 
 
 def test_weights_of_every_k_are_the_stored_bytes_once(export_dir, traced):
@@ -239,7 +271,7 @@ def export(export_dir, tmp_path):
 @pytest.fixture
 def one_trace(traced, monkeypatch):
     """Lets the command use the session's traces."""
-    monkeypatch.setattr(exporting, "trace_export", lambda export, dtype: traced("llama", dtype))
+    monkeypatch.setattr(exporting, "trace_export", lambda export, *kind: traced("llama", *kind))
 
 
 def test_dry_run_writes_nothing(export):
@@ -279,7 +311,7 @@ def test_out_is_a_whole_export_with_graphs(export, one_trace, tmp_path):
 
 
 def test_other_dtype_writes_one_data_file_for_every_k(export, traced, monkeypatch):
-    monkeypatch.setattr(exporting, "trace_export", lambda export, dtype: traced("llama", dtype))
+    monkeypatch.setattr(exporting, "trace_export", lambda export, *kind: traced("llama", *kind))
     result = run("onnx", export, "--steps", "1,3", "--dtype", "fp16", "--json")
     assert result.exit_code == 0, result.stdout + result.stderr
     values = json.loads(result.stdout)
@@ -310,7 +342,7 @@ def test_graph_that_differs_from_torch_is_not_kept_and_nothing_is_lost(export, o
     )
     result = run("onnx", export)
     assert result.exit_code == 1
-    assert "FAIL prefill, decode and a chunk equal torch: largest difference" in result.stdout
+    assert "FAIL a batch, prefilled and decoded, equals torch: largest difference" in result.stdout
     assert "model.onnx not kept: a check failed" in result.stdout
     assert tree(export) == before
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .skeleton import Skeleton
     from .trace import Traced
 
-ATTENTION_LAYOUTS = ("portable",)
+ATTENTION_LAYOUTS = ("portable", "gqa")
 PARTIAL = ".partial"
 
 Say = Callable[[str], object]
@@ -64,8 +64,8 @@ class OnnxPlan:
     @property
     def graphs(self) -> dict[str, LoopSpec]:
         """The loop of each graph, by file name."""
-        suffix = "" if self.as_is else self.dtype
-        return {graph_name(spec.steps, self.export.spec.steps, suffix): spec for spec in self.specs}
+        parts = [*([] if self.as_is else [self.dtype]), *([] if self.attention == "portable" else [self.attention])]
+        return {graph_name(spec.steps, self.export.spec.steps, "_".join(parts)): spec for spec in self.specs}
 
     @property
     def data(self) -> str | None:
@@ -140,7 +140,7 @@ def plan_onnx(
     specs = tuple(_spec_for(export.spec, each) for each in dict.fromkeys(steps or (export.spec.steps,)))
     _check_specs(specs)
     target = _checked_out(export, out)
-    return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, tuple(_warnings(chosen)))
+    return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, tuple(_warnings(chosen, attention)))
 
 
 def apply(plan: OnnxPlan, *, verify: bool = True, say: Say = lambda text: None) -> OnnxOutcome:
@@ -232,7 +232,7 @@ def _checked_out(export: Export, out: str | Path | None) -> Path | None:
     return path
 
 
-def _warnings(dtype: str) -> Iterator[str]:
+def _warnings(dtype: str, attention: str) -> Iterator[str]:
     import onnxruntime
 
     if dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -240,6 +240,10 @@ def _warnings(dtype: str) -> Iterator[str]:
             "ONNX Runtime computes in bf16 on CUDA only, so the graph can be neither verified nor run here; "
             "--dtype fp32 or fp16 makes one that runs on the CPU"
         )
+    if attention == "gqa":
+        yield "attention gqa takes no padded batch, and several tokens on a cache for one prompt at a time only"
+        if dtype == "fp32":
+            yield "attention gqa computes in fp16 and bf16 only on CUDA; this graph is for the CPU"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def _warnings(dtype: str) -> Iterator[str]:
 def _apply_in(plan: OnnxPlan, root: Path, verify: bool, say: Say) -> OnnxOutcome:
     export = open_export(root)
     say("tracing the model")
-    skeleton, traced = trace_export(export, plan.dtype)
+    skeleton, traced = trace_export(export, plan.dtype, plan.attention)
     with _partial_files(root) as partial:
         layout: dict = {}
         records: dict[str, OnnxRecord] = {}
@@ -278,7 +282,7 @@ def _apply_in(plan: OnnxPlan, root: Path, verify: bool, say: Say) -> OnnxOutcome
     return OnnxOutcome(root, checks, written=True)
 
 
-def trace_export(export: Export, dtype: str) -> tuple[Skeleton, Traced]:
+def trace_export(export: Export, dtype: str, attention: str = "portable") -> tuple[Skeleton, Traced]:
     """The skeleton of an export's native model, and its trace.
 
     Raises:
@@ -293,7 +297,10 @@ def trace_export(export: Export, dtype: str) -> tuple[Skeleton, Traced]:
     trace.register()
     config = AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    options = {"attn_implementation": trace.ATTENTION if model_class._can_set_attn_implementation() else "eager"}
+    can_choose = model_class._can_set_attn_implementation()
+    if attention == "gqa" and not can_choose:
+        raise OnnxError(f"{model_class.__name__} has an attention of its own; use --attention portable")
+    options = {"attn_implementation": trace.ATTENTION[attention] if can_choose else "eager"}
     if export.base.is_sparse and model_class._can_set_experts_implementation():
         options["experts_implementation"] = "batched_mm"
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -324,6 +331,7 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
         )
     model = graphs[0]
     model.producer_name = "loopexport"
+    model.metadata_props["attention"] = plan.attention
     model.metadata_props.update({f"loop_{key}": json.dumps(value) for key, value in _loop_fields(spec).items()})
     return model
 
@@ -368,7 +376,7 @@ def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Chec
 
     if plan.dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return [Check("the graph equals torch", None, "not compared: bf16 runs on CUDA only, and there is none here")]
-    return check_graph(root, path, spec, plan.dtype)
+    return check_graph(root, path, spec, plan.dtype, plan.attention)
 
 
 def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: list[Check] | None) -> OnnxRecord:
@@ -389,7 +397,7 @@ def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: lis
 
 def _write_genai_config(plan: OnnxPlan, export: Export, traced, partial, records: dict[str, OnnxRecord]) -> None:
     own = next((name for name, spec in plan.graphs.items() if spec.steps == export.spec.steps), next(iter(plan.graphs)))
-    config = genai_config(export, own, traced.model.graph, plan.graphs[own])
+    config = genai_config(export, own, traced.model.graph, plan.graphs[own], plan.attention)
     if config is None:
         return
     content = (json.dumps(config, indent=2) + "\n").encode()

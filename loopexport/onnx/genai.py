@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 GENAI_CONFIG = "genai_config.json"
 
 
-def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpec) -> dict | None:
+def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpec, attention: str) -> dict | None:
     """The config for one graph, or None where onnxruntime-genai cannot run it.
 
     It takes keys and values of one width only, and slots that are all alike: not the latents of MLA.
@@ -58,8 +58,12 @@ def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpe
                 },
             },
         },
-        # One buffer for past and present is for GroupQueryAttention only; with this graph it crashes.
-        "search": {"max_length": context_length, "past_present_share_buffer": False, **_sampling(generation)},
+        # One buffer for past and present is for GroupQueryAttention only; with the portable graph it crashes.
+        "search": {
+            "max_length": context_length,
+            "past_present_share_buffer": attention == "gqa",
+            **_sampling(generation),
+        },
     }
 
 

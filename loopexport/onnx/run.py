@@ -102,6 +102,7 @@ class OnnxModel:
         self.session = _session(self.path, PROVIDERS[self.provider], threads)
         self._inputs = {each.name: each for each in self.session.get_inputs()}
         self._outputs = [each.name for each in self.session.get_outputs()]
+        self._is_fused = self.session.get_modelmeta().custom_metadata_map.get("attention") == "gqa"
 
     def _find(self, file: str | None) -> Path:
         if file is not None:
@@ -163,6 +164,8 @@ class OnnxModel:
         cache = cache or self.empty_cache(batch)
         total = cache.length + length
         mask = np.ones((batch, total), np.int64) if attention_mask is None else attention_mask.astype(np.int64)
+        if self._is_fused:
+            _check_fused(mask, cache.length, length)
         positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
         feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
         binding = self.session.io_binding()
@@ -260,6 +263,17 @@ def _padded_left(ids: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, 
     shifts = [int(np.argmax(row[::-1])) for row in mask]
     pairs = [(np.roll(row, by), np.roll(own, by)) for row, own, by in zip(ids, mask, shifts, strict=True)]
     return np.stack([row for row, _ in pairs]), np.stack([own for _, own in pairs])
+
+
+def _check_fused(mask: np.ndarray, past: int, length: int) -> None:
+    """Raise OnnxError where GroupQueryAttention would compute something else without a word."""
+    if not mask.all():
+        raise OnnxError("a graph of attention gqa takes no padded batch; use one of --attention portable")
+    if len(mask) > 1 and past and length > 1:
+        raise OnnxError(
+            f"a graph of attention gqa takes {length} tokens on a cache for one prompt only, not {len(mask)}; run them "
+            "one by one, or use a graph of --attention portable"
+        )
 
 
 def _chosen_provider(provider: str) -> str:

@@ -28,7 +28,9 @@ from .skeleton import Skeleton
 
 OPSET = 23
 MARKS = "loopexport"  # domain of the marks; none is left in a finished graph
-ATTENTION = "loopexport_onnx"  # our entry in the registries of transformers
+# Our entries in the registries of transformers, by attention layout.
+ATTENTION = {"portable": "loopexport_onnx", "gqa": "loopexport_onnx_gqa"}
+FUSED_DOMAIN, FUSED = "com.microsoft", "GroupQueryAttention"
 
 # Sizes of the example inputs, distinct so that no two dimensions are taken for one.
 BATCH, SEQUENCE, PAST = 2, 3, 5
@@ -139,27 +141,86 @@ def _attend_spelled_out(query, key, value, attention_mask, scaling, softcap, sin
     return weights.to(query.dtype) @ value
 
 
+class _FusedSlot(_TracedSlot):
+    """A cache slot that the attention node itself joins with what is new.
+
+    Attributes:
+        lengths: of each row, its last position, int32; `total` is that of the longest row, plus 1.
+    """
+
+    def __init__(self, index: int, keys, values, mask: torch.Tensor):
+        super().__init__(index, keys, values)
+        self.lengths = (mask.sum(-1) - 1).to(torch.int32)
+        self.total = torch.tensor(mask.shape[1], dtype=torch.int32)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """What is new, tied to this slot for the attention that follows."""
+        key_states.loop_slot = self
+        return key_states, value_states
+
+    def attend(self, query, key, value, **attributes) -> torch.Tensor:
+        """One `GroupQueryAttention`; sets and marks what the slot then holds."""
+        flat = [each.transpose(1, 2).flatten(2) for each in (query, key, value)]
+        held = [(*each.shape[:2], each.shape[2] + key.shape[2], each.shape[3]) for each in (self.keys, self.values)]
+        attrs = {"num_heads": query.shape[1], "kv_num_heads": key.shape[1], **attributes}
+        output, keys, values = torch.onnx.ops.symbolic_multi_out(
+            f"{FUSED_DOMAIN}::{FUSED}",
+            (*flat, self.keys, self.values, self.lengths, self.total),
+            attrs,
+            dtypes=(query.dtype,) * 3,
+            shapes=(flat[0].shape, *held),
+            version=1,
+        )
+        self.keys = mark("Read", keys, slot=self.index, value=0)
+        self.values = mark("Read", values, slot=self.index, value=1)
+        return output.unflatten(-1, (query.shape[1], -1))
+
+
+def _attend_fused(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
+    slot = getattr(key, "loop_slot", None)
+    if slot is None:
+        raise OnnxError(f"{type(module).__name__} changes keys behind the cache; use --attention portable")
+    if key.shape[-1] != value.shape[-1] or kwargs.get("s_aux") is not None:
+        raise OnnxError(
+            f"GroupQueryAttention has no {'sinks' if kwargs.get('s_aux') is not None else 'values of another width'}, "
+            f"which {type(module).__name__} needs; use --attention portable"
+        )
+    attributes: dict[str, Any] = {"scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling)}
+    if kwargs.get("sliding_window"):
+        attributes["local_window_size"] = kwargs["sliding_window"]
+    if softcap is not None:
+        attributes["softcap"] = float(softcap)
+    return slot.attend(query, key, value, **attributes), None
+
+
 def register() -> None:
-    """Enter our attention and its mask into the registries of transformers."""
-    AttentionInterface.register(ATTENTION, _attend)
-    AttentionMaskInterface.register(ATTENTION, _additive_mask)
+    """Enter our attentions into the registries of transformers, and the portable one's mask; the fused has none."""
+    AttentionInterface.register(ATTENTION["portable"], _attend)
+    AttentionMaskInterface.register(ATTENTION["portable"], _additive_mask)
+    AttentionInterface.register(ATTENTION["gqa"], _attend_fused)
 
 
 class _Traceable(nn.Module):
     """The native model as a function of tensors: its K/V cache comes in and goes out as a flat list."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
+        self.is_fused = model.config._attn_implementation == ATTENTION["gqa"]
 
     def forward(self, inputs: dict[str, torch.Tensor], past: list[torch.Tensor]):
         """Logits, and the cache's keys and values in the order of `past`."""
-        slots: list[Any] = [_TracedSlot(i, past[2 * i], past[2 * i + 1]) for i in range(len(past) // 2)]
+        slots: list[Any] = [self._slot(i, past[2 * i], past[2 * i + 1], inputs) for i in range(len(past) // 2)]
         cache = Cache(layers=slots)
         logits = _run(self.model, inputs, cache).logits
         if logits.dtype == torch.bfloat16:  # which numpy, and so every caller in Python, cannot hold
             logits = logits.float()
         return logits, [each for slot in slots for each in (slot.keys, slot.values)]
+
+    def _slot(self, index: int, keys, values, inputs) -> _TracedSlot:
+        if self.is_fused:
+            return _FusedSlot(index, keys, values, inputs["attention_mask"])
+        return _TracedSlot(index, keys, values)
 
 
 @contextmanager
@@ -244,13 +305,17 @@ def _example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in inputs.items() if name in accepted}
 
 
-def _slot_shapes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+def _slot_shapes(model: Any, inputs: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
     """For the keys and the values of each cache slot, `(heads, size)`: asked of a run, since families differ."""
     from transformers import DynamicCache
 
     first = {**inputs, "attention_mask": inputs["attention_mask"][:, PAST:]}
     cache = DynamicCache()
+    chosen = model.config._attn_implementation
+    if chosen == ATTENTION["gqa"]:
+        model.config._attn_implementation = ATTENTION["portable"]
     _run(model, first, cache)
+    model.config._attn_implementation = chosen
     shapes = []
     for slot in cache.layers:
         for tensor in (getattr(slot, "keys", None), getattr(slot, "values", None)):

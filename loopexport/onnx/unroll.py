@@ -20,7 +20,7 @@ from loopexport.spec import LoopSpec
 
 from .limits import check_spec
 from .rules import RUN_LAYER, rule_graph
-from .trace import MARKS, Traced
+from .trace import FUSED, FUSED_DOMAIN, MARKS, Traced
 
 
 def unroll(traced: Traced, spec: LoopSpec) -> ir.Model:
@@ -58,6 +58,7 @@ class _Layer:
         output: the value that left it, before its mark; `mark_out` is the mark's node.
         nodes: those between, in order, which depend on `entry`.
         reads, routes: among them, the marks of what attention read and of what routers answered.
+        fused: among them, attentions that join past and new by themselves.
     """
 
     def __init__(self, nodes: list[ir.Node], index: int):
@@ -75,6 +76,7 @@ class _Layer:
         self.nodes = _dependents(self.entry, nodes[start + 1 : stop])
         self.reads = [node for node in self.nodes if _is_mark(node, "Read")]
         self.routes = [node for node in self.nodes if _is_mark(node, "Route")]
+        self.fused = [node for node in self.nodes if _is_fused(node)]
 
     def copy(self, values: dict[ir.Value, ir.Value | None], suffix: str) -> list[ir.Node]:
         """Copies of the nodes that the output needs; `values` maps what is given, and gets what they make."""
@@ -93,6 +95,7 @@ class _Unrolling:
         self.spec = spec
         nodes = list(graph)
         self.layers = {index: _Layer(nodes, index) for index in spec.layers}
+        self.empty: dict[ir.Value, ir.Value] = {}  # keys and values of no token, by those of the natural pass
         self.slots: dict[int, list[tuple[ir.Value, ir.Value]]] = {}  # past and present of new cache slots
 
     def add_loop(self, start: int, stop: int) -> None:
@@ -132,18 +135,50 @@ class _Unrolling:
             known |= {route.outputs[0]: route.outputs[0] for route in layer.routes}
         if self.spec.kv == "shared":
             known |= {read.outputs[0]: read.outputs[0] for read in layer.reads}
+            for fused in layer.fused:
+                known |= self._nothing_new(fused)
         if self.spec.kv == "per_step":
             slot = self._slot(index, iteration)
             pasts = {value: self._past(value, slot) for value in _pasts(layer)}
             known |= pasts
         copies = layer.copy(known, f"pass{iteration + 1}")
+        if self.spec.kv == "shared":
+            _drop_presents(copies)
         if self.spec.kv == "per_step":
-            self.slots[slot] = [
-                (pasts[_past_of(read)], _as_present(known[read.outputs[0]], pasts[_past_of(read)]))
-                for read in layer.reads
-            ]
+            self.slots[slot] = [self._own_cache(read, known, pasts) for read in layer.reads]
         values[node.outputs[0]] = known.get(layer.output, layer.output)
         return copies
+
+    def _own_cache(self, read: ir.Node, known, pasts) -> tuple[ir.Value, ir.Value]:
+        past = pasts[_past_of(read)]
+        return past, _as_present(known[read.inputs[0]], past)
+
+    def _nothing_new(self, fused: ir.Node) -> dict[ir.Value, ir.Value | None]:
+        """Inputs by which a copy of a fused attention reads the natural keys and values, and adds none."""
+        _, keys, values, past_keys, past_values = fused.inputs[:5]
+        assert keys is not None
+        assert values is not None
+        assert past_keys is not None
+        assert past_values is not None
+        if keys not in self.empty:
+            for value in (keys, values):
+                bounds = [self._constant(number) for number in (0, 0, 1)]
+                node = ir.node("Slice", [value, *bounds], name=f"{value.name}/none")
+                node.outputs[0].name = node.name
+                self.graph.insert_after(fused, node)
+                self.empty[value] = node.outputs[0]
+        return {
+            keys: self.empty[keys],
+            values: self.empty[values],
+            past_keys: fused.outputs[1],
+            past_values: fused.outputs[2],
+        }
+
+    def _constant(self, number: int) -> ir.Value:
+        name = f"loop.number_{number}"
+        if name not in self.graph.initializers:
+            self.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor([number], name=name)))
+        return self.graph.initializers[name]
 
     def _slot(self, index: int, iteration: int) -> int:
         """As in the exported model: behind the layers' own slots, pass by pass."""
@@ -180,7 +215,8 @@ def _past_of(read: ir.Node) -> ir.Value:
     joined = read.inputs[0]
     assert joined is not None
     join = joined.producer()
-    past = join.inputs[0] if join is not None else None
+    assert join is not None
+    past = join.inputs[3 + read.attributes["value"].as_int()] if _is_fused(join) else join.inputs[0]
     assert past is not None
     assert str(past.name).startswith("past_key_values."), past.name
     return past
@@ -225,6 +261,20 @@ def _copy_node(node: ir.Node, values: dict, name: str) -> ir.Node:
         own.name, own.type = (name if len(node.outputs) == 1 else f"{name}.{number}"), value.type
         values[value] = own
     return copy
+
+
+def _is_fused(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == (FUSED_DOMAIN, FUSED)
+
+
+def _drop_presents(copies: list[ir.Node]) -> None:
+    """Let copies that add no key give no cache back: it would be copied each time, and nothing asks for it.
+
+    Only those: a fused attention that gives none back does not see its own new keys either.
+    """
+    for node in filter(_is_fused, copies):
+        for value in node.outputs[1:]:
+            value.name = ""
 
 
 def _is_mark(node: ir.Node, kind: str | None = None) -> bool:
