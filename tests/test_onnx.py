@@ -14,6 +14,7 @@ from test_verify import checks, edit_config, flip_last_byte
 from tiny import FAMILIES, MOE_FAMILIES, SPAN, VOCAB
 
 import loopexport
+import loopexport.onnx
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -143,6 +144,27 @@ def test_fused_attention_refuses_what_it_would_get_wrong(graph):
     _, cache = model.forward(ids)
     with pytest.raises(loopexport.LoopExportError, match="takes 3 tokens on a cache for one prompt only"):
         model.forward(ids, cache=cache)
+
+
+@pytest.mark.parametrize("kv", ["shared", "per_step"])
+@pytest.mark.parametrize("attention", ["portable", "gqa"])
+def test_onnxruntime_genai_generates_the_tokens_of_torch(export_dir, traced, monkeypatch, tmp_path, attention, kv):
+    """With gqa, past and present are one buffer there, which the iterations read while it is written."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    monkeypatch.setattr(exporting, "trace_export", lambda export, *kind: traced("llama", *kind))
+    root = shutil.copytree(export_dir("llama", kv=kv), tmp_path / "export")
+    loopexport.onnx.export_onnx(root, attention=attention, verify=False)
+    prompt, new = list(range(5, 20)), 30
+    reference = load_torch(root, 3)
+    theirs = reference.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=-1)[0]
+    model = genai.Model(str(root))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + new, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert [int(token) for token in generator.get_sequence(0)] == theirs.tolist()
 
 
 @pytest.mark.parametrize(
