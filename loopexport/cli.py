@@ -206,10 +206,11 @@ def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
     show_default=True,
     help="gqa is faster, and takes no padded batches.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace an export that stands at OUT.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--no-verify", is_flag=True, help="Do not compare with torch, which loads the model in fp32.")
 @json_option
-def onnx(directory, out, steps, dtype, attention, dry_run, no_verify, as_json) -> None:
+def onnx(directory, out, steps, dtype, attention, overwrite, dry_run, no_verify, as_json) -> None:
     """Write the export DIRECTORY as an ONNX graph, the loop unrolled, on the weights that are there.
 
     Each graph is compared with torch before it is kept. Exit status 1 when they differ.
@@ -217,7 +218,9 @@ def onnx(directory, out, steps, dtype, attention, dry_run, no_verify, as_json) -
     from .onnx import apply, plan_onnx
     from .report import onnx_outcome_lines, onnx_plan_lines
 
-    plan = plan_onnx(directory, out=out, steps=_parse_steps(steps), dtype=dtype, attention=attention)
+    plan = plan_onnx(
+        directory, out=out, steps=_parse_steps(steps), dtype=dtype, attention=attention, overwrite=overwrite
+    )
     if not as_json:
         click.echo("\n".join(onnx_plan_lines(plan)))
     if dry_run:

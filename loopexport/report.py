@@ -38,6 +38,11 @@ def export_lines(export: Export) -> list[str]:
         *_model_lines(export.base, export.spec, export.cost),
         f"Weights  {_files(len(export.manifest.weights))} by {export.manifest.weights_method}",
         f"Written  by LoopExport {export.manifest.loopexport}{edited}",
+        *(
+            f"ONNX     {name}: K = {record.steps}, {record.dtype}, attention {record.attention}"
+            for name, record in export.manifest.onnx.items()
+            if record.steps is not None
+        ),
     ]
 
 

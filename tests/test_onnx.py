@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from family_walk import save_tiny_family
 from test_convert import run, tree
 from test_verify import checks, edit_config, flip_last_byte
 from tiny import FAMILIES, MOE_FAMILIES, SPAN, VOCAB
@@ -330,6 +331,11 @@ def test_out_is_a_whole_export_with_graphs(export, one_trace, tmp_path):
     assert tree(export) == before
     assert checks(tmp_path / "out")[1] == 0
     assert OnnxModel(tmp_path / "out").generate(np.array([[5, 6]]), max_new_tokens=2).shape == (1, 2)
+    assert "model.onnx: K = 3, fp32, attention portable" in run("inspect", tmp_path / "out").stdout
+    assert "use --overwrite" in run("onnx", export, "--out", tmp_path / "out", "--no-verify").stderr
+    again = run("onnx", export, "--out", tmp_path / "out", "--no-verify", "--overwrite", "--steps", "2")
+    assert again.exit_code == 0, again.stderr
+    assert [path.name for path in (tmp_path / "out").glob("*.onnx")] == ["model_k2.onnx"]
 
 
 def test_other_dtype_writes_one_data_file_for_every_k(export, traced, monkeypatch):
@@ -423,6 +429,23 @@ def test_bad_options_are_told(export, options, says):
     result = run("onnx", export, *options)
     assert result.exit_code in (1, 2)
     assert says in result.stderr
+
+
+def test_family_that_cannot_be_traced_is_refused_with_the_reason(tmp_path):
+    """GPT-Neo cuts its mask out of a buffer of fixed length."""
+    base = save_tiny_family("gpt_neo", tmp_path / "base")
+    export = loopexport.convert(str(base), tmp_path / "out", span=(1, 3), steps=2).root
+    before = tree(export)
+    result = run("onnx", export)
+    assert result.exit_code == 1
+    assert "family 'gpt_neo' cannot be traced to ONNX" in result.stderr
+    assert tree(export) == before
+
+
+def test_quantised_base_is_refused(export):
+    config = json.loads((export / "base" / "config.json").read_text())
+    (export / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    assert "the base is quantised; ONNX export takes" in run("onnx", export).stderr
 
 
 def test_missing_graph_and_provider_are_told(export):

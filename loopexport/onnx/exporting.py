@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopexport.checkpoint import CONFIG
 from loopexport.errors import OnnxError, OutputError, SpecError
-from loopexport.export import BASE_FOLDER, Export, open_export
+from loopexport.export import BASE_FOLDER, Export, is_export, open_export
 from loopexport.integrity import Check
 from loopexport.manifest import MANIFEST, OnnxRecord
 from loopexport.spec import LoopSpec
@@ -50,6 +50,7 @@ class OnnxPlan:
         dtype: "fp32", "fp16" or "bf16": what the graph computes in.
         as_is: whether that is what is stored, so that the shards serve as the graph's data.
         attention: one of `ATTENTION_LAYOUTS`.
+        overwrite: whether an export at `out` is to be replaced.
         warnings: what the user should know, one line each.
     """
 
@@ -59,6 +60,7 @@ class OnnxPlan:
     dtype: str
     as_is: bool
     attention: str
+    overwrite: bool
     warnings: tuple[str, ...]
 
     @property
@@ -114,6 +116,7 @@ def plan_onnx(
     steps: tuple[int, ...] | None = None,
     dtype: str = "as-is",
     attention: str = "portable",
+    overwrite: bool = False,
 ) -> OnnxPlan:
     """Decide and check an ONNX export; writes nothing.
 
@@ -123,6 +126,7 @@ def plan_onnx(
         steps: one graph for each K; None for the export's own.
         dtype: what the graphs compute in, "as-is" for what is stored: then no weights are written.
         attention: one of `ATTENTION_LAYOUTS`.
+        overwrite: replace an export that stands at `out`; graphs in the export itself are always made anew.
 
     Raises:
         LoopExportError: something is wrong; the message says what, and what to do.
@@ -139,8 +143,9 @@ def plan_onnx(
     chosen = stored if dtype == "as-is" else dtype
     specs = tuple(_spec_for(export.spec, each) for each in dict.fromkeys(steps or (export.spec.steps,)))
     _check_specs(specs)
-    target = _checked_out(export, out)
-    return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, tuple(_warnings(chosen, attention)))
+    target = _checked_out(export, out, overwrite)
+    warnings = tuple(_warnings(chosen, attention))
+    return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, overwrite, warnings)
 
 
 def apply(plan: OnnxPlan, *, verify: bool = True, say: Say = lambda text: None) -> OnnxOutcome:
@@ -157,7 +162,7 @@ def apply(plan: OnnxPlan, *, verify: bool = True, say: Say = lambda text: None) 
     """
     if plan.out is None:
         return _apply_in(plan, plan.export.root, verify, say)
-    with staged(plan.out) as root:
+    with staged(plan.out, replace=plan.overwrite) as root:
         say(f"copying {plan.export.root}")
         _copy_export(plan.export, root)
         outcome = _apply_in(plan, root, verify, say)
@@ -222,13 +227,13 @@ def _check_specs(specs: tuple[LoopSpec, ...]) -> None:
         check_spec(spec)
 
 
-def _checked_out(export: Export, out: str | Path | None) -> Path | None:
+def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Path | None:
     if out is None or Path(out).expanduser().resolve() == export.root.resolve():
         if not os.access(export.root, os.W_OK | os.X_OK):
             raise OutputError(f"cannot write into {export.root}; use --out for a copy elsewhere")
         return None
     path = Path(out).expanduser()
-    check_output(path, export.root, overwrite=False, is_replaceable=False)
+    check_output(path, export.root, overwrite=overwrite, is_replaceable=is_export(path))
     return path
 
 
