@@ -391,7 +391,10 @@ def _family_explained(model: Any) -> Iterator[None]:
     except OnnxError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outer ones only say in which step it happened
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:300]
         raise OnnxError(
-            f"family {model.config.model_type!r} cannot be traced to ONNX ({type(error).__name__}: {reason})"
+            f"family {model.config.model_type!r} cannot be traced to ONNX ({type(cause).__name__}: {reason})"
         ) from error
