@@ -42,6 +42,7 @@ benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_convert.py
 	$(VENV)/bin/python benchmarks/bench_forward.py $(SMOLLM)
 	$(VENV)/bin/python benchmarks/bench_families.py
+	$(VENV)/bin/python benchmarks/bench_onnx.py $(SMOLLM)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(DEMO) build dist *.egg-info
@@ -53,11 +54,11 @@ $(SMOLLM)/README.md: | $(VENV)/demo-ready
 $(VENV)/demo-ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
-	$(VENV)/bin/pip install --quiet -e ".[gguf]"
+	$(VENV)/bin/pip install --quiet -e ".[gguf,onnx]"
 	touch $@
 
 $(VENV)/test-ready: $(VENV)/demo-ready
-	$(VENV)/bin/pip install --quiet -e ".[gguf,mergekit,quantised,test,dev]"
+	$(VENV)/bin/pip install --quiet -e ".[gguf,mergekit,onnx,quantised,test,dev]"
 	touch $@
 
 $(OLDEST)/test-ready: pyproject.toml

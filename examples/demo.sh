@@ -22,5 +22,7 @@ run loopexport inspect "$looped"
 run loopexport verify "$looped"
 run python "$here/answer.py" "$base" "$question"
 run python "$here/answer.py" "$looped" "$question"
+run loopexport onnx "$looped"
+run loopexport run "$looped" "$question"
 printf '\nThe looped model is in %s. Models this small gained nothing from looping in reproductions:\n' "$looped"
 printf 'this shows that the tool works, not that looping helps.\n'

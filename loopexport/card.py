@@ -180,7 +180,7 @@ def _base_link(base: Origin) -> str:
 _BODY = """
 # {name}, looped
 {no_weights}
-{base}, with {layers} of its {num_layers} applied {steps} times in small damped steps, without any training
+{base}, with {layers} of its {num_layers} applied {steps} times over, without any training
 ([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). The weights are the base model's, byte for
 byte, stored once; only the forward differs.
 
@@ -218,6 +218,6 @@ model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 model.config.loop_steps = {steps}  # may be changed at any time; 1 is the base model
 ```
 
-Made with [LoopExport](https://pypi.org/project/loopexport/); `loopexport.json` records the base and a digest of every
+Made with LoopExport; `loopexport.json` records the base and a digest of every
 file, `base/` holds the originals of the files that differ.
 {licence}"""

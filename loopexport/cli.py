@@ -17,6 +17,7 @@ import click
 from . import __version__
 from .errors import LoopExportError
 
+NOTHING_WRITTEN = "Dry run: nothing was written."
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
@@ -147,7 +148,7 @@ def convert(model, out, revision, weights, overwrite, repo_id, private, dry_run,
         with _progress("copying weights", plan.max_disk_bytes) as advance:
             apply(plan, advance)
     if not as_json:
-        _echo_line("Dry run: nothing was written." if dry_run else f"Wrote {plan.out}")
+        _echo_line(NOTHING_WRITTEN if dry_run else f"Wrote {plan.out}")
     values = {**plan.to_dict(), "written": not dry_run}
     if repo_id is not None and not dry_run:
         _note(f"should the push fail, `loopexport push {plan.out} {repo_id}` goes on with it")
@@ -207,6 +208,77 @@ def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
     else:
         _echo_lines(check_lines(checks))
     sys.exit(0 if passed else 1)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("directory")
+@click.option("--out", help="A copy of the export for the graphs; without it they go into DIRECTORY.")
+@click.option("--steps", metavar="K,...", help="One graph for each K: 2,4,8.  [default: the export's own]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["as-is", "fp16", "bf16", "fp32"]),
+    default="as-is",
+    show_default=True,
+    help="What the graphs compute in; as-is writes no weights.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["portable", "gqa"]),
+    default="portable",
+    show_default=True,
+    help="gqa is faster, and takes no padded batches.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an export that stands at OUT.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--no-verify", is_flag=True, help="Do not compare with torch, which loads the model in fp32.")
+@json_option
+def onnx(directory, out, steps, dtype, attention, overwrite, dry_run, no_verify, as_json) -> None:
+    """Write the export DIRECTORY as an ONNX graph, the loop unrolled, on the weights that are there.
+
+    Each graph is compared with torch before it is kept. Exit status 1 when they differ.
+    """
+    from .onnx import apply, plan_onnx
+    from .report import onnx_outcome_lines, onnx_plan_lines
+
+    plan = plan_onnx(
+        directory, out=out, steps=_parse_steps(steps), dtype=dtype, attention=attention, overwrite=overwrite
+    )
+    if not as_json:
+        click.echo("\n".join(onnx_plan_lines(plan)))
+    if dry_run:
+        click.echo(json.dumps({**plan.to_dict(), "written": False}, indent=2) if as_json else NOTHING_WRITTEN)
+        return
+    outcome = apply(plan, verify=not no_verify, say=functools.partial(click.echo, err=True))
+    if as_json:
+        checks = {name: [check.to_dict() for check in each] for name, each in outcome.checks.items()}
+        _echo_json({**plan.to_dict(), "checks": checks, "written": outcome.written})
+    else:
+        click.echo("\n".join(onnx_outcome_lines(plan, outcome)))
+    sys.exit(0 if outcome.written else 1)
+
+
+@main.command(context_settings=CONTEXT)
+@click.argument("directory")
+@click.argument("prompt")
+@click.option("--file", help="The graph.  [default: model.onnx]")
+@click.option("--provider", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is all tokens.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Of the random numbers.")
+@click.option("--chat/--no-chat", default=None, help="Use the chat template.  [default: where there is one]")
+def run(directory, prompt, file, provider, max_new_tokens, chat, **sampling) -> None:
+    """Answer PROMPT with the ONNX graph in DIRECTORY, by ONNX Runtime."""
+    from .onnx.exporting import check_installed
+    from .onnx.run import OnnxModel, Sampling
+
+    check_installed()
+    choice = Sampling(**sampling)
+    model = OnnxModel(directory, file, provider=provider)
+    for piece in model.stream_text(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=choice):
+        click.echo(piece, nl=False)
+    click.echo()
 
 
 @main.command(context_settings=CONTEXT)
@@ -329,6 +401,15 @@ def _merge_spec(spec_file: Path | None, options: dict) -> dict:
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     return {**read_spec_file(spec_file), **given} if spec_file else given
+
+
+def _parse_steps(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(each) for each in text.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not a list of whole numbers such as 2,4,8", param_hint="--steps"
+        ) from None
 
 
 def _progress(label: str, total_bytes: int):

@@ -6,7 +6,8 @@ LoopExportError
 ├── HubError            the Hub refused, or cannot be reached
 ├── PushError           an export must not, or cannot, be pushed as it is
 ├── OutputError         the output cannot be written where it was asked for
-└── ExportError         a directory is not an export, or is a damaged one
+├── ExportError         a directory is not an export, or is a damaged one
+└── OnnxError           the model cannot be exported to ONNX, or its ONNX files cannot be run
 """
 
 from __future__ import annotations
@@ -38,3 +39,7 @@ class OutputError(LoopExportError):
 
 class ExportError(LoopExportError):
     """A directory is not an intact LoopExport export."""
+
+
+class OnnxError(LoopExportError):
+    """A model cannot be exported to, or run with, ONNX."""

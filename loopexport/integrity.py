@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .checkpoint import CARD, CONFIG, file_names, read_config
@@ -12,6 +12,7 @@ from .errors import CheckpointError, ExportError
 from .export import BASE_FOLDER, Export, looped_config, template_bytes
 from .manifest import FileRecord
 from .safetensors_header import read_header
+from .spec import make_spec
 from .templates import FILES as TEMPLATES
 from .weights import Progress, digests_of, sha256_of, xxh3_of
 
@@ -57,6 +58,7 @@ def check_files(export: Export, *, full: bool = False, progress: Progress = lamb
         check_config(export),
         _check_weights(export, full, progress),
         _check_records(export),
+        *([_check_onnx(export, full, progress)] if export.manifest.onnx else []),
     ]
 
 
@@ -165,3 +167,29 @@ def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progr
     if record.xxh3_128 is not None:
         return ("xxh3_128" if xxh3_of(path, progress) != record.xxh3_128 else ""), "xxh3_128"
     return "", "size and header (no digest is known: the weights were not copied)"
+
+
+def _check_onnx(export: Export, full: bool, progress: Progress) -> Check:
+    """Graphs and their data are as written; what they read of the weights is checked with the weights."""
+    name = "ONNX files are as written"
+    known = {*export.manifest.onnx, *export.manifest.weights}
+    for file, record in export.manifest.onnx.items():
+        path = export.root / file
+        missing = sorted({file, *(record.data or ())} - {each for each in known if (export.root / each).is_file()})
+        if missing:
+            return Check(name, False, f"{missing[0]} is missing" + (f"; {file} needs it" if missing[0] != file else ""))
+        if path.stat().st_size != record.size:
+            return Check(name, False, f"{file} has changed (size)")
+        if record.sha256 is not None and sha256_of(path) != record.sha256:
+            return Check(name, False, f"{file} has changed (sha256)")
+        if full and record.xxh3_128 is not None and xxh3_of(path, progress) != record.xxh3_128:
+            return Check(name, False, f"{file} has changed (xxh3_128)")
+    return Check(name, True, f"{len(export.manifest.onnx)} compared{_stale_graphs(export)}")
+
+
+def _stale_graphs(export: Export) -> str:
+    """The graphs hold the loop that the config had when they were made."""
+    for file, record in export.manifest.onnx.items():
+        if record.spec is not None and make_spec(**record.spec) != replace(export.spec, steps=record.steps or 1):
+            return f"; the loop was edited since {file} was made, which still runs the older one"
+    return ""

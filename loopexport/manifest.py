@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from .checkpoint import Origin, read_json
@@ -32,6 +32,30 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class OnnxRecord:
+    """What is known of a file that the ONNX export wrote.
+
+    Attributes:
+        size: in bytes.
+        sha256: of graphs and configs; xxh3_128 of a data file.
+        steps, dtype, attention: of a graph, else None: its K, what it computes in, and its attention layout.
+        spec: the loop of a graph, as fields of `LoopSpec`.
+        data: files that a graph reads its weights from.
+        difference: the largest that verification against torch saw, of the logits' scale; None where it did not run.
+    """
+
+    size: int
+    sha256: str | None = None
+    xxh3_128: str | None = None
+    steps: int | None = None
+    dtype: str | None = None
+    attention: str | None = None
+    spec: dict | None = None
+    data: tuple[str, ...] | None = None
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that an export knows of itself.
 
@@ -43,6 +67,7 @@ class Manifest:
         weights, files: weights files and all others, by name; the manifest itself is not among them.
         left_behind: names of the base's files that were not taken along.
         added: names of files that the base does not have, such as a notice that its licence demands.
+        onnx: files of the ONNX export, by name; they come after the conversion, and may be made again.
     """
 
     loopexport: str
@@ -53,12 +78,15 @@ class Manifest:
     files: dict[str, FileRecord]
     left_behind: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
+    onnx: dict[str, OnnxRecord] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The manifest as it is written: one JSON object, keys in a fixed order."""
         values = {"format": FORMAT, **asdict(self)}
-        for group in ("weights", "files"):
+        for group in ("weights", "files", "onnx"):
             values[group] = {name: _without_none(record) for name, record in sorted(values[group].items())}
+        if not self.onnx:
+            del values["onnx"]
         return json.dumps(values, indent=2) + "\n"  # in ASCII: names of files need not be text
 
 
@@ -90,6 +118,7 @@ def read_manifest(root: Path) -> Manifest:
             files={_file_name(name): _record(**record) for name, record in values["files"].items()},
             left_behind=tuple(_typed(name, str) for name in values["left_behind"]),
             added=tuple(_typed(name, str) for name in values.get("added", ())),
+            onnx={_file_name(name): _onnx_record(record) for name, record in values.get("onnx", {}).items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError, SpecError) as error:
         raise ExportError(f"{path} is damaged: {error!r}") from None
@@ -110,6 +139,19 @@ def _origin(name, revision=None) -> Origin:
 def _record(size, sha256=None, xxh3_128=None, header_sha256=None) -> FileRecord:
     digests = (_typed(digest, str, type(None)) for digest in (sha256, xxh3_128, header_sha256))
     return FileRecord(_typed(size, int), *digests)
+
+
+def _onnx_record(values: dict) -> OnnxRecord:
+    record = OnnxRecord(**values)
+    _typed(record.size, int)
+    for text in (record.sha256, record.xxh3_128, record.dtype, record.attention):
+        _typed(text, str, type(None))
+    _typed(record.steps, int, type(None))
+    _typed(record.difference, float, int, type(None))
+    if record.spec is not None:
+        make_spec(**record.spec)
+    data = None if record.data is None else tuple(_file_name(name) for name in record.data)
+    return replace(record, data=data)
 
 
 def _typed(value, *types: type):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .checkpoint import Checkpoint
 from .families import newest_outcome
 from .presets import Preset, misfit, published_cell
-from .spec import LoopSpec
+from .spec import SPEC_KEYS, LoopSpec
 
 SMALL_MODEL_PARAMS = 3_000_000_000
 
@@ -31,10 +31,10 @@ def _gain(base: Checkpoint, spec: LoopSpec, preset: Preset | None) -> list[str]:
     unproven = ["a gain is unproven for this model and this loop: compare with the base on your own task"]
     if preset is None:
         return unproven
-    changed = [name for name in preset.fields or {} if getattr(preset.spec, name) != getattr(spec, name)]
+    changed = [name for name in SPEC_KEYS if getattr(preset.spec, name) != getattr(spec, name)]
     return [
         *filter(None, [misfit(preset, base)]),
-        *([f"this is not the loop of preset {preset.name}: {', '.join(changed)} differ"] if changed else []),
+        *([f"this is not the loop of preset {preset.name}, it differs in {', '.join(changed)}"] if changed else []),
         *unproven,
     ]
 

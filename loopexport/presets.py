@@ -22,7 +22,7 @@ REPRODUCTION = "an independent reproduction"
 
 STATUSES = {
     "reported": "by the authors alone",
-    "replicated": "found again by others, in sign",
+    "replicated": "others measured a gain too",
     "not replicated": "the gain shrank into noise when it was measured again",
     "negative": "the loop lost, within the noise or beyond it",
 }

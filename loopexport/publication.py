@@ -288,6 +288,7 @@ def _settle_card(export: Export, files: dict[str, bytes], target: Target) -> tup
         export.manifest,
         weights_method="copy" if export.lacking else export.manifest.weights_method,
         files={**export.manifest.files, CARD: record},
+        onnx={},  # those files stay here: they are made anew where they are wanted
     )
     content = files[MANIFEST] if manifest == export.manifest else manifest.to_json().encode()
     return {**files, CARD: card.encode(), MANIFEST: content}, notices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, Origin
 from .conversion import WITHOUT, ConvertPlan
@@ -16,6 +17,9 @@ from .publication import COPY, DELETE, THERE, UPLOAD, PushPlan, PushResult
 from .spec import RULES, LoopSpec
 
 TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}
+if TYPE_CHECKING:
+    from .onnx.exporting import OnnxOutcome, OnnxPlan
+
 MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
 
 
@@ -38,6 +42,11 @@ def export_lines(export: Export) -> list[str]:
         *_model_lines(export.base, export.spec, export.cost),
         _export_weights_text(export),
         f"Written  by LoopExport {export.manifest.loopexport}{edited}",
+        *(
+            f"ONNX     {name}: K = {record.steps}, {record.dtype}, attention {record.attention}"
+            for name, record in export.manifest.onnx.items()
+            if record.steps is not None
+        ),
     ]
 
 
@@ -57,6 +66,29 @@ def push_lines(plan: PushPlan, result: PushResult) -> list[str]:
         if result.commit is None
         else f"Pushed to {result.url} as commit {result.commit}: {totals}",
     ]
+
+
+def onnx_plan_lines(plan: OnnxPlan) -> list[str]:
+    """What an ONNX export will do."""
+    graphs = ", ".join(f"{name} (K = {spec.steps})" for name, spec in plan.graphs.items())
+    written = (
+        f"{plan.data}, about {plan.data_bytes:,} bytes" if plan.data else "the export's own shards, 0 bytes written"
+    )
+    return [
+        f"Graphs   {graphs}",
+        f"Loop     {describe_layers(plan.export.spec)}, kv {plan.export.spec.kv}, {describe_rule(plan.export.spec)}",
+        f"Compute  {plan.dtype}, attention {plan.attention}",
+        f"Weights  {written}",
+        f"Output   {plan.out or plan.export.root}",
+        *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def onnx_outcome_lines(plan: OnnxPlan, outcome: OnnxOutcome) -> list[str]:
+    """What came of it, with the outcome of each check."""
+    lines = [f"{name}: {line}" for name, checks in outcome.checks.items() for line in check_lines(checks)]
+    names = ", ".join(plan.graphs)
+    return [*lines, f"Wrote {names} to {outcome.root}" if outcome.written else f"{names} not kept: a check failed"]
 
 
 def rule_lines() -> list[str]:

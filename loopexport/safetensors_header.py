@@ -30,11 +30,19 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor's entry: its dtype as in the format (`BF16`), its shape, and its bytes in the file."""
+    """One tensor's entry.
+
+    Attributes:
+        dtype: as in the format, such as `BF16`.
+        shape: its sizes.
+        nbytes: how many bytes it takes in the file.
+        start: where in the file they begin; 0 where the header was not read from a file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int = 0
 
     @property
     def num_elements(self) -> int:
@@ -67,7 +75,7 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     try:
-        tensors, data_bytes = _parse(raw.decode("utf-8"))
+        tensors, data_bytes = _parse(raw.decode("utf-8"), data_start=8 + length)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path.name} has no readable safetensors header; download it again") from None
     expected = 8 + length + data_bytes
@@ -78,13 +86,13 @@ def read_header(path: Path) -> Header:
     return Header(tensors, hashlib.sha256(prefix + raw).hexdigest())
 
 
-def _parse(text: str) -> tuple[dict[str, Tensor], int]:
+def _parse(text: str, data_start: int) -> tuple[dict[str, Tensor], int]:
     """The tensors by name, and the bytes of data that they fill, end to end and without holes."""
     if not text.startswith("{"):
         raise ValueError("not an object")
     entries = json.loads(text)
     _check_metadata(entries.pop("__metadata__", None))
-    tensors = {_text(name): _tensor(entry) for name, entry in entries.items()}
+    tensors = {_text(name): _tensor(entry, data_start) for name, entry in entries.items()}
     filled = 0
     for start, end in sorted(entry["data_offsets"] for entry in entries.values()):
         if start != filled:
@@ -107,13 +115,13 @@ def _text(value) -> str:
     return value
 
 
-def _tensor(entry: dict) -> Tensor:
+def _tensor(entry: dict, data_start: int) -> Tensor:
     start, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
     sizes = (*shape, *accumulate(shape, operator.mul), start, end)
     if not all(type(size) is int and 0 <= size < 2**64 for size in sizes) or end < start:
         raise ValueError("not an extent")
-    tensor = Tensor(_text(entry["dtype"]), shape, end - start)
+    tensor = Tensor(_text(entry["dtype"]), shape, end - start, data_start + start)
     bits = DTYPE_BITS.get(tensor.dtype)
     if bits is None:  # a dtype newer than this table is passed through, if its elements have a bit each
         if tensor.num_elements > 8 * tensor.nbytes:

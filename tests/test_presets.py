@@ -112,7 +112,7 @@ def test_preset_on_another_kind_of_model_warns_and_scales_nothing(make_base):
 def test_changed_preset_is_no_longer_the_published_cell(make_base):
     base = make_base("Qwen3-4B-Instruct", "qwen3", 36)
     said = warnings(base, preset="qwen3-4b-mmlu-pro", kv="shared", anchor=0.5)
-    assert "this is not the loop of preset qwen3-4b-mmlu-pro: kv differ" in said
+    assert "this is not the loop of preset qwen3-4b-mmlu-pro, it differs in anchor, kv" in said
     assert "unproven" in said
 
 

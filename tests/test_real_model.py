@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from compare import assert_bitwise, assert_differs
 from test_convert import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import loopexport
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -54,7 +58,7 @@ def test_answers_a_question_before_and_after(base, looped):
 def test_verifies_in_full(looped):
     result = run("verify", looped)
     assert result.exit_code == 0, result.stdout
-    assert result.stdout.count("ok ") == 7
+    assert result.stdout.count("ok ") == 8
 
 
 def test_tokenizer_is_the_bases(base, looped):
@@ -91,7 +95,7 @@ def test_quickstart_example_runs(base, tmp_path):
 def test_python_example_runs(base, tmp_path):
     printed = example(sys.executable, EXAMPLES / "loop_from_python.py", base, tmp_path / "out")
     assert "4 layers, 1.27x the layer evaluations of the base" in printed
-    assert printed.count("passed ") == 7
+    assert printed.count("passed ") == 8
     assert "as it should, this failed: span 13:99 ends outside the model" in printed
 
 
@@ -110,7 +114,67 @@ def test_lora_example_runs(looped, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+QUESTION = "Tell me a story about a lighthouse keeper."
+
+
+@pytest.fixture(scope="module")
+def with_graph(looped):
+    """The looped model with its ONNX graph beside it."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    if int(version("transformers").split(".")[0]) < 5:
+        pytest.skip("ONNX export needs transformers 5")
+    result = run("onnx", looped, "--no-verify")
+    assert result.exit_code == 0, result.stderr
+    return looped
+
+
+@pytest.fixture(scope="module")
+def greedy_tokens(looped):
+    """Prompt and 40 greedy tokens of torch."""
+    tokenizer = AutoTokenizer.from_pretrained(looped, trust_remote_code=True)
+    messages = [{"role": "user", "content": QUESTION}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(looped, trust_remote_code=True, dtype=torch.float32)
+    new = model.generate(prompt, max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
+    return prompt[0].tolist(), new.tolist(), tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_graph_verifies_against_torch(with_graph):
+    from loopexport.onnx.check import check_graph
+
+    spec = loopexport.open_export(with_graph).spec
+    checks = check_graph(with_graph, with_graph / "model.onnx", spec, "fp32")
+    assert [check.name for check in checks if check.passed] == [check.name for check in checks]
+    assert "real text equals torch" in {check.name for check in checks}
+
+
+def test_onnx_runtime_generates_the_greedy_tokens_of_torch(with_graph, greedy_tokens):
+    _, _, text = greedy_tokens
+    result = run("run", with_graph, QUESTION, "--max-new-tokens", 40, "--provider", "cpu")
+    assert result.stdout == f"{text}\n"
+    printed = example(sys.executable, EXAMPLES / "onnx_generate.py", with_graph, QUESTION, 40)
+    assert printed == f"{text}\n"
+
+
+def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(with_graph, greedy_tokens):
+    pytest.importorskip("onnxruntime_genai")
+    _, new, text = greedy_tokens
+    printed = example(sys.executable, EXAMPLES / "onnx_genai.py", with_graph, QUESTION, 40)
+    assert json.loads(printed.splitlines()[0]) == new
+    assert printed.split("\n", 1)[1] == f"{text}\n"
+
+
+def test_several_steps_example_runs(with_graph):
+    lines = example(sys.executable, EXAMPLES / "onnx_steps.py", with_graph, 2, 3, 6).splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("K = ")] == ["K = 2", "K = 3", "K = 6"]
+    assert lines[-1].startswith("weights written: 0 bytes")
+
+
 def test_no_example_is_left_out():
     run_here = {"answer.py", "quickstart.sh", "loop_from_python.py", "change_steps.py", "lora.py"}
+    run_here |= {"onnx_generate.py", "onnx_genai.py", "onnx_steps.py"}
+    run_here |= {"language_model.py", "publish.py"}  # by test_families.py and test_push.py
     run_by_make = {"smollm2_checkpoint.py", "demo.sh"}  # the first makes this file's base, the second is `make demo`
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == run_here | run_by_make

@@ -1,0 +1,31 @@
+"""Several K as graphs over the same weights, compared: one trace serves them all.
+
+python examples/onnx_steps.py DIRECTORY K [K ...]
+"""
+
+import sys
+import time
+
+import numpy as np
+
+import loopexport
+from loopexport.onnx import OnnxModel, export_onnx
+from loopexport.onnx.names import graph_name
+
+directory, *steps = sys.argv[1:]
+own_steps = loopexport.open_export(directory).spec.steps
+outcome = export_onnx(directory, steps=tuple(map(int, steps)), verify=False)
+
+text = "It was a bright cold day in April, and the clocks were striking thirteen."
+for k in map(int, steps):
+    model = OnnxModel(directory, graph_name(k, own_steps))
+    ids = np.array([model.tokenizer(text).input_ids])
+    start = time.perf_counter()
+    logits, _ = model.forward(ids)
+    seconds = time.perf_counter() - start
+    shifted = logits[0, :-1] - logits[0, :-1].max(-1, keepdims=True)
+    loss = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, ids[0, 1:, None], -1)[:, 0]
+    print(f"K = {k}: loss {loss.mean():.4f} nats a token, {1000 * seconds:.0f} ms for {ids.shape[1]} tokens")
+
+written = sum(path.stat().st_size for path in outcome.root.glob("*.onnx_data"))
+print(f"weights written: {written} bytes")

@@ -1,0 +1,34 @@
+"""Arithmetic that ONNX would do otherwise than torch.
+
+Torch multiplies a half-precision tensor by a Python number in fp32 and rounds once. An ONNX graph would first round the
+number: a step size of 1/6 in bf16 is off by 0.2 %, in every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset23 as op
+
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def _scalar_operation(operator: Any):
+    def translate(self, other):
+        if self.dtype in _HALF and isinstance(other, (int, float)):
+            exact = operator(op.Cast(self, to=ir.DataType.FLOAT), op.Constant(value_float=float(other)))
+            return op.Cast(exact, to=self.dtype)
+        if isinstance(other, (int, float)):
+            number: Any = op.Constant(value_float=float(other))
+            return operator(self, op.CastLike(number, self))
+        return operator(self, other)
+
+    return translate
+
+
+TRANSLATIONS: dict = {
+    torch.ops.aten.mul.Tensor: _scalar_operation(op.Mul),
+    torch.ops.aten.div.Tensor: _scalar_operation(op.Div),
+}

@@ -1,0 +1,138 @@
+"""Hold a graph to the export in torch: prefill, decode, chunks, batches with padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loopexport.integrity import Check
+from loopexport.spec import LoopSpec
+
+from .run import OnnxModel
+from .skeleton import quiet_loading
+
+# Largest |graph - torch| allowed, of the largest |torch|; torch computes in fp32.
+TOLERANCES = {"fp32": 5e-5, "fp16": 2e-2, "bf16": 1e-1}
+
+TEXT = "The lighthouse keeper climbed the stairs, counted the ships on the horizon and wrote their number down."
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Tokens to run in chunks, through one cache.
+
+    Attributes:
+        name: what holds if both agree.
+        tokens, mask: `(batch, seq)`.
+        chunks: lengths that make up `seq`.
+    """
+
+    name: str
+    tokens: np.ndarray
+    mask: np.ndarray
+    chunks: tuple[int, ...]
+
+
+def check_graph(root: Path, path: Path, spec: LoopSpec, dtype: str, attention: str = "portable") -> list[Check]:
+    """Compare a graph with torch.
+
+    Args:
+        root: the export, which is loaded in fp32.
+        path: the graph, beside its data.
+        spec: the loop that the graph is of.
+        dtype: "fp32", "fp16" or "bf16": what the graph computes in, which settles the tolerance.
+        attention: the graph's layout, which settles what it can be asked for.
+    """
+    ours = OnnxModel(path.parent, path.name)
+    theirs = load_torch(root, spec.steps)
+    scenarios = make_scenarios(theirs.config.get_text_config().vocab_size, spec, _text_tokens(ours))
+    if attention == "gqa":
+        scenarios = [each for each in scenarios if each.mask.all()]
+    return [_compare(ours, theirs, scenario, TOLERANCES[dtype]) for scenario in scenarios]
+
+
+def load_torch(root: Path, steps: int):
+    """The export as torch runs it, in fp32, with another K."""
+    from transformers import AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    with quiet_loading():
+        return load(root, trust_remote_code=True, dtype=torch.float32, loop_steps=steps).eval()
+
+
+def make_scenarios(vocab_size: int, spec: LoopSpec, text: np.ndarray | None = None) -> list[Scenario]:
+    """What is compared: random tokens, and real ones where there is a tokenizer."""
+    tokens = np.random.default_rng(0).integers(vocab_size // 2, size=(2, 10))
+    everything = np.ones_like(tokens)
+    padded = everything.copy()
+    padded[0, :3] = 0
+    scenarios = [
+        Scenario("a batch, prefilled and decoded, equals torch", tokens, everything, (7, 1, 1, 1)),
+        Scenario("prefill, decode and a chunk equal torch", tokens[:1], everything[:1], (5, 1, 1, 3)),
+        Scenario("decoding from an empty cache equals torch", tokens[:1, :3], everything[:1, :3], (1, 1, 1)),
+    ]
+    # Rule anderson fits one mix to all tokens of a chunk, padding included, of which nothing is promised.
+    if spec.is_identity or spec.rule != "anderson":
+        scenarios.append(Scenario("a batch with left padding equals torch", tokens, padded, (6, 1, 1, 2)))
+    if text is not None:
+        scenarios.append(Scenario("real text equals torch", text, np.ones_like(text), (text.shape[1] - 2, 1, 1)))
+    return scenarios
+
+
+def _text_tokens(model: OnnxModel) -> np.ndarray | None:
+    if not any((model.root / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    return np.array([model.tokenizer(TEXT).input_ids])
+
+
+def _compare(ours: OnnxModel, theirs, scenario: Scenario, tolerance: float) -> Check:
+    mine, reference = run_graph(ours, scenario), run_torch(theirs, scenario)
+    visible = scenario.mask.astype(bool)
+    scale = float(np.abs(reference[visible]).max())
+    difference = float(np.abs(mine - reference)[visible].max()) / scale
+    detail = f"largest difference {difference:.3g} of the logits' scale, allowed {tolerance:g}"
+    return Check(scenario.name, bool(difference <= tolerance), detail, difference)
+
+
+def run_graph(model: OnnxModel, scenario: Scenario) -> np.ndarray:
+    """Logits of all tokens."""
+    cache, parts, start = None, [], 0
+    for length in scenario.chunks:
+        stop = start + length
+        logits, cache = model.forward(scenario.tokens[:, start:stop], scenario.mask[:, :stop], cache)
+        parts.append(logits)
+        start = stop
+    return np.concatenate(parts, axis=1)
+
+
+def run_torch(model, scenario: Scenario) -> np.ndarray:
+    """Logits of all tokens, as transformers computes them."""
+    from transformers import DynamicCache
+
+    from loopexport.templates.modeling_looped import _cache_argument
+
+    tokens, mask = torch.from_numpy(scenario.tokens), torch.from_numpy(scenario.mask)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    argument = _cache_argument(model)
+    assert argument is not None
+    cache, parts, start = DynamicCache(config=model.config), [], 0
+    for length in scenario.chunks:
+        stop = start + length
+        inputs = {"input_ids": tokens[:, start:stop], "attention_mask": mask[:, :stop], argument[0]: cache}
+        if takes_positions(model):
+            inputs["position_ids"] = positions[:, start:stop]
+        with torch.no_grad():
+            parts.append(model(**inputs, use_cache=True).logits)
+        start = stop
+    return torch.cat(parts, dim=1).float().numpy()
+
+
+def takes_positions(model) -> bool:
+    """Whether a model's forward takes `position_ids`."""
+    import inspect
+
+    return "position_ids" in inspect.signature(model.forward).parameters

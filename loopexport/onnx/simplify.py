@@ -1,0 +1,142 @@
+"""Make a fresh trace small and readable, before it is unrolled: what is cloned K times should be worth cloning."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from .skeleton import Recipe
+
+_WRAPPER = "model."  # the module that the trace wraps around the native model
+
+
+def simplify(model: ir.Model, recipes: Mapping[str, Recipe]) -> None:
+    """Fold constants, leave no doubled weight, and name every node after its module, in place.
+
+    Weights become inputs named as the model's parameters: nothing can fold them, and `weights.attach` binds them.
+    """
+    from onnxscript.optimizer import optimize_ir
+
+    _weights_to_inputs(model.graph, recipes)
+    _merge_tied(model.graph, recipes)
+    optimize_ir(model, onnx_shape_inference=False)
+    _multiply_tied_heads(model.graph, recipes)
+    _name_nodes(model.graph)
+    _declare_sizes(model.graph)
+    model.metadata_props.clear()
+
+
+def _weights_to_inputs(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
+    for name, value in list(graph.initializers.items()):
+        parameter = name.removeprefix(_WRAPPER)
+        if parameter in recipes:
+            del graph.initializers[name]
+            value.name, value.const_value = parameter, None
+            graph.inputs.append(value)
+
+
+def _merge_tied(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
+    """One input for all names of one stored tensor, such as a tied head."""
+    first: dict[str, ir.Value] = {}
+    for value in list(graph.inputs):
+        stored = recipes[value.name].stored if value.name is not None and value.name in recipes else None
+        if stored is None:
+            continue
+        if stored in first:
+            value.replace_all_uses_with(first[stored])
+            graph.inputs.remove(value)
+        else:
+            first[stored] = value
+
+
+def _multiply_tied_heads(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
+    """Let a tied head multiply by the embedding as it is stored.
+
+    `MatMul(h, Transpose(W))` makes ONNX Runtime fold a transposed copy of W, and keep W itself for the embedding.
+    `Gemm` reads W transposed, but takes matrices only.
+    """
+    for weight in graph.inputs:
+        kinds = {use.node.op_type for use in weight.uses()}
+        if weight.name not in recipes or kinds <= {"Transpose"}:
+            continue
+        for transpose in [use.node for use in weight.uses() if use.node.op_type == "Transpose"]:
+            for product in [use.node for use in transpose.outputs[0].uses() if use.node.op_type == "MatMul"]:
+                _replace_by_gemm(graph, product, weight)
+
+
+def _replace_by_gemm(graph: ir.Graph, product: ir.Node, weight: ir.Value) -> None:
+    hidden = product.inputs[0]
+    assert weight.shape is not None
+    rows, width = weight.shape
+    assert hidden is not None
+    tape = ir.tape.Tape()
+    flat = tape.op("Reshape", [hidden, _ints(graph, [-1, width])])
+    logits = tape.op("Gemm", [flat, weight], {"transB": 1})
+    sizes = tape.op("Shape", [hidden], {"end": -1})
+    shape = tape.op("Concat", [sizes, _ints(graph, [rows])], {"axis": 0})
+    result = tape.op("Reshape", [logits, shape])
+    for node in tape.nodes:
+        node.metadata_props.update(product.metadata_props)
+    old = product.outputs[0]
+    result.name, result.type, result.shape = old.name, old.type, old.shape
+    graph.insert_before(product, tape.nodes)
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    old.name = None
+    graph.remove(product, safe=True)
+
+
+def _ints(graph: ir.Graph, numbers: list) -> ir.Value:
+    name = "shape_" + "_".join(str(number) for number in numbers)
+    if name not in graph.initializers:
+        value = ir.Value(name=name, const_value=ir.tensor(numbers, dtype=ir.DataType.INT64, name=name))
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """`model.layers.3.self_attn/MatMul_2`: the module that a node belongs to, and a number."""
+    counts: Counter[str] = Counter()
+    fixed = {value.name for value in (*graph.inputs, *graph.outputs)}
+    for node in graph:
+        name = f"{_module(node)}/{node.op_type}".lstrip("/")
+        counts[name] += 1
+        node.name = f"{name}_{counts[name]}"
+        for number, value in enumerate(node.outputs):
+            if value.name not in fixed:
+                value.name = node.name if len(node.outputs) == 1 else f"{node.name}.{number}"
+            if value not in graph.outputs:
+                value.shape = None
+        node.metadata_props.clear()
+        node.doc_string = None
+
+
+def _module(node: ir.Node) -> str:
+    """The innermost module that the trace saw a node in."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    names = [each.strip(" '\"") for each in scopes.strip("[]").split(",")]
+    inner = names[-2] if len(names) > 1 else ""  # the last is the operation itself
+    return inner.removeprefix(_WRAPPER) if inner != "model" else ""
+
+
+def _declare_sizes(graph: ir.Graph) -> None:
+    """Name the free sizes of inputs and outputs as the ecosystem does."""
+    for value in graph.inputs:
+        if value.name in ("input_ids", "position_ids"):
+            value.shape = ir.Shape(["batch_size", "sequence_length"])
+        elif value.name == "attention_mask":
+            value.shape = ir.Shape(["batch_size", "total_sequence_length"])
+        elif value.name is not None and value.name.startswith("past_key_values."):
+            value.shape = _cache_shape(value, "past_sequence_length")
+    for value in graph.outputs:
+        assert value.shape is not None
+        if value.name == "logits":
+            value.shape = ir.Shape(["batch_size", "sequence_length", value.shape[-1]])
+        else:
+            value.shape = _cache_shape(value, "total_sequence_length")
+
+
+def _cache_shape(value: ir.Value, length: str) -> ir.Shape:
+    assert value.shape is not None
+    return ir.Shape(["batch_size", value.shape[1], length, value.shape[3]])

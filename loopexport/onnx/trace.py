@@ -1,0 +1,400 @@
+"""Trace the native model once, without weights, into a graph whose decoder layers are marked.
+
+Every K, K/V policy and rule is made of this one graph by `unroll`: an iteration is a copy of a layer's nodes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import sdpa_mask
+
+from loopexport.errors import OnnxError
+from loopexport.templates.modeling_looped import _cache_argument, _layer_list, _Routers
+
+from .simplify import simplify
+from .skeleton import Skeleton
+
+OPSET = 23
+MARKS = "loopexport"  # domain of the marks; none is left in a finished graph
+# Our entries in the registries of transformers, by attention layout.
+ATTENTION = {"portable": "loopexport_onnx", "gqa": "loopexport_onnx_gqa"}
+FUSED_DOMAIN, FUSED = "com.microsoft", "GroupQueryAttention"
+
+# Sizes of the example inputs, distinct so that no two dimensions are taken for one.
+BATCH, SEQUENCE, PAST = 2, 3, 5
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The marked graph of a native model.
+
+    Attributes:
+        model: inputs `input_ids`, `attention_mask`, and `position_ids` where the family takes them, then
+            `past_key_values.N.key` and `.value`; outputs `logits`, then `present.N.key` and `.value`.
+        num_slots: number of cache slots.
+        num_layers: L; more than `num_slots` where layers reuse the keys of others.
+        hidden_size, dtype: of the hidden states.
+    """
+
+    model: ir.Model
+    num_slots: int
+    num_layers: int
+    hidden_size: int
+    dtype: torch.dtype
+
+
+def mark(kind: str, tensor: torch.Tensor, **attributes: int) -> torch.Tensor:
+    """The same tensor, behind a node `loopexport::kind` in the graph."""
+    attrs: dict[str, Any] = {**attributes}
+    return torch.onnx.ops.symbolic(
+        f"{MARKS}::{kind}", (tensor,), attrs, dtype=tensor.dtype, shape=tensor.shape, version=1
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stands in for parts of transformers while tracing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _TracedSlot(DynamicLayer):
+    """A cache slot that never branches on how much it holds, and marks what attention reads."""
+
+    def __init__(self, index: int, keys, values):
+        super().__init__()
+        self.index = index
+        self.keys: torch.Tensor
+        self.values: torch.Tensor
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Join past and new, and mark both."""
+        self.keys = mark("Read", torch.cat([self.keys, key_states], dim=-2), slot=self.index, value=0)
+        self.values = mark("Read", torch.cat([self.values, value_states], dim=-2), slot=self.index, value=1)
+        return self.keys, self.values
+
+    def get_seq_length(self, *args) -> int:
+        """Positions held; `DynamicLayer` asks whether there are any, which a graph cannot branch on."""
+        return self.keys.shape[-2]
+
+
+def _additive_mask(*args, dtype=torch.float32, **kwargs):
+    """The mask that is added to scores.
+
+    Half of the lowest number, since a score added to the lowest overflows in fp16; and not minus infinity, since a row
+    of a padded token sees nothing, and a softmax over nothing is NaN, which later rows would read.
+    """
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    allowed = sdpa_mask(*args, **kwargs)
+    assert allowed is not None
+    lowest = torch.tensor(torch.finfo(dtype).min / 2, dtype=dtype)
+    return torch.where(allowed, torch.tensor(0.0, dtype=dtype), lowest)
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
+    """One `Attention` node, `(batch, heads, seq, dim)`; spelled out for soft-capped scores and for sinks.
+
+    The operator of opset 23 caps the scores after the mask is added, where the models cap before.
+    """
+    if softcap is None and s_aux is None:
+        output = _attention_node(query, key, value, attention_mask, scaling)
+    else:
+        output = _attend_spelled_out(query, key, value, attention_mask, scaling, softcap, s_aux)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attention_node(query, key, value, attention_mask, scaling) -> torch.Tensor:
+    """`torch.onnx.ops.attention` would take values to be as wide as keys, which those of MLA are not."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    shape = (*query.shape[:-1], value.shape[-1])
+    inputs = (query, key, value, attention_mask)
+    return torch.onnx.ops.symbolic(
+        "Attention", inputs, {"scale": float(scale)}, dtype=query.dtype, shape=shape, version=OPSET
+    )
+
+
+def _attend_spelled_out(query, key, value, attention_mask, scaling, softcap, sinks):
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = (scores if attention_mask is None else scores + attention_mask).float()
+    if sinks is None:
+        return scores.softmax(-1).to(query.dtype) @ value
+    sink_scores = sinks.float().reshape(1, -1, 1, 1).expand(batch, -1, length, 1)
+    weights = torch.cat([scores, sink_scores], dim=-1).softmax(-1)[..., :-1]
+    return weights.to(query.dtype) @ value
+
+
+class _FusedSlot(_TracedSlot):
+    """A cache slot that the attention node itself joins with what is new.
+
+    Attributes:
+        lengths: of each row, its last position, int32; `total` is that of the longest row, plus 1.
+    """
+
+    def __init__(self, index: int, keys, values, mask: torch.Tensor):
+        super().__init__(index, keys, values)
+        self.lengths = (mask.sum(-1) - 1).to(torch.int32)
+        self.total = torch.tensor(mask.shape[1], dtype=torch.int32)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """What is new, tied to this slot for the attention that follows."""
+        key_states.loop_slot = self
+        return key_states, value_states
+
+    def attend(self, query, key, value, **attributes) -> torch.Tensor:
+        """One `GroupQueryAttention`; sets and marks what the slot then holds."""
+        flat = [each.transpose(1, 2).flatten(2) for each in (query, key, value)]
+        held = [(*each.shape[:2], each.shape[2] + key.shape[2], each.shape[3]) for each in (self.keys, self.values)]
+        attrs = {"num_heads": query.shape[1], "kv_num_heads": key.shape[1], **attributes}
+        output, keys, values = torch.onnx.ops.symbolic_multi_out(
+            f"{FUSED_DOMAIN}::{FUSED}",
+            (*flat, self.keys, self.values, self.lengths, self.total),
+            attrs,
+            dtypes=(query.dtype,) * 3,
+            shapes=(flat[0].shape, *held),
+            version=1,
+        )
+        self.keys = mark("Read", keys, slot=self.index, value=0)
+        self.values = mark("Read", values, slot=self.index, value=1)
+        return output.unflatten(-1, (query.shape[1], -1))
+
+
+def _attend_fused(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
+    slot = getattr(key, "loop_slot", None)
+    if slot is None:
+        raise OnnxError(f"{type(module).__name__} changes keys behind the cache; use --attention portable")
+    if key.shape[-1] != value.shape[-1] or kwargs.get("s_aux") is not None:
+        raise OnnxError(
+            f"GroupQueryAttention has no {'sinks' if kwargs.get('s_aux') is not None else 'values of another width'}, "
+            f"which {type(module).__name__} needs; use --attention portable"
+        )
+    attributes: dict[str, Any] = {"scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling)}
+    if kwargs.get("sliding_window"):
+        attributes["local_window_size"] = kwargs["sliding_window"]
+    if softcap is not None:
+        attributes["softcap"] = float(softcap)
+    return slot.attend(query, key, value, **attributes), None
+
+
+def register() -> None:
+    """Enter our attentions into the registries of transformers, and the portable one's mask; the fused has none."""
+    AttentionInterface.register(ATTENTION["portable"], _attend)
+    AttentionMaskInterface.register(ATTENTION["portable"], _additive_mask)
+    AttentionInterface.register(ATTENTION["gqa"], _attend_fused)
+
+
+class _Traceable(nn.Module):
+    """The native model as a function of tensors: its K/V cache comes in and goes out as a flat list."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.is_fused = model.config._attn_implementation == ATTENTION["gqa"]
+
+    def forward(self, inputs: dict[str, torch.Tensor], past: list[torch.Tensor]):
+        """Logits, and the cache's keys and values in the order of `past`."""
+        slots: list[Any] = [self._slot(i, past[2 * i], past[2 * i + 1], inputs) for i in range(len(past) // 2)]
+        cache = Cache(layers=slots)
+        logits = _run(self.model, inputs, cache).logits
+        if logits.dtype == torch.bfloat16:  # which numpy, and so every caller in Python, cannot hold
+            logits = logits.float()
+        return logits, [each for slot in slots for each in (slot.keys, slot.values)]
+
+    def _slot(self, index: int, keys, values, inputs) -> _TracedSlot:
+        if self.is_fused:
+            return _FusedSlot(index, keys, values, inputs["attention_mask"])
+        return _TracedSlot(index, keys, values)
+
+
+@contextmanager
+def _marked(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Mark what goes into and comes out of each decoder layer, and what its routers answer."""
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            for handle in _mark_layer(index, layer):
+                hooks.callback(handle.remove)
+        yield
+
+
+def _mark_layer(index: int, layer: nn.Module):
+    def enter(module, args, kwargs):
+        if args:
+            return (mark("LayerInput", args[0], layer=index), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": mark("LayerInput", kwargs["hidden_states"], layer=index)}
+
+    def leave(module, args, output):
+        if isinstance(output, tuple):
+            return (mark("LayerOutput", output[0], layer=index), *output[1:])
+        return mark("LayerOutput", output, layer=index)
+
+    yield layer.register_forward_pre_hook(enter, with_kwargs=True)
+    yield layer.register_forward_hook(leave)
+    for path in _Routers.of(layer).known:
+        yield layer.get_submodule(path).register_forward_hook(lambda module, args, answer: _mark_route(index, answer))
+
+
+def _mark_route(index: int, answer):
+    if isinstance(answer, (tuple, list)):
+        return type(answer)(_mark_route(index, each) for each in answer)
+    return mark("Route", answer, layer=index) if isinstance(answer, torch.Tensor) else answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trace.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def trace(skeleton: Skeleton) -> Traced:
+    """Trace the model of a skeleton.
+
+    Raises:
+        OnnxError: the family cannot be traced, for the reason that the message gives.
+    """
+    model: Any = skeleton.model
+    layers = list(_layer_list(model.base_model, model.config.num_hidden_layers))
+    with skeleton.fake_mode, _family_explained(model):
+        inputs = _example_inputs(model)
+        slots = _slot_shapes(model, inputs)
+    dtype = model.dtype
+    with _family_explained(model), _marked(model, layers), torch.no_grad():
+        past = [torch.zeros(BATCH, heads, PAST, size, dtype=dtype) for heads, size in slots]
+        program = torch.export.export(
+            _Traceable(model),
+            (_example_inputs(model), past),
+            dynamic_shapes=_dynamic_shapes(inputs, past),
+            strict=False,
+        )
+        graph_model = translate(program)
+    _name_inputs_and_outputs(graph_model.graph, list(inputs))
+    hidden_size = _hidden_size(graph_model.graph)
+    simplify(graph_model, skeleton.recipes)
+    return Traced(graph_model, len(slots) // 2, len(layers), hidden_size, dtype)
+
+
+def _run(model: nn.Module, inputs: dict[str, torch.Tensor], cache):
+    argument = _cache_argument(model)
+    if argument is None:
+        raise OnnxError(f"{type(model).__name__} takes no K/V cache, so that none can go in and out of a graph")
+    return model(**inputs, **{argument[0]: cache}, use_cache=True)
+
+
+def _example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    accepted = inspect.signature(model.forward).parameters
+    inputs = {
+        "input_ids": torch.ones(BATCH, SEQUENCE, dtype=torch.int64),
+        "attention_mask": torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.int64),
+        "position_ids": torch.arange(PAST, PAST + SEQUENCE).repeat(BATCH, 1),
+    }
+    return {name: tensor for name, tensor in inputs.items() if name in accepted}
+
+
+def _slot_shapes(model: Any, inputs: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+    """For the keys and the values of each cache slot, `(heads, size)`: asked of a run, since families differ."""
+    from transformers import DynamicCache
+
+    first = {**inputs, "attention_mask": inputs["attention_mask"][:, PAST:]}
+    cache = DynamicCache()
+    chosen = model.config._attn_implementation
+    if chosen == ATTENTION["gqa"]:
+        model.config._attn_implementation = ATTENTION["portable"]
+    _run(model, first, cache)
+    model.config._attn_implementation = chosen
+    shapes = []
+    for slot in cache.layers:
+        for tensor in (getattr(slot, "keys", None), getattr(slot, "values", None)):
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
+                raise OnnxError(f"{type(model).__name__} keeps more than keys and values in its cache")
+            shapes.append((tensor.shape[1], tensor.shape[3]))
+    return shapes
+
+
+def _dynamic_shapes(inputs, past):
+    batch, sequence, length = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
+    total = torch.export.Dim.AUTO  # past and sequence: torch finds out
+    return {
+        "inputs": {name: {0: batch, 1: total if name == "attention_mask" else sequence} for name in inputs},
+        "past": [{0: batch, 2: length} for _ in past],
+    }
+
+
+def translate(program) -> ir.Model:
+    """An exported program as a graph, just as it stands."""
+    from .arithmetic import TRANSLATIONS
+
+    with _quiet():
+        translated = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )
+    assert translated is not None
+    return translated.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch tells about operators of packages that are not installed, and of its own plans."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_inputs_and_outputs(graph: ir.Graph, names: list[str]) -> None:
+    num_slots = (len(graph.inputs) - len(names)) // 2
+    slots = [f"{slot}.{part}" for slot in range(num_slots) for part in ("key", "value")]
+    for value, name in zip(graph.inputs, [*names, *(f"past_key_values.{each}" for each in slots)], strict=True):
+        value.name = name
+    for value, name in zip(graph.outputs, ["logits", *(f"present.{each}" for each in slots)], strict=True):
+        value.name = name
+
+
+def _hidden_size(graph: ir.Graph) -> int:
+    first = next(node for node in graph if node.domain == MARKS and node.op_type == "LayerInput")
+    shape = first.outputs[0].shape
+    assert shape is not None
+    size = shape[-1]
+    assert isinstance(size, int)
+    return size
+
+
+@contextmanager
+def _family_explained(model: Any) -> Iterator[None]:
+    """Anything that goes wrong while a family's own code is traced is the family's limit, not a bug to show."""
+    try:
+        yield
+    except OnnxError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outer ones only say in which step it happened
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:300]
+        raise OnnxError(
+            f"family {model.config.model_type!r} cannot be traced to ONNX ({type(cause).__name__}: {reason})"
+        ) from error

@@ -1,0 +1,481 @@
+"""ONNX graphs against the export in torch: every family, K, policy and rule, from one trace of each family."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from family_walk import save_tiny_family
+from test_convert import run, tree
+from test_verify import checks, edit_config, flip_last_byte
+from tiny import FAMILIES, MOE_FAMILIES, SPAN, VOCAB
+
+import loopexport
+import loopexport.onnx
+
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+ir = pytest.importorskip("onnx_ir")
+import transformers  # noqa: E402
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    pytest.skip("ONNX export needs transformers 5", allow_module_level=True)
+
+from loopexport.onnx import OnnxModel, exporting, plan_onnx  # noqa: E402
+from loopexport.onnx.check import TOLERANCES, load_torch, make_scenarios, run_graph, run_torch  # noqa: E402
+from loopexport.onnx.run import Sampling  # noqa: E402
+from loopexport.onnx.weights import stored_bytes  # noqa: E402
+
+trace_export = exporting.trace_export  # before any test replaces it
+
+# The others take as long again, and go with the matrix.
+QUICK_FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "qwen3_moe", "deepseek_v3")
+COMPLEX_FAMILIES = ("deepseek_v2",)  # rotate by complex numbers, which ONNX does not have
+LOOPS = (
+    {"steps": 1},
+    {"steps": 2},
+    {"steps": 6},
+    {"steps": 2, "kv": "per_step"},
+    {"steps": 3, "kv": "reference"},
+    {"steps": 3, "mode": "layer", "anchor": 0.5, "norm_interpolation": True},
+)
+RULES = (
+    {"rule": "residual_scaled"},
+    {"rule": "ema"},
+    {"rule": "ema_sched", "schedule": (0.5, 0.25, 0.75, 0.1)},
+    {"rule": "midpoint"},
+    {"rule": "heun"},
+    {"rule": "rk4"},
+    {"rule": "heavy_ball"},
+    {"rule": "aitken"},
+    {"rule": "norm_stab"},
+    {"rule": "poly_blend", "schedule": (0.1, 0.2, 0.3, 0.3, 0.1)},
+    {"rule": "input_anchor"},
+    {"rule": "uniform"},
+    {"rule": "uniform", "mode": "layer", "kv": "per_step"},
+    {"rule": "anderson", "kv": "reference"},
+    {"rule": "euler", "span": ((0, 2), (3, 5)), "kv": "per_step"},
+    {"rule": "euler", "span": ((0, 1), (2, 5)), "anchor": 0.25},
+)
+
+
+@pytest.fixture(scope="session")
+def traced(export_dir):
+    """`traced(family)`: skeleton and trace of a family's tiny base, made once a session."""
+    made = {}
+
+    def make(family, dtype="fp32", attention="portable"):
+        key = family, dtype, attention
+        if key not in made:
+            made[key] = trace_export(loopexport.open_export(export_dir(family)), dtype, attention)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def graph(export_dir, traced, tmp_path):
+    """`graph(family, **spec)`: a copy of an export with its graph in it."""
+
+    def make(family="llama", attention="portable", **spec):
+        root = tmp_path / "-".join(map(str, (family, attention, *spec.values())))
+        shutil.copytree(export_dir(family, **spec), root)
+        plan = plan_onnx(root, attention=attention)
+        traces = traced(family, attention=attention)
+        model = exporting.build_graph(plan, plan.export, *traces, plan.export.spec, {})
+        ir.save(model, root / "model.onnx")
+        return root
+
+    return make
+
+
+def largest_difference(root, scenario):
+    """Of the logits' scale, between a graph and torch, where tokens are not padding."""
+    spec = loopexport.open_export(root).spec
+    ours, theirs = run_graph(OnnxModel(root), scenario), run_torch(load_torch(root, spec.steps), scenario)
+    visible = scenario.mask.astype(bool)
+    return float(np.abs(ours - theirs)[visible].max() / np.abs(theirs[visible]).max())
+
+
+def assert_equals_torch(root, padded=True):
+    for scenario in make_scenarios(VOCAB, loopexport.open_export(root).spec):
+        if not (padded or scenario.mask.all()):
+            continue
+        difference = largest_difference(root, scenario)
+        assert difference <= TOLERANCES["fp32"], f"{scenario.name}: {difference:.3g} of the logits' scale"
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        each if each in QUICK_FAMILIES else pytest.param(each, marks=pytest.mark.matrix)
+        for each in FAMILIES
+        if each not in COMPLEX_FAMILIES
+    ],
+)
+def test_graph_equals_torch(graph, family):
+    roots = []
+    for spec in LOOPS:
+        frozen = {"frozen_routing": True} if family in MOE_FAMILIES and "mode" in spec else {}
+        roots.append(graph(family, **spec, **frozen))
+        assert_equals_torch(roots[-1])
+    tokens = make_scenarios(VOCAB, loopexport.open_export(roots[0]).spec)[0]
+    base, looped = (run_graph(OnnxModel(root), tokens) for root in (roots[0], roots[2]))
+    assert np.abs(base - looped).max() > 1e-2 * np.abs(base).max(), "the loop is idle, so that equality means nothing"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
+def test_every_rule_equals_torch(graph, rule):
+    assert_equals_torch(graph("llama", steps=4, **rule))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_fused_attention_equals_torch(graph, family):
+    """GroupQueryAttention: iterations under `shared` read the natural cache and add no key to it."""
+    for spec in ({"steps": 1}, {"steps": 3}, {"steps": 3, "kv": "per_step"}, {"steps": 2, "kv": "reference"}):
+        root = graph(family, "gqa", **spec)
+        assert_equals_torch(root, padded=False)
+        fused = [node for node in ir.load(root / "model.onnx").graph if node.op_type == "GroupQueryAttention"]
+        assert len(fused) == 6 + (spec["steps"] - 1) * 3
+
+
+def test_fused_attention_refuses_what_it_would_get_wrong(graph):
+    model = OnnxModel(graph("llama", "gqa", steps=3))
+    ids = np.array([[5, 6, 7], [8, 9, 10]])
+    with pytest.raises(loopexport.LoopExportError, match="takes no padded batch"):
+        model.forward(ids, np.array([[0, 1, 1], [1, 1, 1]]))
+    _, cache = model.forward(ids)
+    with pytest.raises(loopexport.LoopExportError, match="takes 3 tokens on a cache for one prompt only"):
+        model.forward(ids, cache=cache)
+
+
+@pytest.mark.parametrize("kv", ["shared", "per_step"])
+@pytest.mark.parametrize("attention", ["portable", "gqa"])
+def test_onnxruntime_genai_generates_the_tokens_of_torch(export_dir, traced, monkeypatch, tmp_path, attention, kv):
+    """With gqa, past and present are one buffer there, which the iterations read while it is written."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    monkeypatch.setattr(exporting, "trace_export", lambda export, *kind: traced("llama", *kind))
+    root = shutil.copytree(export_dir("llama", kv=kv), tmp_path / "export")
+    loopexport.onnx.export_onnx(root, attention=attention, verify=False)
+    prompt, new = list(range(5, 20)), 30
+    reference = load_torch(root, 3)
+    theirs = reference.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=-1)[0]
+    model = genai.Model(str(root))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + new, do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert [int(token) for token in generator.get_sequence(0)] == theirs.tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "says"), [("deepseek_v3", "changes keys behind the cache"), ("gpt_oss", "has no sinks")]
+)
+def test_families_beyond_fused_attention_are_refused(export_dir, family, says):
+    with pytest.raises(loopexport.LoopExportError, match=says):
+        trace_export(loopexport.open_export(export_dir(family)), "fp32", "gqa")
+
+
+def test_weights_of_every_k_are_the_stored_bytes_once(export_dir, traced):
+    """Tied and experts' weights included: no byte is written, and none is read twice."""
+    for family in ("qwen3", "qwen3_moe"):
+        plan = plan_onnx(export_dir(family))
+        read = [
+            stored_bytes(exporting.build_graph(plan, plan.export, *traced(family), spec, {}))
+            for spec in (plan.export.spec, replace(plan.export.spec, steps=1), replace(plan.export.spec, steps=6))
+        ]
+        assert read[0] == read[1] == read[2]
+        tensors = plan.export.base.tensors.values()
+        assert sum(read[0].values()) == sum(each.nbytes for each in tensors)
+        assert {start for _, start in read[0]} == {each.start for each in tensors}
+
+
+def test_shared_iterations_project_no_keys(export_dir, traced):
+    """Under `shared` a copy of a layer has two products less: those of its keys and of its values."""
+
+    def products(**spec):
+        plan = plan_onnx(export_dir("llama", **spec))
+        model = exporting.build_graph(plan, plan.export, *traced("llama"), plan.export.spec, {})
+        return sum(node.op_type == "MatMul" for node in model.graph)
+
+    width, base = SPAN[1] - SPAN[0], products(steps=1)
+    assert products(steps=3) - base == 2 * width * 5
+    assert products(steps=3, kv="per_step") - base == 2 * width * 7
+
+
+def test_tied_head_reads_the_embedding_as_it_is_stored(graph):
+    """ONNX Runtime folds `Transpose(W)` into a second copy; what it would run is looked at after its optimisation."""
+    root = graph("qwen3", steps=2)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(root / "optimised.onnx")
+    ort.InferenceSession(str(root / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    optimised = ir.load(root / "optimised.onnx").graph
+    vocab_sized = [name for name, value in optimised.initializers.items() if VOCAB in value.const_value.shape.numpy()]
+    assert vocab_sized == ["model.embed_tokens.weight"]
+
+
+def test_graph_is_valid_and_readable(graph):
+    root = graph("llama", steps=3)
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(str(root / "model.onnx"))
+    model = ir.load(root / "model.onnx")
+    names = [node.name for node in model.graph]
+    assert len(set(names)) == len(names)
+    assert "model.layers.2.mlp.down_proj/MatMul_1" in names
+    assert "model.layers.2.mlp.down_proj/MatMul_1/pass3" in names
+    assert not [node for node in model.graph if node.domain == "loopexport"]
+    inputs = {value.name: [str(size) for size in value.shape] for value in model.graph.inputs}
+    assert list(inputs)[:5] == [
+        "input_ids", "attention_mask", "position_ids", "past_key_values.0.key", "past_key_values.0.value"
+    ]  # fmt: skip
+    assert inputs["past_key_values.0.key"] == ["batch_size", "2", "past_sequence_length", "16"]
+    assert inputs["attention_mask"] == ["batch_size", "total_sequence_length"]
+    outputs = [value.name for value in model.graph.outputs]
+    assert outputs[:3] == ["logits", "present.0.key", "present.0.value"]
+
+
+def test_per_step_has_a_slot_for_each_pass(graph):
+    model = OnnxModel(graph("llama", steps=3, kv="per_step"))
+    slots = [name for name in model.empty_cache(1).values if name.endswith(".key")]
+    assert slots == [f"past_key_values.{slot}.key" for slot in range(6 + 2 * 3)]
+
+
+@pytest.mark.parametrize("decode", [{"decode": "bypass"}, {"decode": "first_n", "first_n": 2}])
+def test_decode_modes_that_one_graph_cannot_run_are_refused(export_dir, decode):
+    result = run("onnx", export_dir("llama", **decode), "--dry-run")
+    assert result.exit_code == 1
+    assert f"decode {decode['decode']} runs some decode steps without the loop" in result.stderr
+    assert run("onnx", export_dir("llama", **decode), "--dry-run", "--steps", "1").exit_code == 0
+
+
+def test_padding_on_either_side_changes_no_token(graph):
+    """Rows of a padded batch, left or right, generate what each generates alone, as torch does."""
+    root = graph("gemma3_text", steps=3)
+    model, reference = OnnxModel(root), load_torch(root, 3)
+    rows = [np.arange(5, 14), np.arange(40, 44)]
+    alone = [model.generate(row[None], max_new_tokens=6, eos_token_ids=())[0] for row in rows]
+    theirs = [
+        reference.generate(torch.from_numpy(row[None]), max_new_tokens=6, do_sample=False, eos_token_id=-1)[
+            0, len(row) :
+        ]
+        for row in rows
+    ]
+    for ours, other in zip(alone, theirs, strict=True):
+        assert ours.tolist() == other.tolist()
+    for side in ("left", "right"):
+        ids, mask = np.zeros((2, 9), np.int64), np.zeros((2, 9), np.int64)
+        for index, row in enumerate(rows):
+            place = slice(0, len(row)) if side == "right" else slice(9 - len(row), 9)
+            ids[index, place], mask[index, place] = row, 1
+        together = model.generate(ids, mask, max_new_tokens=6, eos_token_ids=())
+        assert together.tolist() == [each.tolist() for each in alone], side
+
+
+def test_masked_rows_are_finite(graph):
+    """A row of a padded token sees nothing: a softmax over nothing is NaN, and spreads through the cache."""
+    model = OnnxModel(graph("llama", steps=3))
+    mask = np.array([[0, 0, 0, 1, 1]])
+    logits, cache = model.forward(np.array([[5, 6, 7, 8, 9]]), mask)
+    assert np.isfinite(logits).all()
+    assert all(np.isfinite(value.numpy()).all() for value in cache.values.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def export(export_dir, tmp_path):
+    """A copy of an export that a test may write into."""
+    return shutil.copytree(export_dir("llama"), tmp_path / "export")
+
+
+@pytest.fixture
+def one_trace(traced, monkeypatch):
+    """Lets the command use the session's traces."""
+    monkeypatch.setattr(exporting, "trace_export", lambda export, *kind: traced("llama", *kind))
+
+
+def test_dry_run_writes_nothing(export):
+    before = tree(export)
+    result = run("onnx", export, "--steps", "2,4", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "model_k2.onnx (K = 2), model_k4.onnx (K = 4)" in result.stdout
+    assert "0 bytes written" in result.stdout
+    assert tree(export) == before
+
+
+def test_command_writes_graphs_beside_untouched_weights_and_verifies_them(export, one_trace):
+    before = tree(export)
+    result = run("onnx", export, "--steps", "1,3", "--json")
+    assert result.exit_code == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert values["written"]
+    assert {name for name, each in values["checks"].items() if all(check["passed"] for check in each)} == {
+        "model.onnx", "model_k1.onnx"
+    }  # fmt: skip
+    after = tree(export)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"model.onnx", "model_k1.onnx", "genai_config.json", "loopexport.json"}
+    record = json.loads((export / "loopexport.json").read_text())["onnx"]["model.onnx"]
+    assert 0 < record["difference"] < TOLERANCES["fp32"]
+    assert record["data"] == ["model.safetensors"]
+    assert checks(export, "--files-only")[1] == 0
+
+
+def test_out_is_a_whole_export_with_graphs(export, one_trace, tmp_path):
+    before = tree(export)
+    result = run("onnx", export, "--out", tmp_path / "out", "--no-verify")
+    assert result.exit_code == 0, result.stderr
+    assert tree(export) == before
+    assert checks(tmp_path / "out")[1] == 0
+    assert OnnxModel(tmp_path / "out").generate(np.array([[5, 6]]), max_new_tokens=2).shape == (1, 2)
+    assert "model.onnx: K = 3, fp32, attention portable" in run("inspect", tmp_path / "out").stdout
+    assert "use --overwrite" in run("onnx", export, "--out", tmp_path / "out", "--no-verify").stderr
+    again = run("onnx", export, "--out", tmp_path / "out", "--no-verify", "--overwrite", "--steps", "2")
+    assert again.exit_code == 0, again.stderr
+    assert [path.name for path in (tmp_path / "out").glob("*.onnx")] == ["model_k2.onnx"]
+
+
+def test_other_dtype_writes_one_data_file_for_every_k(export, traced, monkeypatch):
+    monkeypatch.setattr(exporting, "trace_export", lambda export, *kind: traced("llama", *kind))
+    result = run("onnx", export, "--steps", "1,3", "--dtype", "fp16", "--json")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    values = json.loads(result.stdout)
+    worst = max(check["difference"] for each in values["checks"].values() for check in each)
+    assert 1e-5 < worst < TOLERANCES["fp16"]
+    assert sorted(path.name for path in export.glob("*.onnx_data")) == ["model_fp16.onnx_data"]
+    written = (export / "model_fp16.onnx_data").stat()
+    assert run("onnx", export, "--steps", "2", "--dtype", "fp16").exit_code == 0
+    assert (export / "model_fp16.onnx_data").stat().st_mtime_ns == written.st_mtime_ns
+    assert checks(export, "--files-only", "--full")[1] == 0
+    flip_last_byte(export / "model_fp16.onnx_data")
+    outcome, status = checks(export, "--files-only", "--full")
+    assert status == 1
+    assert outcome["ONNX files are as written"]["detail"] == "model_fp16.onnx_data has changed (xxh3_128)"
+
+
+def test_graph_that_differs_from_torch_is_not_kept_and_nothing_is_lost(export, one_trace, monkeypatch):
+    assert run("onnx", export, "--no-verify").exit_code == 0
+    before = tree(export)
+    broken = loopexport.open_export(export).spec
+    real = exporting.build_graph
+    monkeypatch.setattr(
+        exporting,
+        "build_graph",
+        lambda plan, own, skeleton, trace, spec, layout: real(
+            plan, own, skeleton, trace, replace(broken, anchor=0.01), layout
+        ),
+    )
+    result = run("onnx", export)
+    assert result.exit_code == 1
+    assert "FAIL a batch, prefilled and decoded, equals torch: largest difference" in result.stdout
+    assert "model.onnx not kept: a check failed" in result.stdout
+    assert tree(export) == before
+
+
+ONNX_DAMAGE = {
+    "graph": (lambda root: flip_last_byte(root / "model.onnx"), "model.onnx has changed (sha256)"),
+    "missing graph": (lambda root: (root / "model.onnx").unlink(), "model.onnx is missing"),
+    "genai": (lambda root: (root / "genai_config.json").write_text("{}"), "genai_config.json has changed (size)"),
+    "missing data": (
+        lambda root: (root / "model.safetensors").unlink(),
+        "model.safetensors is missing; model.onnx needs it",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ONNX_DAMAGE)
+def test_damage_to_onnx_files_is_noticed(export, one_trace, kind):
+    assert run("onnx", export, "--no-verify").exit_code == 0
+    damage, says = ONNX_DAMAGE[kind]
+    damage(export)
+    outcome, status = checks(export, "--files-only")
+    assert status == 1
+    assert outcome["ONNX files are as written"]["detail"] == says
+
+
+def test_edited_loop_is_mentioned(export, one_trace):
+    assert run("onnx", export, "--no-verify").exit_code == 0
+    edit_config(export, loop_anchor=0.5)
+    assert "the loop was edited since model.onnx was made" in str(checks(export, "--files-only")[0])
+
+
+def test_bf16_is_written_but_not_verified_without_cuda(tiny_base, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tiny_base("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    loopexport.convert(str(tmp_path / "base"), tmp_path / "out", span=SPAN, steps=2)
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("there is CUDA")
+    result = run("onnx", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "--dtype fp32 or fp16 makes one that runs on the CPU" in result.stdout
+    assert "n/a  the graph equals torch: not compared: bf16 runs on CUDA only" in result.stdout
+    with pytest.raises(loopexport.LoopExportError, match="a graph in bf16 runs on CUDA only"):
+        OnnxModel(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--steps", "0"], "steps 0 must be a whole number of 1 or more"),
+        (["--steps", "two"], "is not a list of whole numbers such as 2,4,8"),
+        (["--dtype", "int8"], "'int8' is not one of"),
+    ],
+)
+def test_bad_options_are_told(export, options, says):
+    result = run("onnx", export, *options)
+    assert result.exit_code in (1, 2)
+    assert says in result.stderr
+
+
+@pytest.mark.parametrize("family", COMPLEX_FAMILIES)
+def test_family_of_complex_numbers_is_refused_with_the_reason(export_dir, family):
+    with pytest.raises(loopexport.LoopExportError, match=rf"family '{family}' cannot be traced .*(complex|polar)"):
+        trace_export(loopexport.open_export(export_dir(family)), "fp32")
+
+
+def test_family_that_cannot_be_traced_is_refused_with_the_reason(tmp_path):
+    """GPT-Neo cuts its mask out of a buffer of fixed length."""
+    base = save_tiny_family("gpt_neo", tmp_path / "base")
+    export = loopexport.convert(str(base), tmp_path / "out", span=(1, 3), steps=2).root
+    before = tree(export)
+    result = run("onnx", export)
+    assert result.exit_code == 1
+    assert "family 'gpt_neo' cannot be traced to ONNX" in result.stderr
+    assert tree(export) == before
+
+
+def test_quantised_base_is_refused(export):
+    config = json.loads((export / "base" / "config.json").read_text())
+    (export / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    assert "the base is quantised; ONNX export takes" in run("onnx", export).stderr
+
+
+def test_missing_graph_and_provider_are_told(export):
+    assert "no ONNX graph in" in run("run", export, "Hello").stderr
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        result = run("run", export, "Hello", "--provider", "cuda")
+        assert result.exit_code == 1
+
+
+def test_sampling_keeps_to_what_is_allowed():
+    logits, random = np.log(np.array([[0.5, 0.3, 0.15, 0.05]])), np.random.default_rng(0)
+
+    def drawn(**options):
+        return {int(Sampling(**options).choose(logits, random)[0]) for _ in range(200)}
+
+    assert drawn() == {0}
+    assert drawn(temperature=1.0) == {0, 1, 2, 3}
+    assert drawn(temperature=1.0, top_k=2) == {0, 1}
+    assert drawn(temperature=1.0, top_p=0.7) == {0, 1}
+    with pytest.raises(loopexport.LoopExportError, match="temperature -1"):
+        Sampling(temperature=-1)
