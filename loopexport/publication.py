@@ -171,6 +171,7 @@ def plan_push(
     items = [*_weights_items(export, progress), *_large_items(export, outgoing.large), *_file_items(files)]
     transfers, more = _settle_transfers(api, export, target, items, server_copy)
     metadata = read_metadata(files[CARD].decode("utf-8", errors="replace"))
+    more += _stale_card(export, outgoing.files[CARD])
     more += licence_warnings(metadata, [*files, *outgoing.large], target.repo_id.rsplit("/", 1)[-1])
     return PushPlan(
         api=api,
@@ -258,6 +259,13 @@ def _check_options(repo_id: str, revision: str | None, create_pr: bool) -> None:
         raise PushError(f"{repo_id!r} is not an id of a repository, such as me/name: {error}") from None
     if create_pr and revision not in (None, MAIN):
         raise PushError(f"--create-pr proposes a change of {MAIN}; leave out --revision {revision}")
+
+
+def _stale_card(export: Export, card: bytes) -> list[str]:
+    """The notice that an untouched card tells of another loop than `config.json`, if it does."""
+    if export.spec == export.manifest.spec or _sha256(card) != export.manifest.files[CARD].sha256:
+        return []
+    return [f"config.json holds another loop than was converted, and {CARD} tells of the converted one: correct it"]
 
 
 def _check_foreign_weights(export: Export, target: Target) -> None:

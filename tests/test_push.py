@@ -304,10 +304,12 @@ def test_weights_that_the_target_has_are_not_sent_again_after_the_loop_changed(h
     received = dict(hub.received)
     config = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps({**config, "loop_steps": 5}))
-    values = pushed(push("--json", "--no-server-copy"))
+    done = push("--json", "--no-server-copy")
+    values = pushed(done)
     assert {file["name"] for file in values["files"] if file["how"] != "there"} == {"config.json"}
     assert hub.received == received
     assert json.loads(hub.repositories[REPO].files()["config.json"])["loop_steps"] == 5
+    assert "README.md tells of the converted one: correct it" in done.stderr
 
 
 def test_local_base_is_uploaded_from_its_export(hub, base, tmp_path):
