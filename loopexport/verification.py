@@ -194,10 +194,14 @@ def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec, base_diffe
 
 def _decode(model, tokens: torch.Tensor) -> list[torch.Tensor]:
     """The logits of a prefill and of single decode steps."""
+    from .templates.modeling_looped import _cache_argument
+
+    argument = _cache_argument(model)
+    name = "past_key_values" if argument is None else argument[0]  # transformers renames it from 5.24 on
     output = model(tokens[:, :PROMPT_TOKENS], use_cache=True)
     steps = [output.logits]
     for position in range(PROMPT_TOKENS, tokens.shape[1]):
-        output = model(tokens[:, position : position + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(tokens[:, position : position + 1], **{name: output[name]}, use_cache=True)
         steps.append(output.logits)
     return steps
 
