@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from loopexport.spec import LoopSpec
 from loopexport.templates.modeling_looped import run_loop
 
-from .trace import BATCH, MARKS, SEQUENCE, translate
+from .marks import MARKS
+from .trace import BATCH, SEQUENCE, translate
 
 RUN_LAYER = "RunLayer"  # the node; attributes `position` in the body and `iteration`, counted from 1
 

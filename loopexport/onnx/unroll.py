@@ -19,8 +19,9 @@ from loopexport.errors import OnnxError
 from loopexport.spec import LoopSpec
 
 from .limits import check_spec
+from .marks import LAYER_INPUT, LAYER_OUTPUT, READ, ROUTE, is_mark
 from .rules import RUN_LAYER, rule_graph
-from .trace import FUSED, FUSED_DOMAIN, MARKS, Traced
+from .trace import FUSED, FUSED_DOMAIN, Traced
 
 
 def unroll(traced: Traced, spec: LoopSpec) -> ir.Model:
@@ -65,17 +66,17 @@ class _Layer:
         bounds = {
             node.op_type: position
             for position, node in enumerate(nodes)
-            if node.op_type in ("LayerInput", "LayerOutput") and node.attributes["layer"].as_int() == index
+            if node.op_type in (LAYER_INPUT, LAYER_OUTPUT) and node.attributes["layer"].as_int() == index
         }
-        start, stop = bounds["LayerInput"], bounds["LayerOutput"]
+        start, stop = bounds[LAYER_INPUT], bounds[LAYER_OUTPUT]
         self.entry = nodes[start].outputs[0]
         self.mark_out = nodes[stop]
         output = self.mark_out.inputs[0]
         assert output is not None
         self.output: ir.Value = output
         self.nodes = _dependents(self.entry, nodes[start + 1 : stop])
-        self.reads = [node for node in self.nodes if _is_mark(node, "Read")]
-        self.routes = [node for node in self.nodes if _is_mark(node, "Route")]
+        self.reads = [node for node in self.nodes if is_mark(node, READ)]
+        self.routes = [node for node in self.nodes if is_mark(node, ROUTE)]
         self.fused = [node for node in self.nodes if _is_fused(node)]
 
     def copy(self, values: dict[ir.Value, ir.Value | None], suffix: str) -> list[ir.Node]:
@@ -110,7 +111,7 @@ class _Unrolling:
             values[value] = self._own_constant(value, start, stop)
         new: list[ir.Node] = []
         for node in rule:
-            if _is_mark(node, RUN_LAYER):
+            if is_mark(node, RUN_LAYER):
                 new += self._run_layer(node, start, values)
             else:
                 new.append(_copy_node(node, values, f"loop.{start}_{stop}/{node.name}"))
@@ -277,12 +278,8 @@ def _drop_presents(copies: list[ir.Node]) -> None:
             value.name = ""
 
 
-def _is_mark(node: ir.Node, kind: str | None = None) -> bool:
-    return node.domain == MARKS and kind in (None, node.op_type)
-
-
 def _remove_marks(graph: ir.Graph) -> None:
-    for node in [node for node in graph if _is_mark(node)]:
+    for node in [node for node in graph if is_mark(node)]:
         inner, outer = node.inputs[0], node.outputs[0]
         assert inner is not None
         if outer.is_graph_output():
