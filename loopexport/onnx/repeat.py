@@ -1,24 +1,24 @@
 """Trace one decoder layer of each kind, and make the others by copying its nodes: a trace's time must not grow with L.
 
-Layers are of one kind when their modules differ in nothing but weights and their own index. While the model is traced,
-the first and the last layer of each kind run, and the others are stood in for by one node. In the graph each stand-in
-is then replaced by a copy of the first's nodes on the layer's own weights and cache slot. The last is a control: its
-traced nodes must be what copying the first would make of it. Where that fails, or a layer reads what another one made,
-the model is traced whole.
+While the model is traced, the first and the last layer of each kind run, and the others are stood in for by one node.
+In the graph each stand-in is then replaced by a copy of the first's nodes on the layer's own weights and cache slot.
+The last is a control: its traced nodes must be what copying the first would make of it. Where that fails, or a layer
+reads what another one made, the model is traced whole.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
 from torch import nn
+from transformers import Cache
 
+from .kinds import kinds
 from .marks import LAYER_INPUT, LAYER_OUTPUT, MARKS, READ, is_mark
 from .skeleton import Recipe
 
@@ -56,18 +56,21 @@ class Repeats:
         self._layers = layers
         names = {id(module): name for name, module in model.named_modules()}
         self._paths = [names[id(layer)] for layer in layers]
-        self._kinds = _kinds(layers)
-        self.stood_in = {index: kind for kind in self._kinds for index in kind.layers[1:-1]}
+        self._kinds = [_Kind(indices) for indices in kinds(layers) if len(indices) > 2]
+
+    @property
+    def copies(self) -> list[int]:
+        """Indices of the layers that are not traced."""
+        return sorted(index for kind in self._kinds for index in kind.layers[1:-1])
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
         """While this is entered, layers that are copies are one node each."""
         forwards = {}
         for kind in self._kinds:
-            if len(kind.layers) > 2:
-                for index in kind.layers[:-1]:
-                    forwards[index] = self._layers[index].forward
-                    self._layers[index].forward = self._replaced(index, kind, forwards[index])
+            for index in kind.layers[:-1]:
+                forwards[index] = self._layers[index].forward
+                self._layers[index].forward = self._replaced(index, kind, forwards[index])
         try:
             yield
         finally:
@@ -83,8 +86,7 @@ class Repeats:
         def other(*args, **kwargs):
             if not _same(_without_hidden(args, kwargs), kind.arguments):
                 raise NotRepeatableError(f"{self._paths[index]} is called with other arguments than {kind.layers[0]}")
-            hidden, cache = _hidden(args, kwargs), _cache(args, kwargs)
-            return _like(kind.answer, _stand_in(index, hidden, cache.layers[index]))
+            return _like(kind.answer, _stand_in(index, _hidden(args, kwargs), _slot(index, args, kwargs)))
 
         return first if index == kind.layers[0] else other
 
@@ -94,73 +96,13 @@ class Repeats:
         Raises:
             NotRepeatableError: a kind's last layer, which was traced, is not a copy of its first.
         """
-        if not self.stood_in:
-            return
-        bodies = _bodies(graph)
-        of_layers = _dependents(graph)
+        bodies, of_layers = _bodies(graph), _dependents(graph)
         for kind in self._kinds:
-            if len(kind.layers) <= 2:
-                continue
             first, *others, last = kind.layers
             template = _Template(graph, bodies[first], first, self._paths[first], recipes, of_layers)
             template.check_copy(bodies[last], last, self._paths[last])
             for index in others:
                 template.replace(bodies[index], index, self._paths[index])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kinds of layers.
-# ---------------------------------------------------------------------------------------------------------------------
-
-_PLAIN_MODULE = frozenset(vars(nn.Module()))
-
-
-def _kinds(layers: Sequence[nn.Module]) -> list[_Kind]:
-    kinds: dict[Any, _Kind] = {}
-    counts: dict[int, int] = {}
-    for layer in layers:
-        for parameter in layer.parameters():
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    shares = any(
-        count > 1 for count in counts.values()
-    )  # layers that share weights are no copies on weights of their own
-    for index, layer in enumerate(layers):
-        key = index if shares else _signature(layer, index)
-        kinds.setdefault(key, _Kind([])).layers.append(index)
-    return list(kinds.values())
-
-
-def _signature(module: nn.Module, index: int) -> tuple:
-    """Everything of a module but the values of its weights, and its own index."""
-    own = {name: value for name, value in vars(module).items() if name not in _PLAIN_MODULE}
-    return (
-        type(module),
-        tuple(sorted((name, _plain(name, value, index)) for name, value in own.items())),
-        tuple((name, _tensor(value)) for name, value in module._parameters.items()),
-        tuple((name, _tensor(value)) for name, value in module._buffers.items()),
-        tuple((name, _signature(child, index)) for name, child in module.named_children()),
-    )
-
-
-def _plain(name: str, value: Any, index: int) -> str:
-    """An attribute as text; objects that have no value of their own are the same only if they are one."""
-    if isinstance(value, int) and value == index and not isinstance(value, bool) and re.search("layer|block|idx", name):
-        return "its own index"
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
-        return repr(value)
-    if isinstance(value, (list, tuple)):
-        return str([_plain("", each, -1) for each in value])
-    return f"{type(value).__qualname__} {id(value)}"
-
-
-def _tensor(value) -> tuple | None:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if value is None:
-        return None
-    kind = (tuple(value.shape), value.dtype)
-    is_weight = isinstance(value, (nn.Parameter, FakeTensor))
-    return kind if is_weight else (*kind, value.detach().float().numpy().tobytes())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,13 +118,12 @@ def _without_hidden(args, kwargs) -> tuple:
     return args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
-def _cache(args, kwargs):
-    from transformers import Cache
-
-    caches = [each for each in (*args, *kwargs.values()) if isinstance(each, Cache)]
-    if not caches:
-        raise NotRepeatableError("a layer takes no cache")
-    return caches[0]
+def _slot(index: int, args, kwargs):
+    """A layer's own cache slot."""
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, Cache) and index < len(each.layers):
+            return each.layers[index]
+    raise NotRepeatableError(f"layer {index} has no cache slot of its own")
 
 
 def _same(one, other) -> bool:
@@ -226,26 +167,25 @@ def _stand_in(index: int, hidden: torch.Tensor, slot) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Body:
+class _Body(NamedTuple):
     """The nodes between a layer's marks, the value that enters and the one that leaves."""
 
-    entry: ir.Value | None = None
-    output: ir.Value | None = None
-    nodes: list[ir.Node] = field(default_factory=list)
+    entry: ir.Value
+    nodes: list[ir.Node]
+    output: ir.Value
 
 
 def _bodies(graph: ir.Graph) -> dict[int, _Body]:
     bodies: dict[int, _Body] = {}
-    current: _Body | None = None
+    inside: list[ir.Node] = []
     for node in graph:
+        if is_mark(node, LAYER_OUTPUT):
+            output = node.inputs[0]
+            assert output is not None
+            bodies[node.attributes["layer"].as_int()] = _Body(inside[0].outputs[0], inside[1:], output)
         if is_mark(node, LAYER_INPUT):
-            current = bodies[node.attributes["layer"].as_int()] = _Body(node.outputs[0])
-        elif is_mark(node, LAYER_OUTPUT):
-            assert current is not None
-            current.output, current = node.inputs[0], None
-        elif current is not None:
-            current.nodes.append(node)
+            inside = []
+        inside.append(node)
     return bodies
 
 
