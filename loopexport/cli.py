@@ -338,7 +338,7 @@ def rules(as_json) -> None:
 @main.command(context_settings=CONTEXT)
 @json_option
 def families(as_json) -> None:
-    """List the model families of transformers, and what came of converting a tiny model of each."""
+    """List the model families of transformers: what came of converting a tiny model, and of its ONNX export."""
     from .families import outcomes
     from .report import family_lines
 

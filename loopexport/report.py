@@ -103,11 +103,12 @@ def rule_lines() -> list[str]:
 
 
 def family_lines() -> list[str]:
-    """Families of like outcome, in a block each: statuses by release of transformers, why, and names."""
+    """Families of like outcome, in a block each: statuses by release of transformers and in ONNX, why, and names."""
     lines = []
-    for statuses, reason, names in grouped_outcomes():
+    for (*statuses, onnx), reason, names in grouped_outcomes():
         by_release = zip(statuses, releases(), strict=True)
         outcome = ", ".join(f"{status or 'absent'} on {release}" for status, release in by_release)
+        outcome += f", {onnx} in ONNX" if onnx else ""
         heading = f"{outcome}: {reason}" if reason else outcome
         lines += [heading, *textwrap.wrap(", ".join(names), 110, initial_indent="  ", subsequent_indent="  ")]
     return lines

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,8 +24,10 @@ from transformers.masking_utils import sdpa_mask
 from loopexport.errors import OnnxError
 from loopexport.templates.modeling_looped import _cache_argument, _layer_list, _Routers
 
+from .expressible import Expressible
 from .marks import LAYER_INPUT, LAYER_OUTPUT, READ, ROUTE, is_mark, mark
 from .repeat import NotRepeatableError, Repeats
+from .rope import stateless_rope
 from .simplify import simplify
 from .skeleton import Skeleton
 
@@ -204,7 +207,8 @@ class _Traceable(nn.Module):
         """Logits, and the cache's keys and values in the order of `past`."""
         slots = self._slots(past, inputs["attention_mask"])
         cache = Cache(layers=slots)
-        logits = _run(self.model, inputs, cache).logits
+        with Expressible():
+            logits = _run(self.model, inputs, cache).logits
         if logits.dtype == torch.bfloat16:  # which numpy, and so every caller in Python, cannot hold
             logits = logits.float()
         return logits, [each for slot in slots for each in (slot.keys, slot.values)]
@@ -263,7 +267,7 @@ def trace(skeleton: Skeleton) -> Traced:
     """
     model: Any = skeleton.model
     layers = list(_layer_list(model.base_model, model.config.num_hidden_layers))
-    with skeleton.fake_mode, _family_explained(model):
+    with skeleton.fake_mode, _family_explained(model), stateless_rope(model):
         inputs = _example_inputs(model)
         slots = _slot_shapes(model, inputs)
     repeats = Repeats(model, layers)
@@ -276,7 +280,9 @@ def trace(skeleton: Skeleton) -> Traced:
 def _traced(skeleton: Skeleton, layers: list[nn.Module], slots: list[tuple[int, int]], repeats: Repeats) -> Traced:
     model: Any = skeleton.model
     dtype = model.dtype
-    with _family_explained(model), _marked(model, layers), repeats.standing_in(), torch.no_grad():
+    with (
+        _family_explained(model), stateless_rope(model), _marked(model, layers), repeats.standing_in(), torch.no_grad()
+    ):  # fmt: skip
         inputs = _example_inputs(model)
         past = [torch.zeros(BATCH, heads, PAST, size, dtype=dtype) for heads, size in slots]
         program = torch.export.export(
@@ -328,7 +334,8 @@ def _slot_shapes(model: Any, inputs: dict[str, torch.Tensor]) -> list[tuple[int,
 
 
 def _dynamic_shapes(inputs, past):
-    batch, sequence, length = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
+    batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1)
+    length = torch.export.Dim("past")
     total = torch.export.Dim.AUTO  # past and sequence: torch finds out
     return {
         "inputs": {name: {0: batch, 1: total if name == "attention_mask" else sequence} for name in inputs},
@@ -396,7 +403,17 @@ def _family_explained(model: Any) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer ones only say in which step it happened
             cause = cause.__cause__
-        reason = " ".join(str(cause).split())[:300]
-        raise OnnxError(
-            f"family {model.config.model_type!r} cannot be traced to ONNX ({type(cause).__name__}: {reason})"
-        ) from error
+        raise OnnxError(f"family {model.config.model_type!r} cannot be traced to ONNX: {_reason(cause)}") from error
+
+
+def _reason(cause: BaseException) -> str:
+    """In plain words, where torch would speak of itself."""
+    text = " ".join(str(cause).split())
+    if "Constraints violated" in text:
+        return "its code takes different paths for different numbers of tokens, of which a graph holds one"
+    if "data-dependent" in text or type(cause).__name__ == "DataDependentOutputException":
+        return "its code takes different paths for different values that it computed, of which a graph holds one"
+    operator = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text)
+    if operator:
+        return f"ONNX has no {operator[1]}"
+    return f"{type(cause).__name__}: {text[:300]}"

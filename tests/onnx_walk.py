@@ -1,0 +1,111 @@
+"""Walk the families that can be looped: which can be exported to ONNX, and does each graph equal torch?
+
+The bases are those of `family_walk`, with windows and chunks so small that they matter at the lengths compared.
+`python tests/onnx_walk.py` writes the outcomes into `loopexport/families.json`, beside those of the conversion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from family_walk import RELEASE, STEPS, Outcome, WrongError, _one_line, save_tiny_family, tiny_config
+from transformers.utils import logging
+
+import loopexport
+import loopexport.onnx
+from loopexport import families
+
+SPANS = ((2, 4), *((start, start + 1) for start in range(6)))
+# Set wherever a family's config has a field of that name, and says that it is in use.
+WINDOWS = {"sliding_window": 4, "attention_chunk_size": 4, "window_size": 4, "floor_scale": 3}
+SWITCHES = {"use_sliding_window": True, "max_window_layers": 3}
+
+
+def walk_onnx(family: str, directory: Path) -> tuple[Outcome, float]:
+    """Convert and export one family; `directory` must be empty.
+
+    Returns:
+        What came of it ("works" or "refused"), and the largest difference from torch, of the logits' scale.
+
+    Raises:
+        WrongError: a graph was made that does not equal torch.
+    """
+    base = save_tiny_family(family, directory / "base", **_windows(family))
+    root = _convert(base, directory / "out")
+    try:
+        plan = loopexport.onnx.plan_onnx(root)
+        outcome = loopexport.onnx.apply(plan)
+    except loopexport.LoopExportError as error:
+        return Outcome("refused", _one_line(error)), 0.0
+    checks = [check for each in outcome.checks.values() for check in each]
+    for check in checks:
+        if not check.passed:
+            raise WrongError(f"{check.name}: {check.detail}")
+    return Outcome("works"), max(check.difference or 0.0 for check in checks)
+
+
+def _windows(family: str) -> dict:
+    config = tiny_config(family)
+    windows = {name: size for name, size in WINDOWS.items() if getattr(config, name, None)}
+    switches = {name: value for name, value in SWITCHES.items() if hasattr(config, name)}
+    if "use_sliding_window" in switches and hasattr(config, "sliding_window"):
+        windows["sliding_window"] = WINDOWS["sliding_window"]
+    return {**windows, **switches}
+
+
+def _convert(base: Path, out: Path) -> Path:
+    """An export of the first span that can be looped."""
+    refusals = []
+    for span in SPANS:
+        try:
+            return loopexport.convert(str(base), out, span=span, steps=STEPS, weights="hardlink").root
+        except loopexport.LoopExportError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def walked_families() -> list[str]:
+    """Those that can be looped on the installed release, wholly or in part."""
+    recorded = {family: record.get(RELEASE, "") for family, record in families.outcomes().items()}
+    return [family for family, outcome in recorded.items() if outcome.partition(":")[0] in ("works", "in part")]
+
+
+def _walked(family: str) -> tuple[str, str, float]:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            outcome, difference = walk_onnx(family, Path(directory))
+        except Exception as error:  # shown, and never recorded
+            outcome, difference = Outcome("wrong", f"{type(error).__name__}: {_one_line(error)}"), 0.0
+    print(f"{family}: {outcome} ({difference:.2g}, {time.monotonic() - start:.0f} s)", flush=True)
+    return family, str(outcome), difference
+
+
+def main() -> None:
+    """Put the outcomes into `loopexport/families.json`, unless one is wrong."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("families", nargs="*", help="only these")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    chosen = options.families or walked_families()
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=20) as pool:
+        walked = pool.map(_walked, chosen, chunksize=1)
+    recorded = json.loads(families.FILE.read_text())
+    for family, outcome, _ in walked:
+        if outcome.startswith("wrong"):
+            raise SystemExit(f"{family} is {outcome}")
+        recorded[family][families.ONNX] = outcome
+    families.FILE.write_text(json.dumps(recorded, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
