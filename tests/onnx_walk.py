@@ -28,8 +28,13 @@ SWITCHES = {"use_sliding_window": True, "max_window_layers": 3}
 SPECIAL = {"lfm2": {"layer_types": ["conv", "full_attention"] * 3}}  # the layers that published checkpoints have
 
 
-def walk_onnx(family: str, directory: Path) -> tuple[Outcome, float]:
-    """Convert and export one family; `directory` must be empty.
+def walk_onnx(family: str, directory: Path, **overrides) -> tuple[Outcome, float]:
+    """Convert and export one family.
+
+    Args:
+        family: its `model_type`.
+        directory: where to write; must be empty.
+        **overrides: fields of the tiny config.
 
     Returns:
         What came of it ("works" or "refused"), and the largest difference from torch, of the logits' scale.
@@ -37,7 +42,7 @@ def walk_onnx(family: str, directory: Path) -> tuple[Outcome, float]:
     Raises:
         WrongError: a graph was made that does not equal torch.
     """
-    base = save_tiny_family(family, directory / "base", **_windows(family))
+    base = save_tiny_family(family, directory / "base", **{**_windows(family), **overrides})
     root = _convert(base, directory / "out")
     try:
         plan = loopexport.onnx.plan_onnx(root)

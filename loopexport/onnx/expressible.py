@@ -98,7 +98,7 @@ def _is_open(part: slice) -> bool:
 
 
 def _with_plain_strides(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if torch does not know how its rows lie for every number of them, and would fix that number."""
+    """The tensor, copied if torch cannot tell how its rows lie for every number of them, and would fix the number."""
     if any(isinstance(stride, torch.SymInt) and "Min" in str(stride) for stride in tensor.stride()):
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor

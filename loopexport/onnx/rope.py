@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on the length: as functions of the positions, without a memory of their own.
+"""Rotary embeddings whose frequencies depend on the length, as functions of the positions alone.
 
 The modules of transformers keep the frequencies of the longest input so far, which a graph has no place for. Those of
 type longrope have two sets and choose by length; those of type dynamic stretch theirs beyond the trained length.

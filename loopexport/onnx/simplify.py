@@ -51,7 +51,7 @@ def _hide_near_neutral(graph: ir.Graph) -> list[tuple[ir.Value, ir.TensorProtoco
         if tensor is None or not _is_near_neutral(tensor):
             continue
         node = value.producer()
-        stand_in = ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+        stand_in = ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
         value.replace_all_uses_with(stand_in)
         if node is None:
             del graph.initializers[str(value.name)]

@@ -96,7 +96,7 @@ class _TracedSlot(DynamicLayer):
 
 
 # Windows that the model under trace was seen to keep to, in its masks or in what it told its attention.
-_WINDOWS: ContextVar[set[int]] = ContextVar("windows")
+_WINDOWS: ContextVar[set[int | None]] = ContextVar("windows")
 
 
 def _additive_mask(*args, dtype=torch.float32, **kwargs):
@@ -284,7 +284,7 @@ def trace(skeleton: Skeleton) -> Traced:
         inputs = _example_inputs(model)
         slots = _slot_shapes(model, inputs)
     dtype = model.dtype
-    windows: set[int] = set()
+    windows: set[int | None] = set()
     _WINDOWS.set(windows)
     with _family_explained(model), stateless_rope(model), _marked(model, layers), torch.no_grad():
         past = [torch.zeros(BATCH, heads, PAST, size, dtype=dtype) for heads, size in slots]
@@ -339,20 +339,17 @@ def _slot_shapes(model: Any, inputs: dict[str, torch.Tensor]) -> list[tuple[int,
     return shapes
 
 
-def _check_windows(model: Any, windows: set[int]) -> None:
+def _check_windows(model: Any, windows: set[int | None]) -> None:
     """Raise OnnxError where torch's cache forgets what a graph, which keeps all keys, would go on attending to."""
     from transformers import DynamicCache
 
-    kept = {slot.sliding_window for slot in DynamicCache(config=model.config).layers if _is_sliding(slot)}
+    slots: list[Any] = DynamicCache(config=model.config).layers
+    kept = {slot.sliding_window for slot in slots if getattr(slot, "is_sliding", False)}
     if kept - windows:
         raise OnnxError(
             f"{type(model).__name__} forgets all but its last {min(kept - windows)} tokens by its cache alone, where a "
             "graph needs a mask or window that says so"
         )
-
-
-def _is_sliding(slot: Any) -> bool:
-    return getattr(slot, "is_sliding", False)
 
 
 def _dynamic_shapes(inputs, past):
