@@ -190,7 +190,7 @@ def inspect(directory, as_json) -> None:
 @click.option("--trust-remote-code", is_flag=True, help="Load modeling code that is not this LoopExport's own.")
 @json_option
 def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
-    """Check the export DIRECTORY: its files, then the identities and the decoding that its loop promises.
+    """Check the export DIRECTORY: its files, the identities and the decoding that its loop promises, its ONNX graphs.
 
     The model is loaded in fp32 on the CPU, a quantised one in its own dtype where fp32 does not run. Exit status 1 when
     a check fails.

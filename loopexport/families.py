@@ -1,8 +1,8 @@
 """Which models can be looped, told from `config.json` alone.
 
 The modeling template works on any native decoder that iterates one list of layers, so there is no list of allowed
-families. `families.json` records what came of each family of transformers; `tests/family_walk.py` writes it, and
-`tests/onnx_walk.py` what it says of ONNX.
+families. `families.json` records what came of each family of transformers. It is written by `tests/family_walk.py`,
+and by `tests/onnx_walk.py` as to ONNX.
 """
 
 from __future__ import annotations

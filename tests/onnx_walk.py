@@ -1,6 +1,6 @@
 """Walk the families that can be looped: which can be exported to ONNX, and does each graph equal torch?
 
-The bases are those of `family_walk`, with windows and chunks so small that they matter at the lengths compared.
+The bases are those of `family_walk`, with windows and chunks so small that they matter at the compared lengths.
 `python tests/onnx_walk.py` writes the outcomes into `loopexport/families.json`, beside those of the conversion.
 """
 
@@ -25,10 +25,16 @@ SPANS = ((2, 4), *((start, start + 1) for start in range(6)))
 # Set wherever a family's config has a field of that name, and says that it is in use.
 WINDOWS = {"sliding_window": 4, "attention_chunk_size": 4, "window_size": 4, "floor_scale": 3}
 SWITCHES = {"use_sliding_window": True, "max_window_layers": 3}
+SPECIAL = {"lfm2": {"layer_types": ["conv", "full_attention"] * 3}}  # the layers that published checkpoints have
 
 
-def walk_onnx(family: str, directory: Path) -> tuple[Outcome, float]:
-    """Convert and export one family; `directory` must be empty.
+def walk_onnx(family: str, directory: Path, **overrides) -> tuple[Outcome, float]:
+    """Convert and export one family.
+
+    Args:
+        family: its `model_type`.
+        directory: where to write; must be empty.
+        **overrides: fields of the tiny config.
 
     Returns:
         What came of it ("works" or "refused"), and the largest difference from torch, of the logits' scale.
@@ -36,13 +42,13 @@ def walk_onnx(family: str, directory: Path) -> tuple[Outcome, float]:
     Raises:
         WrongError: a graph was made that does not equal torch.
     """
-    base = save_tiny_family(family, directory / "base", **_windows(family))
+    base = save_tiny_family(family, directory / "base", **{**_windows(family), **overrides})
     root = _convert(base, directory / "out")
     try:
         plan = loopexport.onnx.plan_onnx(root)
         outcome = loopexport.onnx.apply(plan)
     except loopexport.LoopExportError as error:
-        return Outcome("refused", _one_line(error)), 0.0
+        return Outcome("refused", _one_line(error).rpartition(" to ONNX: ")[2]), 0.0
     checks = [check for each in outcome.checks.values() for check in each]
     for check in checks:
         if not check.passed:
@@ -56,7 +62,7 @@ def _windows(family: str) -> dict:
     switches = {name: value for name, value in SWITCHES.items() if hasattr(config, name)}
     if "use_sliding_window" in switches and hasattr(config, "sliding_window"):
         windows["sliding_window"] = WINDOWS["sliding_window"]
-    return {**windows, **switches}
+    return {**windows, **switches, **SPECIAL.get(family, {})}
 
 
 def _convert(base: Path, out: Path) -> Path:

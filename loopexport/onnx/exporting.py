@@ -381,12 +381,11 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, partial: Path)
 
 
 def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Check]:
-    import onnxruntime
+    from .check import check_graph, why_not_run
 
-    from .check import check_graph
-
-    if plan.dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return [Check("the graph equals torch", None, "not compared: bf16 runs on CUDA only, and there is none here")]
+    reason = why_not_run(plan.dtype)
+    if reason:
+        return [Check("the graph equals torch", None, f"not compared: {reason}")]
     return check_graph(root, path, spec, plan.dtype, plan.attention)
 
 

@@ -70,6 +70,8 @@ class Expressible(TorchFunctionMode):
             return Pair(*args[0].unbind(-1))
         if func is torch.Tensor.__getitem__:
             return _get_item(*args)
+        if func is torch.Tensor.view:
+            return func(_with_plain_strides(args[0]), *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -93,3 +95,10 @@ def _get_item(tensor: torch.Tensor, index):
 def _is_open(part: slice) -> bool:
     """Whether a slice has a stop, which is only known when a graph runs."""
     return isinstance(part.stop, torch.SymInt) and part.step in (None, 1)
+
+
+def _with_plain_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if torch cannot tell how its rows lie for every number of them, and would fix the number."""
+    if any(isinstance(stride, torch.SymInt) and "Min" in str(stride) for stride in tensor.stride()):
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor

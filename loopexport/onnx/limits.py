@@ -33,7 +33,10 @@ def check_memory(config: Any) -> None:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionCacheLayerMixin
 
-    kinds = {LinearAttentionCacheLayerMixin: "the state of a recurrence", DynamicIndexedLayer: "the keys of an index"}
+    kinds = {
+        LinearAttentionCacheLayerMixin: "the state of a recurrence or convolution",
+        DynamicIndexedLayer: "the keys of an index",
+    }
     for index, slot in enumerate(DynamicCache(config=config).layers):
         for kind, what in kinds.items():
             if isinstance(slot, kind):

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +88,17 @@ class _TracedSlot(DynamicLayer):
         return self.keys.shape[-2]
 
 
+# Windows that the model under trace was seen to keep to, in its masks or in what it told its attention.
+_WINDOWS: ContextVar[set[int | None]] = ContextVar("windows")
+
+
 def _additive_mask(*args, dtype=torch.float32, **kwargs):
     """The mask that is added to scores.
 
     Half of the lowest number, since a score added to the lowest overflows in fp16; and not minus infinity, since a row
     of a padded token sees nothing, and a softmax over nothing is NaN, which later rows would read.
     """
+    _WINDOWS.get(set()).add(kwargs.get("local_size"))
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     allowed = sdpa_mask(*args, **kwargs)
     assert allowed is not None
@@ -182,6 +188,7 @@ def _attend_fused(module, query, key, value, attention_mask, scaling=None, dropo
         )
     attributes: dict[str, Any] = {"scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling)}
     if kwargs.get("sliding_window"):
+        _WINDOWS.get(set()).add(kwargs["sliding_window"])
         attributes["local_window_size"] = kwargs["sliding_window"]
     if softcap is not None:
         attributes["softcap"] = float(softcap)
@@ -280,6 +287,8 @@ def trace(skeleton: Skeleton) -> Traced:
 def _traced(skeleton: Skeleton, layers: list[nn.Module], slots: list[tuple[int, int]], repeats: Repeats) -> Traced:
     model: Any = skeleton.model
     dtype = model.dtype
+    windows: set[int | None] = set()
+    _WINDOWS.set(windows)
     with (
         _family_explained(model), stateless_rope(model), _marked(model, layers), repeats.standing_in(), torch.no_grad()
     ):  # fmt: skip
@@ -288,6 +297,7 @@ def _traced(skeleton: Skeleton, layers: list[nn.Module], slots: list[tuple[int, 
         program = torch.export.export(
             _Traceable(model), (inputs, past), dynamic_shapes=_dynamic_shapes(inputs, past), strict=False
         )
+        _check_windows(model, windows)
         graph_model = translate(program)
     _name_inputs_and_outputs(graph_model.graph, list(inputs))
     hidden_size = _hidden_size(graph_model.graph)
@@ -331,6 +341,19 @@ def _slot_shapes(model: Any, inputs: dict[str, torch.Tensor]) -> list[tuple[int,
                 raise OnnxError(f"{type(model).__name__} keeps more than keys and values in its cache")
             shapes.append((tensor.shape[1], tensor.shape[3]))
     return shapes
+
+
+def _check_windows(model: Any, windows: set[int | None]) -> None:
+    """Raise OnnxError where torch's cache forgets what a graph, which keeps all keys, would go on attending to."""
+    from transformers import DynamicCache
+
+    slots: list[Any] = DynamicCache(config=model.config).layers
+    kept = {slot.sliding_window for slot in slots if getattr(slot, "is_sliding", False)}
+    if kept - windows:
+        raise OnnxError(
+            f"{type(model).__name__} forgets all but its last {min(kept - windows)} tokens by its cache alone, where a "
+            "graph needs a mask or window that says so"
+        )
 
 
 def _dynamic_shapes(inputs, past):
@@ -392,6 +415,10 @@ def _hidden_size(graph: ir.Graph) -> int:
     return size
 
 
+# Errors of torch where the course of the code depends on a tensor's values.
+_DATA_DEPENDENT = ("DataDependentOutputException", "DynamicOutputShapeException")
+
+
 @contextmanager
 def _family_explained(model: Any) -> Iterator[None]:
     """Anything that goes wrong while a family's own code is traced is the family's limit, not a bug to show."""
@@ -411,8 +438,11 @@ def _reason(cause: BaseException) -> str:
     text = " ".join(str(cause).split())
     if "Constraints violated" in text:
         return "its code takes different paths for different numbers of tokens, of which a graph holds one"
-    if "data-dependent" in text or type(cause).__name__ == "DataDependentOutputException":
-        return "its code takes different paths for different values that it computed, of which a graph holds one"
+    if "data-dependent" in text or type(cause).__name__ in (
+        "DataDependentOutputException",
+        "DynamicOutputShapeException",
+    ):
+        return "what its code does depends on values that it computed, and a graph does the same for all"
     operator = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text)
     if operator:
         return f"ONNX has no {operator[1]}"
