@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +61,15 @@ class Export:
             return spec
         except ValueError as error:
             raise ExportError(f"{self.root / CONFIG} holds an impossible loop: {error}") from None
+
+    @property
+    def edited(self) -> dict[str, tuple]:
+        """What was edited of the loop since the conversion: was and is, by field of `LoopSpec`."""
+        pairs = {
+            each.name: (getattr(self.manifest.spec, each.name), getattr(self.spec, each.name))
+            for each in fields(LoopSpec)
+        }
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     @cached_property
     def base(self) -> Checkpoint:
