@@ -427,7 +427,7 @@ def test_command_writes_graphs_beside_untouched_weights_and_verifies_them(export
     }  # fmt: skip
     after = tree(export)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"model.onnx", "model_k1.onnx", "genai_config.json", "loopexport.json"}
+    assert changed == {"model.onnx", "model_k1.onnx", "genai_config.json", "loopexport.json", "README.md"}
     record = json.loads((export / "loopexport.json").read_text())["onnx"]["model.onnx"]
     assert 0 < record["difference"] < TOLERANCES["fp32"]
     assert record["data"] == ["model.safetensors"]

@@ -304,12 +304,12 @@ def test_weights_that_the_target_has_are_not_sent_again_after_the_loop_changed(h
     received = dict(hub.received)
     config = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps({**config, "loop_steps": 5}))
-    done = push("--json", "--no-server-copy")
-    values = pushed(done)
-    assert {file["name"] for file in values["files"] if file["how"] != "there"} == {"config.json"}
+    values = pushed(push("--json", "--no-server-copy"))
+    changed = {file["name"] for file in values["files"] if file["how"] != "there"}
+    assert changed == {"config.json", "README.md", "loopexport.json"}
     assert hub.received == received
     assert json.loads(hub.repositories[REPO].files()["config.json"])["loop_steps"] == 5
-    assert "README.md tells of the converted one: correct it" in done.stderr
+    assert "| steps K | 5 |" in remote_card(hub), "a card that nobody has edited tells of the loop that it goes with"
 
 
 def test_local_base_is_uploaded_from_its_export(hub, base, tmp_path):
