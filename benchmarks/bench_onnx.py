@@ -1,103 +1,117 @@
-"""ONNX graphs of K = 1 and K = 6 against each other and against torch: export time, memory, prefill and decode.
+"""ONNX graphs of K = 1 and K = 6 against each other and against torch: exactness, export time, memory, speed.
 
-    python benchmarks/bench_onnx.py MODEL [--span 13:17] [--provider cuda --dtype fp16] [--past 128] [--threads 2]
+    python benchmarks/bench_onnx.py MODEL [--span 13:17] [--provider cuda] [--dtype fp16 bf16] [--attention gqa] [...]
 
-All ratios are of one run. On CUDA, give --dtype fp16 and bf16 in turn.
+On the CPU it takes fp32, on CUDA fp16 and bf16, both with both attention layouts, unless told otherwise. Each graph is
+first held to torch, by the checks of the export itself. Each engine runs alone in a process; the processes take turns,
+and all ratios are of one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from measure import interleaved, ratio, run_process
-from transformers import AutoModelForCausalLM
+from measure import ratio, run_process
 
 import loopexport
-from loopexport.onnx import OnnxModel
-from loopexport.onnx.names import data_name, graph_name
+from loopexport.onnx.names import data_name
 
 MANY = 6
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-# Prints the resident MiB of a process that holds a session, after a run.
-MEMORY = """
-import sys, psutil, numpy
-from loopexport.onnx import OnnxModel
-before = psutil.Process().memory_info().rss
-model = OnnxModel(sys.argv[1], sys.argv[2], provider=sys.argv[3])
-model.forward(numpy.ones((1, 16), dtype=numpy.int64))
-print((psutil.Process().memory_info().rss - before) / 2**20)
-"""
+ENGINE = Path(__file__).with_name("onnx_engine.py")
+DEFAULT_DTYPES = {"cpu": ["fp32"], "cuda": ["fp16", "bf16"]}
 
 
-def export(root: Path, steps: str, dtype: str) -> float:
+def export(root: Path, steps: str, dtype: str, attention: str, *more: str) -> float:
     """Seconds that an export takes in a process of its own, with the imports."""
-    command = ["loopexport", "onnx", str(root), "--steps", steps, "--dtype", dtype, "--no-verify"]
+    command = ["loopexport", "onnx", str(root), "--steps", steps, "--dtype", dtype, "--attention", attention, *more]
     return run_process([sys.executable, "-m", *command]).seconds
 
 
-def session_mib(root: Path, file: str, provider: str) -> float:
-    """Memory of a session with its weights, in a process of its own."""
-    command = [sys.executable, "-c", MEMORY, str(root), file, provider]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def run_engine(engine: str, root: Path, options, *more: str) -> dict:
+    """What `onnx_engine.py` measures, each figure a median of its rounds."""
+    command = [sys.executable, str(ENGINE), engine, str(root), "--provider", options.provider, *more]
+    command += ["--past", str(options.past), "--threads", str(options.threads)]
+    measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return {name: each if name == "mib" else statistics.median(each) for name, each in measured.items()}
 
 
-def onnx_timer(model: OnnxModel, tokens: np.ndarray, cache):
-    """A function that takes the seconds of one forward."""
+def in_turn(engines: dict[str, tuple], root: Path, options) -> dict[str, dict[str, list[float]]]:
+    """For each figure and engine, the values of all rounds."""
+    rounds = [
+        {name: run_engine(kind, root, options, *more) for name, (kind, *more) in engines.items()}
+        for _ in range(options.rounds)
+    ]
+    figures = ("mib", "decode", "prefill")
+    return {each: {name: [one[name][each] for one in rounds] for name in engines} for each in figures}
 
-    def timed() -> float:
+
+def bytes_per_second(provider: str) -> float:
+    """What the device reads from its memory: the best of several sums over half a GiB."""
+    import torch
+
+    device = "cuda" if provider == "cuda" else "cpu"
+    numbers = torch.ones(2**27, dtype=torch.float32, device=device)
+    taken = []
+    for _ in range(8):
         start = time.perf_counter()
-        model.forward(tokens, cache=cache)
-        return time.perf_counter() - start
-
-    return timed
-
-
-def torch_timer(model, tokens: torch.Tensor, past: torch.Tensor | None):
-    """The same in torch; the cache is made anew each time, outside of what is timed."""
-
-    @torch.no_grad()
-    def timed() -> float:
-        cache = model(past, use_cache=True).past_key_values if past is not None else None
-        synchronise(model)
-        start = time.perf_counter()
-        model(tokens, past_key_values=cache, use_cache=True)
-        synchronise(model)
-        return time.perf_counter() - start
-
-    return timed
+        float(numbers.sum())
+        taken.append(time.perf_counter() - start)
+    return numbers.nbytes / min(taken)
 
 
-def synchronise(model) -> None:
-    """Wait for the GPU."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def timings(root: Path, files: dict[int, str], options) -> dict[str, dict[str, list[float]]]:
-    """Seconds of prefill and of a decode step, for both K and for torch with the larger one."""
-    past = np.random.default_rng(0).integers(3, 100, size=(1, options.past))
-    token = past[:, :1]
-    models = {k: OnnxModel(root, file, provider=options.provider, threads=options.threads) for k, file in files.items()}
-    caches = {k: model.forward(past)[1] for k, model in models.items()}
-    reference = AutoModelForCausalLM.from_pretrained(
-        root, trust_remote_code=True, dtype=TORCH_DTYPES[options.dtype], loop_steps=MANY
-    ).eval()
-    reference = reference.to("cuda" if models[1].provider == "cuda" else "cpu")
-    on_device = {name: torch.from_numpy(each).to(reference.device) for name, each in (("past", past), ("one", token))}
-    prefill = {f"onnx K={k}": onnx_timer(model, past, None) for k, model in models.items()}
-    decode = {f"onnx K={k}": onnx_timer(model, token, caches[k]) for k, model in models.items()}
-    prefill[f"torch K={MANY}"] = torch_timer(reference, on_device["past"], None)
-    decode[f"torch K={MANY}"] = torch_timer(reference, on_device["one"], on_device["past"])
-    return {"prefill": interleaved(prefill, options.rounds), "decode": interleaved(decode, options.rounds)}
+def compare(looped, dtype: str, attention: str, options) -> dict:
+    """All figures of one dtype and attention layout."""
+    root = looped.root
+    seconds = {k: export(root, str(k), dtype, attention, "--no-verify") for k in (1, MANY)}
+    export(root, f"1,{MANY}", dtype, attention)  # fails where a graph differs from torch
+    records = loopexport.open_export(root).manifest.onnx
+    graphs = {
+        record.steps: name
+        for name, record in records.items()
+        if name.endswith(".onnx") and (record.dtype, record.attention) == (dtype, attention)
+    }
+    one, many, torch = "onnx K=1", f"onnx K={MANY}", f"torch K={MANY}"
+    engines = {
+        one: ("onnx", "--file", graphs[1]),
+        many: ("onnx", "--file", graphs[MANY]),
+        torch: ("torch", "--steps", str(MANY), "--dtype", dtype),
+    }
+    measured = in_turn(engines, root, options)
+    data, evaluations = root / data_name(dtype), looped.cost.multiplier
+    decode, prefill, mib = measured["decode"], measured["prefill"], measured["mib"]
+    itemsize = 4 if dtype == "fp32" else 2
+    ideal = bytes_per_second(options.provider) / (looped.cost.params_read * itemsize)
+    return {
+        "graphs": {
+            name: {
+                "largest difference from torch": records[name].difference,
+                "bytes": (root / name).stat().st_size,
+                "export seconds": round(seconds[k], 1),
+            }
+            for k, name in graphs.items()
+        },
+        "export time, K=6 / K=1 (limit 1.2)": seconds[MANY] / seconds[1],
+        "weight bytes written": data.stat().st_size if data.exists() else 0,
+        "session MiB": {name: round(statistics.median(each)) for name, each in mib.items()},
+        "session memory, K=6 / K=1 (limit 1.05)": ratio(mib[many], mib[one]),
+        "median ms": {
+            kind: {name: round(1000 * statistics.median(each), 2) for name, each in measured[kind].items()}
+            for kind in ("prefill", "decode")
+        },
+        "evaluations, K=6 / K=1": evaluations,
+        "decode, K=6 / (K=1 x evaluations) (limit 1.05)": ratio(decode[many], decode[one]) / evaluations,
+        "decode, torch / onnx (at least 2)": ratio(decode[torch], decode[many]),
+        "prefill, torch / onnx (at least 1)": ratio(prefill[torch], prefill[many]),
+        "tokens per second": 1 / statistics.median(decode[many]),
+        "tokens per second that the memory's bandwidth allows": ideal,
+    }
 
 
 def parse():
@@ -105,10 +119,11 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--span", default="13:17")
-    parser.add_argument("--provider", default="cpu")
-    parser.add_argument("--dtype", default="fp32", choices=TORCH_DTYPES)
+    parser.add_argument("--provider", default="cpu", choices=DEFAULT_DTYPES)
+    parser.add_argument("--dtype", nargs="+", choices=["fp32", "fp16", "bf16"])
+    parser.add_argument("--attention", nargs="+", default=["portable", "gqa"], choices=["portable", "gqa"])
     parser.add_argument("--past", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -116,34 +131,13 @@ def parse():
 def main() -> None:
     """Measure all, print a JSON object."""
     options = parse()
-    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(dir=Path(options.model).parent) as temporary:
         root = Path(temporary) / "looped"
         looped = loopexport.convert(options.model, root, span=options.span, steps=MANY, weights="hardlink")
-        seconds = {k: export(root, str(k), options.dtype) for k in (1, MANY)}
-        suffix = "" if (root / "model.onnx").exists() else options.dtype
-        files = {k: graph_name(k, MANY, suffix) for k in (1, MANY)}
-        data = root / data_name(options.dtype)
-        mib = {k: session_mib(root, file, options.provider) for k, file in files.items()}
-        measured = timings(root, files, options)
-        evaluations = looped.cost.multiplier
-        decode, prefill = measured["decode"], measured["prefill"]
-        one, many, reference = "onnx K=1", f"onnx K={MANY}", f"torch K={MANY}"
         result = {
-            "export seconds": seconds,
-            "export time, K=6 / K=1 (limit 1.2)": seconds[MANY] / seconds[1],
-            "weight bytes written": data.stat().st_size if data.exists() else 0,
-            "graph bytes": {k: (root / file).stat().st_size for k, file in files.items()},
-            "session MiB": mib,
-            "session memory, K=6 / K=1 (limit 1.05)": mib[MANY] / mib[1],
-            "median ms": {
-                kind: {name: round(1000 * float(np.median(each)), 2) for name, each in group.items()}
-                for kind, group in measured.items()
-            },
-            "evaluations, K=6 / K=1": evaluations,
-            "decode, K=6 / (K=1 x evaluations) (limit 1.05)": ratio(decode[many], decode[one]) / evaluations,
-            "decode, torch / onnx (at least 2)": ratio(decode[reference], decode[many]),
-            "prefill, torch / onnx (at least 1)": ratio(prefill[reference], prefill[many]),
+            f"{dtype} {attention}": compare(looped, dtype, attention, options)
+            for dtype in options.dtype or DEFAULT_DTYPES[options.provider]
+            for attention in options.attention
         }
     print(json.dumps(result, indent=2))
 

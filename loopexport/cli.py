@@ -122,6 +122,8 @@ weights_option = click.option(
 def convert(model, out, revision, weights, overwrite, repo_id, private, dry_run, as_json, spec_file, **spec) -> None:
     """Write MODEL (a directory or a Hub id) as a looped model directory OUT.
 
+    Without OUT it is called after the model, the span and K, such as Qwen3-4B-looped-15-19-k3.
+
     The weights are the base's, byte for byte, stored once. OUT loads with
     AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True), without LoopExport.
     """

@@ -159,10 +159,17 @@ def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
         f"depth {_depths(base, spec)}",
         *_loop_lines(spec),
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
-        f"{cost.multiplier:.2f}x",
+        f"{cost.multiplier:.2f}x{_unlooped_steps(spec)}",
         f"         {_weights_read_text(cost)}",
         f"         {_kv_text(cost)}",
     ]
+
+
+def _unlooped_steps(spec: LoopSpec) -> str:
+    """Which tokens cost as much as in the base."""
+    if spec.is_identity or spec.decode == "full":
+        return ""
+    return f"; decode steps{' after the first ' + str(spec.first_n) if spec.decode == 'first_n' else ''} as the base"
 
 
 def _depths(base: Checkpoint, spec: LoopSpec) -> str:

@@ -220,13 +220,13 @@ def test_own_runner_generates_the_tokens_of_torch_from_latents(graph):
     assert ours.tolist() == theirs[:, 9:].tolist()
 
 
-@pytest.mark.parametrize("kv", ["shared", "per_step"])
+@pytest.mark.parametrize("spec", [{}, {"kv": "per_step"}, {"decode": "bypass"}], ids=str)
 @pytest.mark.parametrize("attention", ["portable", "gqa"])
-def test_onnxruntime_genai_generates_the_tokens_of_torch(export_dir, traced, monkeypatch, tmp_path, attention, kv):
+def test_onnxruntime_genai_generates_the_tokens_of_torch(export_dir, traced, monkeypatch, tmp_path, attention, spec):
     """With gqa, past and present are one buffer there, which the iterations read while it is written."""
     genai = pytest.importorskip("onnxruntime_genai")
     monkeypatch.setattr(exporting, "trace_export", lambda export, *kind: traced("llama", *kind))
-    root = shutil.copytree(export_dir("llama", kv=kv), tmp_path / "export")
+    root = shutil.copytree(export_dir("llama", **spec), tmp_path / "export")
     loopexport.onnx.export_onnx(root, attention=attention, verify=False)
     prompt, new = list(range(5, 20)), 30
     reference = load_torch(root, 3)
@@ -313,12 +313,48 @@ def test_per_step_has_a_slot_for_each_pass(graph):
     assert slots == [f"past_key_values.{slot}.key" for slot in range(6 + 2 * 3)]
 
 
-@pytest.mark.parametrize("decode", [{"decode": "bypass"}, {"decode": "first_n", "first_n": 2}])
-def test_decode_modes_that_one_graph_cannot_run_are_refused(export_dir, decode):
-    result = run("onnx", export_dir("llama", **decode), "--dry-run")
+BYPASSED = (
+    {},
+    {"kv": "reference"},
+    {"kv": "per_step"},
+    {"kv": "per_step", "span": ((0, 2), (3, 5))},
+    {"kv": "reference", "mode": "layer", "anchor": 0.5},
+    {"kv": "reference", "rule": "anderson"},
+    {"kv": "per_step", "rule": "uniform"},
+)
+
+
+@pytest.mark.parametrize("spec", BYPASSED, ids=lambda spec: "-".join(map(str, spec.values())))
+def test_bypassed_decode_steps_equal_torch(graph, spec):
+    assert_equals_torch(graph("llama", steps=3, decode="bypass", **spec))
+
+
+@pytest.mark.parametrize("kv", ["shared", "per_step"])
+def test_fused_attention_bypasses_decode_steps_too(graph, kv):
+    assert_equals_torch(graph("llama", "gqa", steps=3, decode="bypass", kv=kv), padded=False)
+
+
+def test_bypass_runs_decode_steps_as_the_base_and_others_looped(graph):
+    """On one cache, that of the looped prompt: all else would only compare a graph with itself."""
+    bypassed, full, base = (
+        OnnxModel(graph("llama", **spec)) for spec in ({"decode": "bypass", "steps": 3}, {"steps": 3}, {"steps": 1})
+    )
+    prompt, token, chunk = np.arange(5, 12)[None], np.array([[7]]), np.array([[7, 8]])
+    logits, cache = full.forward(prompt)
+    assert np.array_equal(bypassed.forward(prompt)[0], logits)
+    assert np.array_equal(bypassed.forward(token)[0], full.forward(token)[0])  # on an empty cache: no decode step
+    assert np.array_equal(bypassed.forward(chunk, cache=cache)[0], full.forward(chunk, cache=cache)[0])
+    decoded = bypassed.forward(token, cache=cache)[0]
+    assert np.array_equal(decoded, base.forward(token, cache=cache)[0])
+    assert np.abs(decoded - full.forward(token, cache=cache)[0]).max() > 1e-2
+
+
+def test_decode_mode_that_counts_steps_is_refused(export_dir):
+    export = export_dir("llama", decode="first_n", first_n=2)
+    result = run("onnx", export, "--dry-run")
     assert result.exit_code == 1
-    assert f"decode {decode['decode']} runs some decode steps without the loop" in result.stderr
-    assert run("onnx", export_dir("llama", **decode), "--dry-run", "--steps", "1").exit_code == 0
+    assert "decode first_n counts decode steps, of which a graph is told nothing" in result.stderr
+    assert run("onnx", export, "--dry-run", "--steps", "1").exit_code == 0
 
 
 def test_padding_on_either_side_changes_no_token(graph):

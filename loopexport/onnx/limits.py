@@ -14,10 +14,10 @@ def check_spec(spec: LoopSpec) -> None:
     Raises:
         OnnxError: it cannot; the message says why, and what can be done.
     """
-    if not spec.is_identity and spec.decode != "full":
+    if not spec.is_identity and spec.decode == "first_n":
         raise OnnxError(
-            f"decode {spec.decode} runs some decode steps without the loop, which one graph cannot choose: set "
-            "loop_decode to full in config.json, or export the base with --steps 1"
+            "decode first_n counts decode steps, of which a graph is told nothing: set loop_decode to full or bypass "
+            "in config.json, or export the base with --steps 1"
         )
 
 

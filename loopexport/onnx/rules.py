@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 from loopexport.spec import LoopSpec
 from loopexport.templates.modeling_looped import run_loop
 
+from .marks import MARKS
 from .simplify import optimise
-from .trace import BATCH, MARKS, SEQUENCE, translate
+from .trace import BATCH, SEQUENCE, translate
 
 RUN_LAYER = "RunLayer"  # the node; attributes `position` in the body and `iteration`, counted from 1
 

@@ -26,12 +26,13 @@ from loopexport.errors import OnnxError
 from loopexport.templates.modeling_looped import _cache_argument, _layer_list, _Routers
 
 from .expressible import Expressible
+from .marks import LAYER_INPUT, LAYER_OUTPUT, READ, ROUTE, is_mark, mark
+from .repeat import NotRepeatableError, Repeats
 from .rope import stateless_rope
 from .simplify import simplify
 from .skeleton import Skeleton
 
 OPSET = 23
-MARKS = "loopexport"  # domain of the marks; none is left in a finished graph
 # Our entries in the registries of transformers, by attention layout.
 ATTENTION = {"portable": "loopexport_onnx", "gqa": "loopexport_onnx_gqa"}
 FUSED_DOMAIN, FUSED = "com.microsoft", "GroupQueryAttention"
@@ -59,14 +60,6 @@ class Traced:
     dtype: torch.dtype
 
 
-def mark(kind: str, tensor: torch.Tensor, **attributes: int) -> torch.Tensor:
-    """The same tensor, behind a node `loopexport::kind` in the graph."""
-    attrs: dict[str, Any] = {**attributes}
-    return torch.onnx.ops.symbolic(
-        f"{MARKS}::{kind}", (tensor,), attrs, dtype=tensor.dtype, shape=tensor.shape, version=1
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What stands in for parts of transformers while tracing.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +79,8 @@ class _TracedSlot(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Join past and new, and mark both."""
-        self.keys = mark("Read", torch.cat([self.keys, key_states], dim=-2), slot=self.index, value=0)
-        self.values = mark("Read", torch.cat([self.values, value_states], dim=-2), slot=self.index, value=1)
+        self.keys = mark(READ, torch.cat([self.keys, key_states], dim=-2), slot=self.index, value=0)
+        self.values = mark(READ, torch.cat([self.values, value_states], dim=-2), slot=self.index, value=1)
         return self.keys, self.values
 
     def get_seq_length(self, *args) -> int:
@@ -157,10 +150,9 @@ class _FusedSlot(_TracedSlot):
         lengths: of each row, its last position, int32; `total` is that of the longest row, plus 1.
     """
 
-    def __init__(self, index: int, keys, values, mask: torch.Tensor):
+    def __init__(self, index: int, keys, values, lengths: torch.Tensor, total: torch.Tensor):
         super().__init__(index, keys, values)
-        self.lengths = (mask.sum(-1) - 1).to(torch.int32)
-        self.total = torch.tensor(mask.shape[1], dtype=torch.int32)
+        self.lengths, self.total = lengths, total
 
     def update(self, key_states, value_states, *args, **kwargs):
         """What is new, tied to this slot for the attention that follows."""
@@ -180,8 +172,8 @@ class _FusedSlot(_TracedSlot):
             shapes=(flat[0].shape, *held),
             version=1,
         )
-        self.keys = mark("Read", keys, slot=self.index, value=0)
-        self.values = mark("Read", values, slot=self.index, value=1)
+        self.keys = mark(READ, keys, slot=self.index, value=0)
+        self.values = mark(READ, values, slot=self.index, value=1)
         return output.unflatten(-1, (query.shape[1], -1))
 
 
@@ -220,7 +212,7 @@ class _Traceable(nn.Module):
 
     def forward(self, inputs: dict[str, torch.Tensor], past: list[torch.Tensor]):
         """Logits, and the cache's keys and values in the order of `past`."""
-        slots: list[Any] = [self._slot(i, past[2 * i], past[2 * i + 1], inputs) for i in range(len(past) // 2)]
+        slots = self._slots(past, inputs["attention_mask"])
         cache = Cache(layers=slots)
         with Expressible():
             logits = _run(self.model, inputs, cache).logits
@@ -228,10 +220,12 @@ class _Traceable(nn.Module):
             logits = logits.float()
         return logits, [each for slot in slots for each in (slot.keys, slot.values)]
 
-    def _slot(self, index: int, keys, values, inputs) -> _TracedSlot:
-        if self.is_fused:
-            return _FusedSlot(index, keys, values, inputs["attention_mask"])
-        return _TracedSlot(index, keys, values)
+    def _slots(self, past: list[torch.Tensor], mask: torch.Tensor) -> list[Any]:
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        if not self.is_fused:
+            return [_TracedSlot(index, *pair) for index, pair in enumerate(pairs)]
+        lengths, total = (mask.sum(-1) - 1).to(torch.int32), torch.tensor(mask.shape[1], dtype=torch.int32)
+        return [_FusedSlot(index, *pair, lengths, total) for index, pair in enumerate(pairs)]
 
 
 @contextmanager
@@ -247,13 +241,13 @@ def _marked(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
 def _mark_layer(index: int, layer: nn.Module):
     def enter(module, args, kwargs):
         if args:
-            return (mark("LayerInput", args[0], layer=index), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": mark("LayerInput", kwargs["hidden_states"], layer=index)}
+            return (mark(LAYER_INPUT, args[0], layer=index), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": mark(LAYER_INPUT, kwargs["hidden_states"], layer=index)}
 
     def leave(module, args, output):
         if isinstance(output, tuple):
-            return (mark("LayerOutput", output[0], layer=index), *output[1:])
-        return mark("LayerOutput", output, layer=index)
+            return (mark(LAYER_OUTPUT, output[0], layer=index), *output[1:])
+        return mark(LAYER_OUTPUT, output, layer=index)
 
     yield layer.register_forward_pre_hook(enter, with_kwargs=True)
     yield layer.register_forward_hook(leave)
@@ -264,7 +258,7 @@ def _mark_layer(index: int, layer: nn.Module):
 def _mark_route(index: int, answer):
     if isinstance(answer, (tuple, list)):
         return type(answer)(_mark_route(index, each) for each in answer)
-    return mark("Route", answer, layer=index) if isinstance(answer, torch.Tensor) else answer
+    return mark(ROUTE, answer, layer=index) if isinstance(answer, torch.Tensor) else answer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +267,7 @@ def _mark_route(index: int, answer):
 
 
 def trace(skeleton: Skeleton) -> Traced:
-    """Trace the model of a skeleton.
+    """Trace the model of a skeleton: a layer of each kind where the others are copies of it, else all.
 
     Raises:
         OnnxError: the family cannot be traced, for the reason that the message gives.
@@ -283,22 +277,33 @@ def trace(skeleton: Skeleton) -> Traced:
     with skeleton.fake_mode, _family_explained(model), stateless_rope(model):
         inputs = _example_inputs(model)
         slots = _slot_shapes(model, inputs)
+    repeats = Repeats(model, layers)
+    try:
+        return _traced(skeleton, layers, slots, repeats)
+    except NotRepeatableError:
+        return _traced(skeleton, layers, slots, Repeats(model, ()))
+
+
+def _traced(skeleton: Skeleton, layers: list[nn.Module], slots: list[tuple[int, int]], repeats: Repeats) -> Traced:
+    model: Any = skeleton.model
     dtype = model.dtype
     windows: set[int | None] = set()
     _WINDOWS.set(windows)
-    with _family_explained(model), stateless_rope(model), _marked(model, layers), torch.no_grad():
+    context = (_family_explained(model), stateless_rope(model), _marked(model, layers), repeats.standing_in())
+    with ExitStack() as stack:
+        for each in (*context, torch.no_grad()):
+            stack.enter_context(each)
+        inputs = _example_inputs(model)
         past = [torch.zeros(BATCH, heads, PAST, size, dtype=dtype) for heads, size in slots]
         program = torch.export.export(
-            _Traceable(model),
-            (_example_inputs(model), past),
-            dynamic_shapes=_dynamic_shapes(inputs, past),
-            strict=False,
+            _Traceable(model), (inputs, past), dynamic_shapes=_dynamic_shapes(inputs, past), strict=False
         )
         _check_windows(model, windows)
         graph_model = translate(program)
     _name_inputs_and_outputs(graph_model.graph, list(inputs))
     hidden_size = _hidden_size(graph_model.graph)
     simplify(graph_model, skeleton.recipes)
+    repeats.expand(graph_model.graph, skeleton.recipes)
     return Traced(graph_model, len(slots) // 2, len(layers), hidden_size, dtype)
 
 
@@ -403,7 +408,7 @@ def _name_inputs_and_outputs(graph: ir.Graph, names: list[str]) -> None:
 
 
 def _hidden_size(graph: ir.Graph) -> int:
-    first = next(node for node in graph if node.domain == MARKS and node.op_type == "LayerInput")
+    first = next(node for node in graph if is_mark(node, LAYER_INPUT))
     shape = first.outputs[0].shape
     assert shape is not None
     size = shape[-1]
@@ -420,7 +425,7 @@ def _family_explained(model: Any) -> Iterator[None]:
     """Anything that goes wrong while a family's own code is traced is the family's limit, not a bug to show."""
     try:
         yield
-    except OnnxError:
+    except (OnnxError, NotRepeatableError):
         raise
     except Exception as error:
         cause: BaseException = error
