@@ -57,11 +57,10 @@ def walk_onnx(family: str, directory: Path, **overrides) -> tuple[Outcome, float
 
 
 def _windows(family: str) -> dict:
+    """What makes windows matter at the compared lengths; a field that is None is one that published configs set."""
     config = tiny_config(family)
-    windows = {name: size for name, size in WINDOWS.items() if getattr(config, name, None)}
+    windows = {name: size for name, size in WINDOWS.items() if hasattr(config, name)}
     switches = {name: value for name, value in SWITCHES.items() if hasattr(config, name)}
-    if "use_sliding_window" in switches and hasattr(config, "sliding_window"):
-        windows["sliding_window"] = WINDOWS["sliding_window"]
     return {**windows, **switches, **SPECIAL.get(family, {})}
 
 
@@ -82,7 +81,7 @@ def walked_families() -> list[str]:
     return [family for family, outcome in recorded.items() if outcome.partition(":")[0] in ("works", "in part")]
 
 
-def _walked(family: str) -> tuple[str, str, float]:
+def _walked(family: str) -> tuple[str, str]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -93,23 +92,29 @@ def _walked(family: str) -> tuple[str, str, float]:
         except Exception as error:  # shown, and never recorded
             outcome, difference = Outcome("wrong", f"{type(error).__name__}: {_one_line(error)}"), 0.0
     print(f"{family}: {outcome} ({difference:.2g}, {time.monotonic() - start:.0f} s)", flush=True)
-    return family, str(outcome), difference
+    return family, str(outcome)
 
 
 def main() -> None:
-    """Put the outcomes into `loopexport/families.json`, unless one is wrong."""
+    """Put the outcomes into `loopexport/families.json`, each as it comes, but for those that are wrong."""
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", help="only these")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    chosen = options.families or walked_families()
+    wrong = []
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=20) as pool:
-        walked = pool.map(_walked, chosen, chunksize=1)
+        for family, outcome in pool.imap_unordered(_walked, options.families or walked_families()):
+            if outcome.startswith("wrong"):
+                wrong.append(family)
+            else:
+                _record(family, outcome)
+    if wrong:
+        raise SystemExit(f"wrong: {', '.join(wrong)}")
+
+
+def _record(family: str, outcome: str) -> None:
     recorded = json.loads(families.FILE.read_text())
-    for family, outcome, _ in walked:
-        if outcome.startswith("wrong"):
-            raise SystemExit(f"{family} is {outcome}")
-        recorded[family][families.ONNX] = outcome
+    recorded[family][families.ONNX] = outcome
     families.FILE.write_text(json.dumps(recorded, indent=1) + "\n")
 
 

@@ -351,8 +351,8 @@ def _check_windows(model: Any, windows: set[int | None]) -> None:
     kept = {slot.sliding_window for slot in slots if getattr(slot, "is_sliding", False)}
     if kept - windows:
         raise OnnxError(
-            f"{type(model).__name__} forgets all but its last {min(kept - windows)} tokens by its cache alone, where a "
-            "graph needs a mask or window that says so"
+            f"family {model.config.model_type!r} cannot be traced to ONNX: its cache forgets all but the last "
+            f"{min(kept - windows)} tokens, and no mask of its code says so"
         )
 
 
