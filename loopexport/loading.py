@@ -53,7 +53,9 @@ def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
     name = graph_name(1, 1) if graph_name(1, 1) in graphs else min(graphs)
     parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=name)]
     if GENAI_CONFIG in files:  # else the cache is not of one shape, which the others take for granted
-        parts += [_GENAI, _OPTIMUM.format(name=name), _transformers_js(name, graphs[name], num_layers)]
+        parts += [_GENAI, _OPTIMUM.format(name=name)]
+        if graphs[name].attention == "portable":  # the fused kind ends Node by a segmentation fault
+            parts.append(_transformers_js(name, graphs[name], num_layers))
     return "\n".join(parts)
 
 

@@ -5,6 +5,7 @@ After a wanted change, `python tests/test_card.py` writes the golden files anew;
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -103,6 +104,15 @@ def test_published_card_has_weights_and_the_repository_as_its_path(name):
     assert 'path = "me/' in text
     assert not any(local in text for local in ('path = "."', "NAMESPACE"))
     assert published_card(text, "me/x") == text
+
+
+def test_runtimes_that_could_not_run_the_graphs_are_not_mentioned():
+    gqa = {"model_gqa.onnx": replace(ONNX["model.onnx"], attention="gqa"), "genai_config.json": OnnxRecord(9)}
+    told = {name: card(onnx=files) for name, files in {"none": {}, "mla": PER_STEP, "gqa": gqa, "all": ONNX}.items()}
+    words = ("OnnxModel", "onnxruntime_genai", "ORTModelForCausalLM", "@huggingface/transformers")
+    assert {name: sum(word in text for word in words) for name, text in told.items()} == {
+        "none": 0, "mla": 1, "gqa": 3, "all": 4,
+    }  # fmt: skip
 
 
 def test_merging_keeps_every_word_of_the_edited_card():
