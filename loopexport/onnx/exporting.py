@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from loopexport.checkpoint import CONFIG
 from loopexport.errors import OnnxError, OutputError, SpecError
 from loopexport.export import BASE_FOLDER, Export, is_export, open_export
+from loopexport.families import onnx_outcome
 from loopexport.integrity import Check
 from loopexport.manifest import MANIFEST, OnnxRecord
 from loopexport.spec import LoopSpec
@@ -146,7 +147,7 @@ def plan_onnx(
     _check_specs(specs)
     check_memory(_native_config(export))
     target = _checked_out(export, out, overwrite)
-    warnings = tuple(_warnings(chosen, attention))
+    warnings = tuple(_warnings(export, chosen, attention))
     return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, overwrite, warnings)
 
 
@@ -243,9 +244,13 @@ def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Pat
     return path
 
 
-def _warnings(dtype: str, attention: str) -> Iterator[str]:
+def _warnings(export: Export, dtype: str, attention: str) -> Iterator[str]:
     import onnxruntime
 
+    model_type = export.base.config["model_type"]
+    status, reason = onnx_outcome(model_type)
+    if status == "refused":
+        yield f"a tiny model of family {model_type!r} could not be exported: {reason}"
     if dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         yield (
             "ONNX Runtime computes in bf16 on CUDA only, so the graph can be neither verified nor run here; "
