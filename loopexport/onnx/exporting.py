@@ -330,6 +330,7 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     Raises:
         OnnxError: no graph can do what the spec asks for, or it would hold weights twice.
     """
+    from .rope import recomputed_beyond
     from .unroll import unroll
     from .weights import attach_file, attach_stored, stored_bytes
 
@@ -348,6 +349,9 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     model = graphs[0]
     model.producer_name = "loopexport"
     model.metadata_props["attention"] = plan.attention
+    limit = recomputed_beyond(skeleton.model)
+    if limit is not None:
+        model.metadata_props["recomputed_beyond"] = str(limit)
     model.metadata_props.update({f"loop_{key}": json.dumps(value) for key, value in _loop_fields(spec).items()})
     return model
 
