@@ -63,9 +63,9 @@ def grouped_outcomes() -> list[tuple[tuple[str, ...], str, list[str]]]:
     groups: dict[tuple, list[str]] = {}
     for family, record in outcomes().items():
         statuses = tuple(record.get(key, "").partition(": ")[0] for key in (*releases(), ONNX))
-        onnx_reason = onnx_outcome(family)[1]
-        reasons = [_short(newest_outcome(family)[1]), f"ONNX: {_short(onnx_reason)}" if onnx_reason else ""]
-        groups.setdefault((statuses, "; ".join(filter(None, reasons))), []).append(family)
+        reasons = [_short(newest_outcome(family)[1]), _short(onnx_outcome(family)[1])]
+        reason = "; ONNX: ".join(reasons) if all(reasons) else "".join(reasons)
+        groups.setdefault((statuses, reason), []).append(family)
     order = ["works", "in part", "no span", "refused", "untried", ""]
     return sorted(
         ((statuses, reason, families) for (statuses, reason), families in groups.items()),
@@ -79,7 +79,7 @@ def _version(release: str) -> list[int]:
 
 def _short(reason: str) -> str:
     """A reason without the names of classes and tensors, and without advice."""
-    reason = re.split(r"[;(]|, and cannot|: choose", reason)[0].strip()
+    reason = re.split(r"[;(]|, and cannot|, for which|: choose", reason)[0].strip()
     return re.sub(r"^\w+(ForCausalLM|ForConditionalGeneration|Decoder|LMHead) is", "it is", reason)
 
 

@@ -235,10 +235,23 @@ RULES = {
 
 
 class _CacheProxy:
-    """Answers everything but `update` as the cache behind it; as an empty one where the model runs without cache."""
+    """Answers everything but `update` as the cache behind it; as an empty one where the model runs without cache.
+
+    Attributes:
+        length: what the layer was told in the natural pass when it asked how long the cache is. Llama 4 places its
+            tokens by that, which are stored already when iterations run.
+    """
+
+    length: Any = None
 
     def __init__(self, cache):
         self.cache = cache
+
+    def get_seq_length(self, *args, **kwargs):
+        return self._ask_length(*args, **kwargs) if self.length is None else self.length
+
+    def _ask_length(self, *args, **kwargs):
+        return self.__getattr__("get_seq_length")(*args, **kwargs)
 
     def __getattr__(self, name):
         if "conv" in name or "recurrent" in name or "ssm" in name or "linear" in name or "indexer" in name:
@@ -254,6 +267,12 @@ class _NaturalPass(_CacheProxy):
     new: tuple = ()
     read: tuple = ()
     rest: tuple = ((), {})  # what else the layer handed to `update`
+
+    def get_seq_length(self, *args, **kwargs):
+        length = self._ask_length(*args, **kwargs)
+        if self.length is None:  # a static cache counts in place
+            self.length = length.clone() if isinstance(length, torch.Tensor) else length
+        return length
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         self.new, self.rest = (keys, values), (args, kwargs)
@@ -537,6 +556,8 @@ class _LayerCall:
         if spec.kv == "shared" and self._is_checkpointing():
             return self.layer._gradient_checkpointing_func(self._run_shared, hidden, *self.natural.read)
         cache = self._iteration_cache(k, spec, num_layers)
+        if isinstance(cache, _CacheProxy):
+            cache.length = self.natural.length
         with self._frozen(spec, _ReplayRoute):
             return _hidden_of(self.run(hidden, cache))
 

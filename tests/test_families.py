@@ -42,6 +42,12 @@ def test_layers_that_reuse_keys_of_another_layer_are_exact(tmp_path):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
 
 
+def test_iterations_place_tokens_where_the_natural_pass_did(tmp_path):
+    """Llama 4 scales queries by a position that it takes from the cache's length, which grows in the natural pass."""
+    base = save_tiny_family("llama4_text", tmp_path / "base", floor_scale=2, attn_scale=1.0)
+    check_exact(base, (2, 5), tmp_path)  # layer 3 is one of those that do
+
+
 @pytest.fixture
 def hybrid(tmp_path):
     """A base of linear attention with full attention in layers 3 and up, by the interval that real configs give."""

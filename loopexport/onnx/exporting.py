@@ -19,6 +19,7 @@ from loopexport.checkpoint import CARD, CONFIG
 from loopexport.contents import export_card, is_card_edited
 from loopexport.errors import OnnxError, OutputError, SpecError
 from loopexport.export import BASE_FOLDER, Export, is_export, open_export
+from loopexport.families import onnx_outcome
 from loopexport.integrity import Check
 from loopexport.manifest import MANIFEST, FileRecord, OnnxRecord
 from loopexport.spec import LoopSpec
@@ -151,7 +152,7 @@ def plan_onnx(
     _check_specs(specs)
     check_memory(_native_config(export))
     target = _checked_out(export, out, overwrite)
-    warnings = tuple(_warnings(chosen, attention))
+    warnings = tuple(_warnings(export, chosen, attention))
     return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, overwrite, warnings)
 
 
@@ -248,9 +249,13 @@ def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Pat
     return path
 
 
-def _warnings(dtype: str, attention: str) -> Iterator[str]:
+def _warnings(export: Export, dtype: str, attention: str) -> Iterator[str]:
     import onnxruntime
 
+    model_type = export.base.config["model_type"]
+    status, reason = onnx_outcome(model_type)
+    if status == "refused":
+        yield f"a tiny model of family {model_type!r} could not be exported: {reason}"
     if dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         yield (
             "ONNX Runtime computes in bf16 on CUDA only, so the graph can be neither verified nor run here; "
@@ -330,6 +335,7 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     Raises:
         OnnxError: no graph can do what the spec asks for, or it would hold weights twice.
     """
+    from .rope import recomputed_beyond
     from .unroll import unroll
     from .weights import attach_file, attach_stored, stored_bytes
 
@@ -348,6 +354,9 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     model = graphs[0]
     model.producer_name = "loopexport"
     model.metadata_props["attention"] = plan.attention
+    limit = recomputed_beyond(skeleton.model)
+    if limit is not None:
+        model.metadata_props["recomputed_beyond"] = str(limit)
     model.metadata_props.update({f"loop_{key}": json.dumps(value) for key, value in _loop_fields(spec).items()})
     return model
 

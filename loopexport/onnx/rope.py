@@ -29,9 +29,25 @@ def stateless_rope(model: nn.Module) -> Iterator[None]:
             del vars(module)["forward"]
 
 
+def recomputed_beyond(model: nn.Module) -> int | None:
+    """The length beyond which `generate` of a native model starts with a new cache; None where it never does.
+
+    Phi-3 does so when its frequencies change: keys in the cache were rotated by the others. Its class says so by a
+    `prepare_inputs_for_generation` of its own, and its config by the length.
+    """
+    is_long = any(_types(module) == ["longrope"] for module in model.modules())
+    if is_long and "prepare_inputs_for_generation" in vars(type(model)):
+        return getattr(model.config, "original_max_position_embeddings", None)
+    return None
+
+
 def _depends_on_length(module: nn.Module) -> bool:
+    return any(_by_length(each) for each in _types(module))
+
+
+def _types(module: nn.Module) -> list:
     types = getattr(module, "rope_type", None)
-    return any(_by_length(each) for each in (types.values() if isinstance(types, dict) else [types]))
+    return list(types.values()) if isinstance(types, dict) else [types]
 
 
 def _by_length(rope_type: Any) -> bool:

@@ -102,7 +102,9 @@ class OnnxModel:
         self.session = _session(self.path, PROVIDERS[self.provider], threads)
         self._inputs = {each.name: each for each in self.session.get_inputs()}
         self._outputs = [each.name for each in self.session.get_outputs()]
-        self._is_fused = self.session.get_modelmeta().custom_metadata_map.get("attention") == "gqa"
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self._is_fused = metadata.get("attention") == "gqa"
+        self._recomputed_beyond = int(metadata.get("recomputed_beyond", 0))
 
     def _find(self, file: str | None) -> Path:
         if file is not None:
@@ -205,7 +207,10 @@ class OnnxModel:
         ends = np.array(self.eos_token_ids if eos_token_ids is None else eos_token_ids, dtype=np.int64)
         ids, mask = _padded_left(input_ids, attention_mask)
         cache, tokens, ended = None, None, np.zeros(len(ids), bool)
+        all_ids = ids
         for _ in range(max_new_tokens):
+            if cache is not None and cache.length <= self._recomputed_beyond < all_ids.shape[1]:
+                ids, cache = all_ids, None  # the cached keys are of other frequencies than what follows
             logits, cache = self.forward(ids, mask, cache)
             chosen = sampling.choose(logits[:, -1], random)
             tokens = chosen if tokens is None else np.where(ended, tokens, chosen)
@@ -214,6 +219,7 @@ class OnnxModel:
             if ended.all():
                 return
             ids = tokens[:, None]
+            all_ids = np.concatenate([all_ids, ids], axis=1)
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
 
     def generate(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, **options) -> np.ndarray:
