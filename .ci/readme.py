@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from loopexport.cli import main
 from loopexport.describe import describe_span
-from loopexport.families import grouped_outcomes, outcomes, releases
+from loopexport.families import ONNX, grouped_outcomes, outcomes, releases
 from loopexport.presets import PRESETS, Preset, Result
 from loopexport.report import rule_lines
 
@@ -31,16 +31,19 @@ def family_counts() -> str:
         statuses = [record[release].partition(": ")[0] for record in outcomes().values() if release in record]
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in STATUSES)
         lines.append(f"- transformers {release}, {len(statuses)} families: {counts}")
+    exported = [record[ONNX].partition(": ")[0] for record in outcomes().values() if ONNX in record]
+    counts = ", ".join(f"{exported.count(status)} {status}" for status in ("works", "refused"))
+    lines.append(f"- ONNX, {len(exported)} families that can be looped, wholly or in part: {counts}")
     return "\n".join(lines)
 
 
 def families() -> str:
     """All families, those of like outcome in one row."""
     rows = [
-        (*(status or "absent" for status in statuses), ", ".join(names), reason)
-        for statuses, reason, names in grouped_outcomes()
+        (*(status or "absent" for status in statuses), onnx or "none", ", ".join(names), reason)
+        for (*statuses, onnx), reason, names in grouped_outcomes()
     ]
-    return _table((*releases(), "families", "why not"), rows)
+    return _table((*releases(), "ONNX", "families", "why not"), rows)
 
 
 def commands(*names: str) -> str:

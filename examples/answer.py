@@ -7,6 +7,8 @@ import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 directory, question = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)

@@ -16,6 +16,8 @@ TEXT = (
     "the weather into a book that nobody else would ever read."
 )
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 tokens = tokenizer(TEXT, return_tensors="pt").input_ids

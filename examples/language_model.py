@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "LICENSE*")
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 source, out = map(Path, sys.argv[1:3])
 whole = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
 text = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)

@@ -7,6 +7,8 @@ import sys
 
 import loopexport
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 model, out = sys.argv[1:]
 
 plan = loopexport.plan_convert(model, out, span=(13, 17), steps=3, overwrite=True)

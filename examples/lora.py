@@ -9,6 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 directory, adapter = sys.argv[1:]
 torch.manual_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)

@@ -8,6 +8,8 @@ import sys
 
 import onnxruntime_genai
 
+if len(sys.argv) not in (3, 4):
+    sys.exit(__doc__)
 directory, question, max_new_tokens = (*sys.argv[1:], "64")[:3]
 model = onnxruntime_genai.Model(directory)
 tokenizer = onnxruntime_genai.Tokenizer(model)

@@ -9,6 +9,8 @@ import numpy as np
 import onnxruntime
 from transformers import AutoTokenizer
 
+if len(sys.argv) not in (3, 4):
+    sys.exit(__doc__)
 directory, question, max_new_tokens = (*sys.argv[1:], "64")[:3]
 tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 messages = [{"role": "user", "content": question}]

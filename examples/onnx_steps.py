@@ -12,6 +12,8 @@ import loopexport
 from loopexport.onnx import OnnxModel, export_onnx
 from loopexport.onnx.names import graph_name
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 directory, *steps = sys.argv[1:]
 own_steps = loopexport.open_export(directory).spec.steps
 outcome = export_onnx(directory, steps=tuple(map(int, steps)), verify=False)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import loopexport
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 model, repo_id, preset = sys.argv[1:]
 
 with tempfile.TemporaryDirectory() as folder:

@@ -122,6 +122,8 @@ weights_option = click.option(
 def convert(model, out, revision, weights, overwrite, repo_id, private, dry_run, as_json, spec_file, **spec) -> None:
     """Write MODEL (a directory or a Hub id) as a looped model directory OUT.
 
+    Without OUT it is called after the model, the span and K, such as Qwen3-4B-looped-15-19-k3.
+
     The weights are the base's, byte for byte, stored once. OUT loads with
     AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True), without LoopExport.
     """
@@ -191,7 +193,7 @@ def inspect(directory, as_json) -> None:
 @click.option("--trust-remote-code", is_flag=True, help="Load modeling code that is not this LoopExport's own.")
 @json_option
 def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
-    """Check the export DIRECTORY: its files, then the identities and the decoding that its loop promises.
+    """Check the export DIRECTORY: its files, the identities and the decoding that its loop promises, its ONNX graphs.
 
     The model is loaded in fp32 on the CPU, a quantised one in its own dtype where fp32 does not run. Exit status 1 when
     a check fails.
@@ -343,7 +345,7 @@ def rules(as_json) -> None:
 @main.command(context_settings=CONTEXT)
 @json_option
 def families(as_json) -> None:
-    """List the model families of transformers, and what came of converting a tiny model of each."""
+    """List the model families of transformers: what came of converting a tiny model, and of its ONNX export."""
     from .families import outcomes
     from .report import family_lines
 

@@ -20,7 +20,7 @@ from .hub import find_checkpoint
 from .manifest import MANIFEST, FileRecord, Manifest
 from .notices import notices
 from .presets import find_preset, preset_fields
-from .spec import LoopSpec, make_spec
+from .spec import LoopSpec, check_first_n, make_spec
 from .staging import check_output, check_space, output_path, staged
 from .weights import METHODS, Progress, place, settle_method, xxh3_of
 
@@ -107,6 +107,7 @@ def plan_convert(
     fields = {**(preset_fields(preset) if preset is not None else {}), **spec}
     is_auto = fields.get("span") in (AUTO, (AUTO,), [AUTO])
     loop = make_spec(**{**fields, "span": (0, 1)} if is_auto else fields)  # wrong fields show before a base is sought
+    check_first_n(loop, is_given="first_n" in fields)
     if weights not in WEIGHTS:
         raise OutputError(f"weights method {weights!r} must be one of {', '.join(WEIGHTS)}")
     base = find_checkpoint(str(model), revision, headers_only=dry_run or weights == WITHOUT)

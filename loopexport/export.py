@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -15,7 +16,7 @@ from .errors import CheckpointError, ExportError
 from .families import layer_count
 from .manifest import MANIFEST, Manifest, read_manifest
 from .spec import LoopSpec
-from .templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
+from .templates.configuration_looped import FIELD_PREFIX, MODEL_TYPE_PREFIX, auto_map
 
 BASE_FOLDER = "base"  # originals of the base's files that the export replaces
 
@@ -55,12 +56,22 @@ class Export:
     @cached_property
     def spec(self) -> LoopSpec:
         """The loop that the export runs now: `config.json` may have been edited since it was converted."""
+        self._check_field_names()
         try:
             spec = LoopSpec.from_config(SimpleNamespace(**self.config))
             spec.check_depth(layer_count(self.config) or 0)
             return spec
         except ValueError as error:
             raise ExportError(f"{self.root / CONFIG} holds an impossible loop: {error}") from None
+
+    def _check_field_names(self) -> None:
+        """A misspelt field would be passed over in silence, by transformers too."""
+        known = [*self.manifest.spec.to_config_fields(), *read_json(self.root / BASE_FOLDER / CONFIG)]
+        for name in self.config:
+            if name.startswith(FIELD_PREFIX) and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ExportError(f"{self.root / CONFIG} has {name}, which is no field of the loop{hint}")
 
     @property
     def edited(self) -> dict[str, tuple]:

@@ -1,7 +1,8 @@
 """Which models can be looped, told from `config.json` alone.
 
 The modeling template works on any native decoder that iterates one list of layers, so there is no list of allowed
-families. `families.json` records what came of each family of transformers, and is written by `tests/family_walk.py`.
+families. `families.json` records what came of each family of transformers. It is written by `tests/family_walk.py`,
+and by `tests/onnx_walk.py` as to ONNX.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from .templates.configuration_looped import MODEL_TYPE_PREFIX
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 FILE = Path(__file__).with_name("families.json")
+ONNX = "onnx"  # the key beside the releases: what came of an ONNX export on the newest
 
 
 @lru_cache(maxsize=1)
 def outcomes() -> dict[str, dict[str, str]]:
-    """For each `model_type`, what came of it by release of transformers: "works", or "refused: why", and the like."""
+    """For each `model_type`, what came of it by release of transformers: "works", or "refused: why", and the like.
+
+    Under `ONNX` it says what came of the ONNX export of a family that works at least in part on the newest release.
+    """
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
@@ -32,22 +37,35 @@ def newest_outcome(model_type: str) -> tuple[str, str]:
     The statuses are those of `Outcome` in `tests/family_walk.py`.
     """
     record = outcomes().get(model_type, {})
-    newest = max(record, key=_version, default="")
+    newest = max(record.keys() - {ONNX}, key=_version, default="")
     status, _, reason = record.get(newest, "").partition(": ")
+    return status, reason
+
+
+def onnx_outcome(model_type: str) -> tuple[str, str]:
+    """Status ("works" or "refused") and reason of a family's ONNX export; both empty for one that was not tried."""
+    status, _, reason = outcomes().get(model_type, {}).get(ONNX, "").partition(": ")
     return status, reason
 
 
 def releases() -> list[str]:
     """The releases of transformers on which families were tried, newest first."""
-    return sorted({release for record in outcomes().values() for release in record}, key=_version, reverse=True)
+    found = {release for record in outcomes().values() for release in record}
+    return sorted(found - {ONNX}, key=_version, reverse=True)
 
 
 def grouped_outcomes() -> list[tuple[tuple[str, ...], str, list[str]]]:
-    """Families of like outcome: statuses by `releases()` ("" where one has no such family), why, and their names."""
+    """Families of like outcome: their statuses, why, and their names.
+
+    The statuses are those by `releases()`, then that of the ONNX export; "" where one has no such family, or none that
+    could be exported.
+    """
     groups: dict[tuple, list[str]] = {}
     for family, record in outcomes().items():
-        statuses = tuple(record.get(release, "").partition(": ")[0] for release in releases())
-        groups.setdefault((statuses, _short(newest_outcome(family)[1])), []).append(family)
+        statuses = tuple(record.get(key, "").partition(": ")[0] for key in (*releases(), ONNX))
+        onnx_reason = onnx_outcome(family)[1]
+        reasons = [_short(newest_outcome(family)[1]), f"ONNX: {_short(onnx_reason)}" if onnx_reason else ""]
+        groups.setdefault((statuses, "; ".join(filter(None, reasons))), []).append(family)
     order = ["works", "in part", "no span", "refused", "untried", ""]
     return sorted(
         ((statuses, reason, families) for (statuses, reason), families in groups.items()),

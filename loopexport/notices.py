@@ -51,6 +51,8 @@ def _cached_decoding(spec: LoopSpec) -> list[str]:
 
 
 def _routing(base: Checkpoint, spec: LoopSpec) -> list[str]:
+    if not base.is_sparse and spec.frozen_routing:
+        return ["frozen routing changes nothing here: the base has no experts to choose from"]
     if not base.is_sparse or spec.frozen_routing:
         return []
     return [

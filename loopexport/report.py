@@ -110,11 +110,12 @@ def rule_lines() -> list[str]:
 
 
 def family_lines() -> list[str]:
-    """Families of like outcome, in a block each: statuses by release of transformers, why, and names."""
+    """Families of like outcome, in a block each: statuses by release of transformers and in ONNX, why, and names."""
     lines = []
-    for statuses, reason, names in grouped_outcomes():
+    for (*statuses, onnx), reason, names in grouped_outcomes():
         by_release = zip(statuses, releases(), strict=True)
         outcome = ", ".join(f"{status or 'absent'} on {release}" for status, release in by_release)
+        outcome += f", {onnx} in ONNX" if onnx else ""
         heading = f"{outcome}: {reason}" if reason else outcome
         lines += [heading, *textwrap.wrap(", ".join(names), 110, initial_indent="  ", subsequent_indent="  ")]
     return lines
@@ -165,10 +166,17 @@ def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
         f"depth {_depths(base, spec)}",
         *_loop_lines(spec),
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
-        f"{cost.multiplier:.2f}x",
+        f"{cost.multiplier:.2f}x{_unlooped_steps(spec)}",
         f"         {_weights_read_text(cost)}",
         f"         {_kv_text(cost)}",
     ]
+
+
+def _unlooped_steps(spec: LoopSpec) -> str:
+    """Which tokens cost as much as in the base."""
+    if spec.is_identity or spec.decode == "full":
+        return ""
+    return f"; decode steps{' after the first ' + str(spec.first_n) if spec.decode == 'first_n' else ''} as the base"
 
 
 def _depths(base: Checkpoint, spec: LoopSpec) -> str:

@@ -45,7 +45,7 @@ def make_spec(**values) -> LoopSpec:
     _check_keys(values)
     for key, example in (("span", "12:20"), ("steps", "4")):
         if values.get(key) is None:
-            raise SpecError(f"the loop spec has no {key}; give one, such as {key} {example}")
+            raise SpecError(f"the loop spec has no {key}; give one, such as --{key} {example} (in Python {key}=...)")
     values["span"] = _parsed(values["span"])
     if isinstance(values.get("schedule"), str):
         values["schedule"] = _parse_numbers(values["schedule"])
@@ -53,6 +53,14 @@ def make_spec(**values) -> LoopSpec:
         return LoopSpec(**values)
     except ValueError as error:
         raise SpecError(str(error)) from None
+
+
+def check_first_n(spec: LoopSpec, is_given: bool) -> None:
+    """Raise SpecError where one of `first_n` and decode first_n was given alone; in a config each may be edited."""
+    if spec.decode == "first_n" and not is_given:
+        raise SpecError("decode first_n needs first_n, the number of decode steps that loop, such as 8")
+    if spec.first_n and spec.decode != "first_n":
+        raise SpecError(f"first_n {spec.first_n} goes with decode first_n, not with decode {spec.decode}")
 
 
 def _check_keys(values: dict, known: tuple[str, ...] = SPEC_KEYS) -> None:

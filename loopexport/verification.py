@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from .checkpoint import CONFIG
 from .errors import ExportError
 from .export import BASE_FOLDER, Export, open_export
 from .integrity import Check, check_files, foreign_code
-from .spec import LoopSpec
+from .spec import LoopSpec, make_spec
 from .weights import Progress
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def verify(
     trust_remote_code: bool = False,
     progress: Progress = lambda count: None,
 ) -> list[Check]:
-    """Check an export's files, then load it (in fp32, on the CPU) and check what it computes.
+    """Check an export's files, then load it (in fp32, on the CPU) and check what it computes, ONNX graphs included.
 
     A quantised model whose kernels do not take fp32 is loaded in its own dtype. Where the base itself does not run on
     this machine, or does not hold to an invariant by itself, that check does not apply, and says so.
@@ -110,6 +111,7 @@ def _check_model(export: Export) -> list[Check]:
             _check_identity(ONE_STEP_IS_BASE, model, tokens, base.logits, loop_steps=1),
             _check_identity(FULL_ANCHOR_IS_BASE, model, tokens, base.logits, loop_anchor=1.0),
             _check_cached_decode(model, tokens, export.spec, base.decode_difference),
+            *_check_graphs(export, model),
         ]
 
 
@@ -190,6 +192,22 @@ def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec, base_diffe
         why = f"it does not hold for the quantised base itself, which is off by {base_difference:.3g} of the scale"
         return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; {why}", difference)
     return Check(CACHED_DECODE_IS_FULL, holds, detail, difference)
+
+
+def _check_graphs(export: Export, model) -> list[Check]:
+    """ONNX graphs, each with the loop that it was made for, against the model in torch."""
+    graphs = {name: record for name, record in export.manifest.onnx.items() if record.spec is not None}
+    if graphs and find_spec("onnxruntime") is None:
+        why = "not compared: onnxruntime is not installed; `pip install loopexport[onnx]` brings it"
+        return [Check(f"{name} computes what torch does", None, why) for name in graphs]
+    checks = []
+    for name, record in graphs.items():
+        from .onnx.check import check_recorded
+
+        spec = make_spec(**(record.spec or {}))
+        with _config_fields(model.config, **spec.to_config_fields()):
+            checks.append(check_recorded(export.root / name, record, spec, model))
+    return checks
 
 
 def _decode(model, tokens: torch.Tensor) -> list[torch.Tensor]:

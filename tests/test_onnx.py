@@ -9,13 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from family_walk import save_tiny_family
+from family_walk import RELEASE, save_tiny_family
+from onnx_walk import walk_onnx, walked_families
 from test_convert import run, tree
 from test_verify import checks, edit_config, flip_last_byte
 from tiny import FAMILIES, MOE_FAMILIES, SPAN, VOCAB
 
 import loopexport
 import loopexport.onnx
+from loopexport import families
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -26,15 +28,24 @@ if int(transformers.__version__.split(".")[0]) < 5:
     pytest.skip("ONNX export needs transformers 5", allow_module_level=True)
 
 from loopexport.onnx import OnnxModel, exporting, plan_onnx  # noqa: E402
-from loopexport.onnx.check import TOLERANCES, load_torch, make_scenarios, run_graph, run_torch  # noqa: E402
+from loopexport.onnx.check import TOLERANCES, Scenario, load_torch, make_scenarios, run_graph, run_torch  # noqa: E402
+from loopexport.onnx.expressible import Expressible  # noqa: E402
 from loopexport.onnx.run import Sampling  # noqa: E402
+from loopexport.onnx.simplify import optimise  # noqa: E402
 from loopexport.onnx.weights import stored_bytes  # noqa: E402
 
 trace_export = exporting.trace_export  # before any test replaces it
 
 # The others take as long again, and go with the matrix.
 QUICK_FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "qwen3_moe", "deepseek_v3")
-COMPLEX_FAMILIES = ("deepseek_v2",)  # rotate by complex numbers, which ONNX does not have
+# Rotary embeddings whose frequencies change at a length that the compared inputs cross.
+LENGTH_8 = {"max_position_embeddings": 8}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+FACTORS = [1.0 + 0.1 * index for index in range(8)]
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": 8, "short_factor": FACTORS, "long_factor": [3 * each for each in FACTORS],
+}  # fmt: skip
 LOOPS = (
     {"steps": 1},
     {"steps": 2},
@@ -111,11 +122,7 @@ def assert_equals_torch(root, padded=True):
 
 @pytest.mark.parametrize(
     "family",
-    [
-        each if each in QUICK_FAMILIES else pytest.param(each, marks=pytest.mark.matrix)
-        for each in FAMILIES
-        if each not in COMPLEX_FAMILIES
-    ],
+    [each if each in QUICK_FAMILIES else pytest.param(each, marks=pytest.mark.matrix) for each in FAMILIES],
 )
 def test_graph_equals_torch(graph, family):
     roots = []
@@ -126,6 +133,57 @@ def test_graph_equals_torch(graph, family):
     tokens = make_scenarios(VOCAB, loopexport.open_export(roots[0]).spec)[0]
     base, looped = (run_graph(OnnxModel(root), tokens) for root in (roots[0], roots[2]))
     assert np.abs(base - looped).max() > 1e-2 * np.abs(base).max(), "the loop is idle, so that equality means nothing"
+
+
+def test_tables_of_fixed_length_are_read_at_any_length(tmp_path):
+    """GPT-Neo cuts its masks, local ones too, out of a table for all positions."""
+    assert str(walk_onnx("gpt_neo", tmp_path)[0]) == "works"
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {**LENGTH_8, "rope_parameters": DYNAMIC}),
+        ("phi3", {"original_max_position_embeddings": 8, "rope_parameters": LONGROPE}),
+    ],
+)
+def test_rotary_frequencies_that_depend_on_the_length_do_so_in_the_graph(tmp_path, family, fields):
+    assert str(walk_onnx(family, tmp_path, **fields)[0]) == "works"
+
+
+def test_pairs_rotate_as_complex_numbers():
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
+
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 1, 3, 8)
+    angles = torch.rand(2, 3, 4) * 6
+    rotated = apply_rotary_emb(query, key, torch.polar(torch.ones_like(angles), angles) * 2.0)
+    with Expressible():
+        ours = apply_rotary_emb(query, key, torch.polar(torch.ones_like(angles), angles) * 2.0)
+    for mine, theirs in zip(ours, rotated, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_numbers_near_0_and_1_survive_optimisation():
+    """onnxscript's optimiser takes an epsilon of 1e-8 for 0, and drops it; exactly 0 and 1 are worth dropping."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return (x + 1e-8) * 1.000001 + 0.0
+
+    program = torch.export.export(Model(), (torch.zeros(3),))
+    model = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).model
+    optimise(model)
+    assert sorted(node.op_type for node in model.graph if node.op_type != "Identity") == ["Add", "Mul"]
+    assert len(model.graph.inputs) == 1
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", walked_families())
+def test_every_family_that_can_be_looped_comes_out_as_recorded(family, tmp_path):
+    """`walk_onnx` itself fails where a graph does not equal torch."""
+    outcome, _ = walk_onnx(family, tmp_path)
+    if families.releases()[0] == RELEASE:
+        assert outcome.status == families.onnx_outcome(family)[0], str(outcome)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
@@ -153,13 +211,22 @@ def test_fused_attention_refuses_what_it_would_get_wrong(graph):
         model.forward(ids, cache=cache)
 
 
-@pytest.mark.parametrize("kv", ["shared", "per_step"])
+def test_own_runner_generates_the_tokens_of_torch_from_latents(graph):
+    """MLA caches keys and values of unequal width, which onnxruntime-genai cannot hold."""
+    root = graph("deepseek_v3", steps=3)
+    prompts = torch.randint(5, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
+    ours = OnnxModel(root).generate(prompts.numpy(), max_new_tokens=12, eos_token_ids=())
+    theirs = load_torch(root, 3).generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=-1)
+    assert ours.tolist() == theirs[:, 9:].tolist()
+
+
+@pytest.mark.parametrize("spec", [{}, {"kv": "per_step"}, {"decode": "bypass"}], ids=str)
 @pytest.mark.parametrize("attention", ["portable", "gqa"])
-def test_onnxruntime_genai_generates_the_tokens_of_torch(export_dir, traced, monkeypatch, tmp_path, attention, kv):
+def test_onnxruntime_genai_generates_the_tokens_of_torch(export_dir, traced, monkeypatch, tmp_path, attention, spec):
     """With gqa, past and present are one buffer there, which the iterations read while it is written."""
     genai = pytest.importorskip("onnxruntime_genai")
     monkeypatch.setattr(exporting, "trace_export", lambda export, *kind: traced("llama", *kind))
-    root = shutil.copytree(export_dir("llama", kv=kv), tmp_path / "export")
+    root = shutil.copytree(export_dir("llama", **spec), tmp_path / "export")
     loopexport.onnx.export_onnx(root, attention=attention, verify=False)
     prompt, new = list(range(5, 20)), 30
     reference = load_torch(root, 3)
@@ -246,12 +313,48 @@ def test_per_step_has_a_slot_for_each_pass(graph):
     assert slots == [f"past_key_values.{slot}.key" for slot in range(6 + 2 * 3)]
 
 
-@pytest.mark.parametrize("decode", [{"decode": "bypass"}, {"decode": "first_n", "first_n": 2}])
-def test_decode_modes_that_one_graph_cannot_run_are_refused(export_dir, decode):
-    result = run("onnx", export_dir("llama", **decode), "--dry-run")
+BYPASSED = (
+    {},
+    {"kv": "reference"},
+    {"kv": "per_step"},
+    {"kv": "per_step", "span": ((0, 2), (3, 5))},
+    {"kv": "reference", "mode": "layer", "anchor": 0.5},
+    {"kv": "reference", "rule": "anderson"},
+    {"kv": "per_step", "rule": "uniform"},
+)
+
+
+@pytest.mark.parametrize("spec", BYPASSED, ids=lambda spec: "-".join(map(str, spec.values())))
+def test_bypassed_decode_steps_equal_torch(graph, spec):
+    assert_equals_torch(graph("llama", steps=3, decode="bypass", **spec))
+
+
+@pytest.mark.parametrize("kv", ["shared", "per_step"])
+def test_fused_attention_bypasses_decode_steps_too(graph, kv):
+    assert_equals_torch(graph("llama", "gqa", steps=3, decode="bypass", kv=kv), padded=False)
+
+
+def test_bypass_runs_decode_steps_as_the_base_and_others_looped(graph):
+    """On one cache, that of the looped prompt: all else would only compare a graph with itself."""
+    bypassed, full, base = (
+        OnnxModel(graph("llama", **spec)) for spec in ({"decode": "bypass", "steps": 3}, {"steps": 3}, {"steps": 1})
+    )
+    prompt, token, chunk = np.arange(5, 12)[None], np.array([[7]]), np.array([[7, 8]])
+    logits, cache = full.forward(prompt)
+    assert np.array_equal(bypassed.forward(prompt)[0], logits)
+    assert np.array_equal(bypassed.forward(token)[0], full.forward(token)[0])  # on an empty cache: no decode step
+    assert np.array_equal(bypassed.forward(chunk, cache=cache)[0], full.forward(chunk, cache=cache)[0])
+    decoded = bypassed.forward(token, cache=cache)[0]
+    assert np.array_equal(decoded, base.forward(token, cache=cache)[0])
+    assert np.abs(decoded - full.forward(token, cache=cache)[0]).max() > 1e-2
+
+
+def test_decode_mode_that_counts_steps_is_refused(export_dir):
+    export = export_dir("llama", decode="first_n", first_n=2)
+    result = run("onnx", export, "--dry-run")
     assert result.exit_code == 1
-    assert f"decode {decode['decode']} runs some decode steps without the loop" in result.stderr
-    assert run("onnx", export_dir("llama", **decode), "--dry-run", "--steps", "1").exit_code == 0
+    assert "decode first_n counts decode steps, of which a graph is told nothing" in result.stderr
+    assert run("onnx", export, "--dry-run", "--steps", "1").exit_code == 0
 
 
 def test_padding_on_either_side_changes_no_token(graph):
@@ -275,6 +378,16 @@ def test_padding_on_either_side_changes_no_token(graph):
             ids[index, place], mask[index, place] = row, 1
         together = model.generate(ids, mask, max_new_tokens=6, eos_token_ids=())
         assert together.tolist() == [each.tolist() for each in alone], side
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_forward_of_a_batch_padded_right_equals_torch(graph, family):
+    """What follows the padding too: positions and masks go by the mask, not by the place in the batch."""
+    mask = np.ones((2, 12), np.int64)
+    mask[0, 4:7] = 0
+    tokens = np.random.default_rng(1).integers(VOCAB // 2, size=mask.shape)
+    scenario = Scenario("padded right", tokens, mask, (7, 1, 1, 3))
+    assert largest_difference(graph(family, steps=3), scenario) <= TOLERANCES["fp32"]
 
 
 def test_masked_rows_are_finite(graph):
@@ -394,6 +507,28 @@ def test_graph_that_differs_from_torch_is_not_kept_and_nothing_is_lost(export, o
     assert tree(export) == before
 
 
+def test_verify_runs_the_graphs(export, one_trace, monkeypatch):
+    assert run("onnx", export, "--steps", "1,3", "--no-verify").exit_code == 0
+    outcome, status = checks(export)
+    assert status == 0
+    for name in ("model.onnx", "model_k1.onnx"):
+        assert 0 < outcome[f"{name} computes what torch does"]["difference"] < TOLERANCES["fp32"]
+    real = exporting.build_graph
+    monkeypatch.setattr(
+        exporting,
+        "build_graph",
+        lambda plan, own, skeleton, trace, spec, layout: real(
+            plan, own, skeleton, trace, replace(spec, anchor=0.01), layout
+        ),
+    )
+    assert run("onnx", export, "--no-verify").exit_code == 0
+    outcome, status = checks(export)
+    assert status == 1
+    assert outcome["ONNX files are as written"]["passed"]
+    assert not outcome["model.onnx computes what torch does"]["passed"]
+    assert outcome["model_k1.onnx computes what torch does"]["passed"]
+
+
 ONNX_DAMAGE = {
     "graph": (lambda root: flip_last_byte(root / "model.onnx"), "model.onnx has changed (sha256)"),
     "missing graph": (lambda root: (root / "model.onnx").unlink(), "model.onnx is missing"),
@@ -450,21 +585,29 @@ def test_bad_options_are_told(export, options, says):
     assert says in result.stderr
 
 
-@pytest.mark.parametrize("family", COMPLEX_FAMILIES)
-def test_family_of_complex_numbers_is_refused_with_the_reason(export_dir, family):
-    with pytest.raises(loopexport.LoopExportError, match=rf"family '{family}' cannot be traced .*(complex|polar)"):
-        trace_export(loopexport.open_export(export_dir(family)), "fp32")
-
-
 def test_family_that_cannot_be_traced_is_refused_with_the_reason(tmp_path):
-    """GPT-Neo cuts its mask out of a buffer of fixed length."""
-    base = save_tiny_family("gpt_neo", tmp_path / "base")
+    """Doge masks otherwise from a number of tokens on."""
+    base = save_tiny_family("doge", tmp_path / "base")
     export = loopexport.convert(str(base), tmp_path / "out", span=(1, 3), steps=2).root
     before = tree(export)
     result = run("onnx", export)
     assert result.exit_code == 1
-    assert "family 'gpt_neo' cannot be traced to ONNX" in result.stderr
+    assert "family 'doge' cannot be traced to ONNX: its code takes different paths for different" in result.stderr
     assert tree(export) == before
+
+
+def test_recurrent_layers_outside_of_the_span_are_refused_at_once(tmp_path):
+    base = save_tiny_family("qwen3_next", tmp_path / "base")
+    export = loopexport.convert(str(base), tmp_path / "out", span=(3, 4), steps=2).root
+    says = "layer 0 keeps the state of a recurrence or convolution in its cache, for which an ONNX graph has no input"
+    assert says in run("onnx", export, "--dry-run").stderr
+
+
+def test_window_that_only_the_cache_knows_is_refused(tmp_path):
+    """Moshi masks nothing: torch's cache drops old keys, beyond the lengths that verification compares."""
+    outcome, _ = walk_onnx("moshi", tmp_path, sliding_window=3000)
+    assert outcome.status == "refused"
+    assert "its cache forgets all but the last 3000 tokens, and no mask of its code says so" in outcome.reason
 
 
 def test_quantised_base_is_refused(export):

@@ -191,6 +191,7 @@ def test_auto_span_works_on_the_command_line(make_base):
     [
         ({}, {"kv": "reference"}, "cached decoding does not equal a full forward"),
         ({"num_experts": 8}, {}, "sparse experts without frozen routing"),
+        ({}, {"frozen_routing": True}, "frozen routing changes nothing here"),
         ({}, {}, "models under 3B parameters gained nothing"),
         ({"model_type": "cpmant"}, {}, "family cpmant was not tried"),
     ],

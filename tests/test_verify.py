@@ -137,6 +137,14 @@ def test_impossible_edited_loop_is_refused_in_one_line(export):
         assert "steps 0" in result.stderr
 
 
+def test_misspelt_field_is_told_and_not_passed_over(export):
+    edit_config(export, loop_dampng=0.5)
+    for command in ("verify", "inspect"):
+        result = run(command, export)
+        assert result.exit_code == 1
+        assert "has loop_dampng, which is no field of the loop; did you mean loop_damping?" in result.stderr
+
+
 def test_own_card_may_be_edited(export):
     (export / "README.md").write_text("my own words")
     assert checks(export, "--files-only")[1] == 0

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from loopexport.errors import OnnxError
 from loopexport.integrity import Check
+from loopexport.manifest import OnnxRecord
 from loopexport.spec import LoopSpec
 
 from .run import OnnxModel
@@ -47,12 +49,47 @@ def check_graph(root: Path, path: Path, spec: LoopSpec, dtype: str, attention: s
         dtype: "fp32", "fp16" or "bf16": what the graph computes in, which settles the tolerance.
         attention: the graph's layout, which settles what it can be asked for.
     """
-    ours = OnnxModel(path.parent, path.name)
-    theirs = load_torch(root, spec.steps)
+    return compare(OnnxModel(path.parent, path.name), load_torch(root, spec.steps), spec, dtype, attention)
+
+
+def compare(ours: OnnxModel, theirs, spec: LoopSpec, dtype: str, attention: str) -> list[Check]:
+    """The comparison of `check_graph`, of models that are loaded; `theirs` is in fp32, with the graph's loop."""
     scenarios = make_scenarios(theirs.config.get_text_config().vocab_size, spec, _text_tokens(ours))
     if attention == "gqa":
         scenarios = [each for each in scenarios if each.mask.all()]
     return [_compare(ours, theirs, scenario, TOLERANCES[dtype]) for scenario in scenarios]
+
+
+def check_recorded(path: Path, record: OnnxRecord, spec: LoopSpec, theirs) -> Check:
+    """Compare a graph with torch, in one check.
+
+    Args:
+        path: the graph, beside its data.
+        record: what the manifest says of it.
+        spec: the loop that the graph is of.
+        theirs: the export as `load_torch` loads it, with that loop.
+    """
+    name = f"{path.name} computes what torch does"
+    assert record.dtype is not None
+    reason = why_not_run(record.dtype)
+    if reason:
+        return Check(name, None, f"not compared: {reason}")
+    try:
+        ours = OnnxModel(path.parent, path.name)
+    except OnnxError as error:
+        return Check(name, False, str(error))
+    checks = compare(ours, theirs, spec, record.dtype, record.attention or "portable")
+    worst = max(checks, key=lambda check: check.difference or 0.0)
+    return Check(name, all(check.passed for check in checks), worst.detail, worst.difference)
+
+
+def why_not_run(dtype: str) -> str:
+    """Why no graph in a dtype can run here; empty where one can."""
+    import onnxruntime
+
+    if dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "bf16 runs on CUDA only, and there is none here"
+    return ""
 
 
 def load_torch(root: Path, steps: int):

@@ -26,6 +26,7 @@ from loopexport.staging import check_output, staged
 from loopexport.weights import place, settle_method, xxh3_of
 
 from .genai import genai_config
+from .limits import check_memory, check_spec
 from .names import DTYPES, GENAI_CONFIG, data_name, graph_name
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def plan_onnx(
     chosen = stored if dtype == "as-is" else dtype
     specs = tuple(_spec_for(export.spec, each) for each in dict.fromkeys(steps or (export.spec.steps,)))
     _check_specs(specs)
+    check_memory(_native_config(export))
     target = _checked_out(export, out, overwrite)
     warnings = tuple(_warnings(chosen, attention))
     return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, overwrite, warnings)
@@ -225,9 +227,13 @@ def _spec_for(spec: LoopSpec, steps: int) -> LoopSpec:
         raise SpecError(str(error)) from None
 
 
-def _check_specs(specs: tuple[LoopSpec, ...]) -> None:
-    from .limits import check_spec
+def _native_config(export: Export) -> Any:
+    from transformers import AutoConfig
 
+    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
+
+
+def _check_specs(specs: tuple[LoopSpec, ...]) -> None:
     for spec in specs:
         check_spec(spec)
 
@@ -299,19 +305,19 @@ def trace_export(export: Export, dtype: str, attention: str = "portable") -> tup
         OnnxError: the family cannot be traced.
     """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from . import trace
     from .skeleton import build_skeleton
 
     trace.register()
-    config = AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
+    config = _native_config(export)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     can_choose = model_class._can_set_attn_implementation()
     if attention == "gqa" and not can_choose:
         raise OnnxError(f"{model_class.__name__} has an attention of its own; use --attention portable")
     options = {"attn_implementation": trace.ATTENTION[attention] if can_choose else "eager"}
-    if export.base.is_sparse and model_class._can_set_experts_implementation():
+    if model_class._can_set_experts_implementation():
         options["experts_implementation"] = "batched_mm"
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     skeleton = build_skeleton(config, export.base.tensors, torch_dtype, **options)
@@ -380,12 +386,11 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, partial: Path)
 
 
 def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Check]:
-    import onnxruntime
+    from .check import check_graph, why_not_run
 
-    from .check import check_graph
-
-    if plan.dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return [Check("the graph equals torch", None, "not compared: bf16 runs on CUDA only, and there is none here")]
+    reason = why_not_run(plan.dtype)
+    if reason:
+        return [Check("the graph equals torch", None, f"not compared: {reason}")]
     return check_graph(root, path, spec, plan.dtype, plan.attention)
 
 

@@ -15,6 +15,7 @@ from loopexport.spec import LoopSpec
 from loopexport.templates.modeling_looped import run_loop
 
 from .marks import MARKS
+from .simplify import optimise
 from .trace import BATCH, SEQUENCE, translate
 
 RUN_LAYER = "RunLayer"  # the node; attributes `position` in the body and `iteration`, counted from 1
@@ -33,15 +34,13 @@ def rule_graph(spec: LoopSpec, width: int, hidden_size: int, dtype: torch.dtype)
 
 @lru_cache(maxsize=32)
 def _traced(spec: LoopSpec, width: int, hidden_size: int, dtype: torch.dtype) -> ir.Graph:
-    from onnxscript.optimizer import optimize_ir
-
     values = [torch.zeros(BATCH, SEQUENCE, hidden_size, dtype=dtype) for _ in range(width + 1)]
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     sizes = [{0: batch, 1: sequence} for _ in values]
     with torch.no_grad(), _Expressible():
         program = torch.export.export(_Loop(spec), (values,), dynamic_shapes={"values": sizes}, strict=False)
         model = translate(program)
-    optimize_ir(model, onnx_shape_inference=False)
+    optimise(model)
     return model.graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -17,15 +18,55 @@ def simplify(model: ir.Model, recipes: Mapping[str, Recipe]) -> None:
 
     Weights become inputs named as the model's parameters: nothing can fold them, and `weights.attach` binds them.
     """
-    from onnxscript.optimizer import optimize_ir
-
     _weights_to_inputs(model.graph, recipes)
     _merge_tied(model.graph, recipes)
-    optimize_ir(model, onnx_shape_inference=False)
+    optimise(model)
     _multiply_tied_heads(model.graph, recipes)
     _name_nodes(model.graph)
     _declare_sizes(model.graph)
     model.metadata_props.clear()
+
+
+def optimise(model: ir.Model) -> None:
+    """Run onnxscript's optimiser, but let it take no number for 0 or 1 that is only near it, in place.
+
+    It drops `x + 1e-8`, an epsilon of some families, and `x * 1.00001`: it compares with a tolerance.
+    """
+    from onnxscript.optimizer import optimize_ir
+
+    hidden = _hide_near_neutral(model.graph)
+    optimize_ir(model, onnx_shape_inference=False)
+    for value, tensor in hidden:
+        model.graph.inputs.remove(value)
+        value.const_value = tensor
+        model.graph.register_initializer(value)
+
+
+def _hide_near_neutral(graph: ir.Graph) -> list[tuple[ir.Value, ir.TensorProtocol]]:
+    """Make inputs of the numbers that are near 0 or 1, and give back what they were."""
+    constants = [node.outputs[0] for node in graph if node.op_type == "Constant"]
+    hidden = []
+    for value in [*graph.initializers.values(), *constants]:
+        tensor = ir.convenience.get_const_tensor(value)
+        if tensor is None or not _is_near_neutral(tensor):
+            continue
+        node = value.producer()
+        stand_in = ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
+        value.replace_all_uses_with(stand_in)
+        if node is None:
+            del graph.initializers[str(value.name)]
+        else:
+            graph.remove(node, safe=True)
+        graph.inputs.append(stand_in)
+        hidden.append((stand_in, tensor))
+    return hidden
+
+
+def _is_near_neutral(tensor: ir.TensorProtocol) -> bool:
+    if tensor.size != 1 or not tensor.dtype.is_floating_point():
+        return False
+    number = float(tensor.numpy().reshape(-1)[0])
+    return any(number != neutral and math.isclose(number, neutral, rel_tol=1e-4, abs_tol=1e-7) for neutral in (0, 1))
 
 
 def _weights_to_inputs(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:

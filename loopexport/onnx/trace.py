@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +25,10 @@ from transformers.masking_utils import sdpa_mask
 from loopexport.errors import OnnxError
 from loopexport.templates.modeling_looped import _cache_argument, _layer_list, _Routers
 
+from .expressible import Expressible
 from .marks import LAYER_INPUT, LAYER_OUTPUT, READ, ROUTE, is_mark, mark
 from .repeat import NotRepeatableError, Repeats
+from .rope import stateless_rope
 from .simplify import simplify
 from .skeleton import Skeleton
 
@@ -84,12 +88,17 @@ class _TracedSlot(DynamicLayer):
         return self.keys.shape[-2]
 
 
+# Windows that the model under trace was seen to keep to, in its masks or in what it told its attention.
+_WINDOWS: ContextVar[set[int | None]] = ContextVar("windows")
+
+
 def _additive_mask(*args, dtype=torch.float32, **kwargs):
     """The mask that is added to scores.
 
     Half of the lowest number, since a score added to the lowest overflows in fp16; and not minus infinity, since a row
     of a padded token sees nothing, and a softmax over nothing is NaN, which later rows would read.
     """
+    _WINDOWS.get(set()).add(kwargs.get("local_size"))
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     allowed = sdpa_mask(*args, **kwargs)
     assert allowed is not None
@@ -179,6 +188,7 @@ def _attend_fused(module, query, key, value, attention_mask, scaling=None, dropo
         )
     attributes: dict[str, Any] = {"scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling)}
     if kwargs.get("sliding_window"):
+        _WINDOWS.get(set()).add(kwargs["sliding_window"])
         attributes["local_window_size"] = kwargs["sliding_window"]
     if softcap is not None:
         attributes["softcap"] = float(softcap)
@@ -204,7 +214,8 @@ class _Traceable(nn.Module):
         """Logits, and the cache's keys and values in the order of `past`."""
         slots = self._slots(past, inputs["attention_mask"])
         cache = Cache(layers=slots)
-        logits = _run(self.model, inputs, cache).logits
+        with Expressible():
+            logits = _run(self.model, inputs, cache).logits
         if logits.dtype == torch.bfloat16:  # which numpy, and so every caller in Python, cannot hold
             logits = logits.float()
         return logits, [each for slot in slots for each in (slot.keys, slot.values)]
@@ -263,7 +274,7 @@ def trace(skeleton: Skeleton) -> Traced:
     """
     model: Any = skeleton.model
     layers = list(_layer_list(model.base_model, model.config.num_hidden_layers))
-    with skeleton.fake_mode, _family_explained(model):
+    with skeleton.fake_mode, _family_explained(model), stateless_rope(model):
         inputs = _example_inputs(model)
         slots = _slot_shapes(model, inputs)
     repeats = Repeats(model, layers)
@@ -276,12 +287,17 @@ def trace(skeleton: Skeleton) -> Traced:
 def _traced(skeleton: Skeleton, layers: list[nn.Module], slots: list[tuple[int, int]], repeats: Repeats) -> Traced:
     model: Any = skeleton.model
     dtype = model.dtype
-    with _family_explained(model), _marked(model, layers), repeats.standing_in(), torch.no_grad():
+    windows: set[int | None] = set()
+    _WINDOWS.set(windows)
+    with (
+        _family_explained(model), stateless_rope(model), _marked(model, layers), repeats.standing_in(), torch.no_grad()
+    ):  # fmt: skip
         inputs = _example_inputs(model)
         past = [torch.zeros(BATCH, heads, PAST, size, dtype=dtype) for heads, size in slots]
         program = torch.export.export(
             _Traceable(model), (inputs, past), dynamic_shapes=_dynamic_shapes(inputs, past), strict=False
         )
+        _check_windows(model, windows)
         graph_model = translate(program)
     _name_inputs_and_outputs(graph_model.graph, list(inputs))
     hidden_size = _hidden_size(graph_model.graph)
@@ -327,8 +343,22 @@ def _slot_shapes(model: Any, inputs: dict[str, torch.Tensor]) -> list[tuple[int,
     return shapes
 
 
+def _check_windows(model: Any, windows: set[int | None]) -> None:
+    """Raise OnnxError where torch's cache forgets what a graph, which keeps all keys, would go on attending to."""
+    from transformers import DynamicCache
+
+    slots: list[Any] = DynamicCache(config=model.config).layers
+    kept = {slot.sliding_window for slot in slots if getattr(slot, "is_sliding", False)}
+    if kept - windows:
+        raise OnnxError(
+            f"family {model.config.model_type!r} cannot be traced to ONNX: its cache forgets all but the last "
+            f"{min(kept - windows)} tokens, and no mask of its code says so"
+        )
+
+
 def _dynamic_shapes(inputs, past):
-    batch, sequence, length = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
+    batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=1)
+    length = torch.export.Dim("past")
     total = torch.export.Dim.AUTO  # past and sequence: torch finds out
     return {
         "inputs": {name: {0: batch, 1: total if name == "attention_mask" else sequence} for name in inputs},
@@ -385,6 +415,10 @@ def _hidden_size(graph: ir.Graph) -> int:
     return size
 
 
+# Errors of torch where the course of the code depends on a tensor's values.
+_DATA_DEPENDENT = ("DataDependentOutputException", "DynamicOutputShapeException")
+
+
 @contextmanager
 def _family_explained(model: Any) -> Iterator[None]:
     """Anything that goes wrong while a family's own code is traced is the family's limit, not a bug to show."""
@@ -396,7 +430,20 @@ def _family_explained(model: Any) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer ones only say in which step it happened
             cause = cause.__cause__
-        reason = " ".join(str(cause).split())[:300]
-        raise OnnxError(
-            f"family {model.config.model_type!r} cannot be traced to ONNX ({type(cause).__name__}: {reason})"
-        ) from error
+        raise OnnxError(f"family {model.config.model_type!r} cannot be traced to ONNX: {_reason(cause)}") from error
+
+
+def _reason(cause: BaseException) -> str:
+    """In plain words, where torch would speak of itself."""
+    text = " ".join(str(cause).split())
+    if "Constraints violated" in text:
+        return "its code takes different paths for different numbers of tokens, of which a graph holds one"
+    if "data-dependent" in text or type(cause).__name__ in (
+        "DataDependentOutputException",
+        "DynamicOutputShapeException",
+    ):
+        return "what its code does depends on values that it computed, and a graph does the same for all"
+    operator = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text)
+    if operator:
+        return f"ONNX has no {operator[1]}"
+    return f"{type(cause).__name__}: {text[:300]}"

@@ -6,12 +6,14 @@ Which nodes are copied is what the K/V policies are about:
     per_step    copies have a cache slot of their own: an input and an output more for each
     reference   copies join the natural past with their own keys and values, and store nothing
 
-Under frozen routing they stop at the natural routers' answers too.
+Under frozen routing they stop at the natural routers' answers too. Under decode bypass all copies stand in a branch
+that decode steps do not take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -87,6 +89,22 @@ class _Layer:
         return copies
 
 
+@dataclass
+class _Slot:
+    """The keys, or the values, of an iteration's own cache slot.
+
+    Attributes:
+        natural_layer: the layer that it is an iteration of.
+        past, present: what goes in and what comes out.
+        natural: what the natural pass reads in the slot's place.
+    """
+
+    natural_layer: int
+    past: ir.Value
+    present: ir.Value
+    natural: ir.Value
+
+
 class _Unrolling:
     """The loops that are added to one graph."""
 
@@ -97,7 +115,8 @@ class _Unrolling:
         nodes = list(graph)
         self.layers = {index: _Layer(nodes, index) for index in spec.layers}
         self.empty: dict[ir.Value, ir.Value] = {}  # keys and values of no token, by those of the natural pass
-        self.slots: dict[int, list[tuple[ir.Value, ir.Value]]] = {}  # past and present of new cache slots
+        self.slots: dict[int, list[_Slot]] = {}  # keys and values of new cache slots
+        self.is_decode_step = _decode_step(graph) if spec.decode == "bypass" else None
 
     def add_loop(self, start: int, stop: int) -> None:
         """Put the loop over a body of layers behind it."""
@@ -115,9 +134,36 @@ class _Unrolling:
                 new += self._run_layer(node, start, values)
             else:
                 new.append(_copy_node(node, values, f"loop.{start}_{stop}/{node.name}"))
+        output = values[rule.outputs[0]]
+        if self.is_decode_step is not None:
+            new, output = self._unless_decoding(new, natural, output, start, stop)
         self.graph.insert_after(layers[-1].mark_out, new)
         for use in uses:
-            use.node.replace_input_with(use.idx, values[rule.outputs[0]])
+            use.node.replace_input_with(use.idx, output)
+
+    def _unless_decoding(self, loop: list[ir.Node], natural: ir.Value, output, start: int, stop: int):
+        """The loop's nodes as a branch, beside one that leaves the natural pass as it is, and the result.
+
+        Without a loop, cache slots of iterations get the natural keys and values of the token.
+        """
+        slots = [each for slot in self.slots.values() for each in slot if each.natural_layer in range(start, stop)]
+        prefix = f"loop.{start}_{stop}"
+        looped, plain = ir.tape.Tape(), ir.tape.Tape()
+        results = [looped.op("Identity", [each]) for each in (output, *(slot.present for slot in slots))]
+        kept = [plain.op("Identity", [natural])]
+        for slot in slots:
+            bounds = [self._constant(number) for number in (-1, 2**62, -2)]
+            kept.append(plain.op("Concat", [slot.past, plain.op("Slice", [slot.natural, *bounds])], {"axis": -2}))
+        branches = {
+            "then_branch": _branch(plain.nodes, kept, f"{prefix}/decode"),
+            "else_branch": _branch([*loop, *looped.nodes], results, f"{prefix}/loop"),
+        }
+        choice = ir.node("If", [self.is_decode_step], branches, num_outputs=len(results), name=f"{prefix}/If")
+        for value, chosen in zip((natural, *(slot.present for slot in slots)), choice.outputs, strict=True):
+            chosen.type, chosen.name = value.type, f"{prefix}/{value.name}"
+        for slot, chosen in zip(slots, choice.outputs[1:], strict=True):
+            slot.present = chosen
+        return [choice], choice.outputs[0]
 
     def _own_constant(self, value: ir.Value, start: int, stop: int) -> ir.Value:
         """A constant of the rule, as one of the graph."""
@@ -146,13 +192,12 @@ class _Unrolling:
         if self.spec.kv == "shared":
             _drop_presents(copies)
         if self.spec.kv == "per_step":
-            self.slots[slot] = [self._own_cache(read, known, pasts) for read in layer.reads]
+            self.slots[slot] = [self._own_cache(index, read, known, pasts) for read in layer.reads]
         values[node.outputs[0]] = known.get(layer.output, layer.output)
         return copies
 
-    def _own_cache(self, read: ir.Node, known, pasts) -> tuple[ir.Value, ir.Value]:
-        past = pasts[_past_of(read)]
-        return past, _as_present(known[read.inputs[0]], past)
+    def _own_cache(self, index: int, read: ir.Node, known, pasts) -> _Slot:
+        return _Slot(index, pasts[_past_of(read)], known[read.inputs[0]], read.outputs[0])
 
     def _nothing_new(self, fused: ir.Node) -> dict[ir.Value, ir.Value | None]:
         """Inputs by which a copy of a fused attention reads the natural keys and values, and adds none."""
@@ -194,10 +239,35 @@ class _Unrolling:
         """Make inputs and outputs of the new cache slots, in their order, behind the others."""
         end = sum(1 for value in self.graph.inputs if _is_plain_input(value))
         for slot in sorted(self.slots):
-            for past, present in self.slots[slot]:
-                self.graph.inputs.insert(end, past)
+            for each in self.slots[slot]:
+                self.graph.inputs.insert(end, each.past)
                 end += 1
-                self.graph.outputs.append(present)
+                self.graph.outputs.append(_as_present(each.present, each.past))
+
+
+def _decode_step(graph: ir.Graph) -> ir.Value:
+    """Whether the graph runs a single token on a cache that is not empty, `(1,)`."""
+    inputs = {value.name: value for value in graph.inputs}
+    one = ir.Value(name="loop.one", const_value=ir.tensor([1], name="loop.one"))
+    graph.register_initializer(one)
+    tape = ir.tape.Tape()
+    new, total = (tape.op("Shape", [inputs[name]], {"start": 1, "end": 2}) for name in ("input_ids", "attention_mask"))
+    result = tape.op("And", [tape.op("Equal", [new, one]), tape.op("Greater", [total, new])])
+    _name(tape.nodes, "loop.decoding")
+    graph.insert_before(next(iter(graph)), tape.nodes)
+    return result
+
+
+def _branch(nodes: Iterable[ir.Node], outputs: list[ir.Value], prefix: str) -> ir.Graph:
+    """Nodes as a branch of an `If`, which takes all that it needs from around it."""
+    nodes = list(nodes)
+    _name([node for node in nodes if node.name is None], prefix)
+    return ir.Graph([], outputs, nodes=nodes, name=prefix)
+
+
+def _name(nodes: Iterable[ir.Node], prefix: str) -> None:
+    for number, node in enumerate(nodes):
+        node.name = node.outputs[0].name = f"{prefix}/{node.op_type}_{number + 1}"
 
 
 def _is_plain_input(value: ir.Value) -> bool:
@@ -279,11 +349,13 @@ def _drop_presents(copies: list[ir.Node]) -> None:
 
 
 def _remove_marks(graph: ir.Graph) -> None:
-    for node in [node for node in graph if is_mark(node)]:
+    for node in [node for node in graph.all_nodes() if is_mark(node)]:
+        owner = node.graph
+        assert owner is not None
         inner, outer = node.inputs[0], node.outputs[0]
         assert inner is not None
         if outer.is_graph_output():
             inner.name, inner.type, inner.shape = outer.name, outer.type, outer.shape
             outer.name = None
         ir.convenience.replace_all_uses_with(outer, inner, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        owner.remove(node, safe=True)

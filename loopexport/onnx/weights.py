@@ -143,7 +143,7 @@ class _Binder:
         kind = recipe.function.overloadpacket.__name__
         builders: dict[str, Any] = {
             "stack": self._stack, "cat": self._cat, "slice": self._slice, "transpose": self._transpose,
-            "_to_copy": self._cast,
+            "_to_copy": self._cast, "split_with_sizes": self._split,
         }  # fmt: skip
         if kind not in builders:
             raise OnnxError(
@@ -180,6 +180,10 @@ class _Binder:
         order = list(range(recipe.rank))
         order[first], order[second] = order[second], order[first]
         return self._node("Transpose", [value], perm=order)
+
+    def _split(self, recipe, tensor, sizes, dim=0) -> ir.Value:
+        start = sum(sizes[: recipe.item])
+        return self._slice(recipe, tensor, dim, start, start + sizes[recipe.item])
 
     def _slice(self, recipe, tensor, dim=0, start=0, end=None, step=1) -> ir.Value:
         bounds = [self._ints(number) for number in (start or 0, 2**62 if end is None else end, dim, step)]

@@ -1,0 +1,68 @@
+"""Rotary embeddings whose frequencies depend on the length, as functions of the positions alone.
+
+The modules of transformers keep the frequencies of the longest input so far, which a graph has no place for. Those of
+type longrope have two sets and choose by length; those of type dynamic stretch theirs beyond the trained length.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def stateless_rope(model: nn.Module) -> Iterator[None]:
+    """Within it, rotary embeddings of a model compute their frequencies anew in each call."""
+    changed = [module for module in model.modules() if _depends_on_length(module)]
+    for module in changed:
+        vars(module)["forward"] = partial(_forward, module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del vars(module)["forward"]
+
+
+def _depends_on_length(module: nn.Module) -> bool:
+    types = getattr(module, "rope_type", None)
+    return any(_by_length(each) for each in (types.values() if isinstance(types, dict) else [types]))
+
+
+def _by_length(rope_type: Any) -> bool:
+    return isinstance(rope_type, str) and (rope_type == "longrope" or "dynamic" in rope_type)
+
+
+def _forward(module: Any, x, position_ids, layer_type=None):
+    """The module's own forward, without the part that keeps frequencies, on those for these positions."""
+    options = {} if layer_type is None else {"layer_type": layer_type}
+    own = inspect.unwrap(type(module).forward)
+    if not _by_length(module.rope_type if layer_type is None else module.rope_type[layer_type]):
+        return own(module, x, position_ids, **options)
+    name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+    stored = module._buffers.pop(name)
+    vars(module)[name] = _frequencies(module, position_ids, layer_type)
+    try:
+        return own(module, x, position_ids, **options)
+    finally:
+        del vars(module)[name]
+        module._buffers[name] = stored
+
+
+def _frequencies(module: Any, position_ids: torch.Tensor, layer_type: str | None) -> torch.Tensor:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    length = position_ids.max() + 1
+    rope_type = module.rope_type if layer_type is None else module.rope_type[layer_type]
+    compute = partial(ROPE_INIT_FUNCTIONS[rope_type], module.config, position_ids.device, layer_type=layer_type)
+    if rope_type != "longrope":
+        return compute(seq_len=length)[0]
+    parameters = module.config.rope_parameters
+    parameters = parameters if layer_type is None else parameters[layer_type]
+    trained = parameters["original_max_position_embeddings"]
+    return torch.where(length > trained, compute(seq_len=trained + 1)[0], compute(seq_len=trained)[0])
