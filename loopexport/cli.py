@@ -167,8 +167,8 @@ def convert(model, out, revision, weights, overwrite, repo_id, private, dry_run,
 @json_option
 def inspect(directory, as_json) -> None:
     """Show the loop of the export DIRECTORY, what it costs and where it came from."""
+    from .contents import export_notices
     from .export import open_export
-    from .notices import notices
     from .report import export_lines
 
     export = open_export(directory)
@@ -179,7 +179,7 @@ def inspect(directory, as_json) -> None:
                 "spec": export.spec.to_config_fields(),
                 "edited": export.edited,
                 "cost": export.cost.to_dict(),
-                "notices": notices(export.base, export.spec),
+                "notices": export_notices(export),
             }
         )
     else:

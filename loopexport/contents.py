@@ -13,6 +13,7 @@ from .cost import Cost
 from .errors import CheckpointError
 from .export import BASE_FOLDER, Export, looped_config, template_bytes
 from .licence import NOTICE, licence_of, licence_warnings
+from .notices import notices
 from .presets import published_cell
 from .spec import LoopSpec
 from .templates import FILES as TEMPLATES
@@ -38,14 +39,37 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
 
 def export_card(export: Export) -> str:
     """The card of an export as it is now: its loop, its weights, its ONNX files."""
-    originals = export.root / BASE_FOLDER
-    base_card = _read(originals / CARD) if (originals / CARD).is_file() else b""
-    places = (originals / tokenizer.CONFIG, export.root / tokenizer.CONFIG)
-    config = next((_read(path) for path in places if path.is_file()), b"")
-    names = {name.removeprefix(f"{BASE_FOLDER}/") for name in export.manifest.files}
-    has_tokenizer = not tokenizer.is_left_out(config, names)
+    has_tokenizer = not tokenizer.is_left_out(_original_tokenizer_config(export), _base_names(export))
+    base_card = _original(export, CARD)
     facts = _card_facts(export.base, export.spec, export.cost, base_card, has_tokenizer, not export.lacking)
     return make_card(replace(facts, onnx=export.manifest.onnx))
+
+
+def export_notices(export: Export) -> list[str]:
+    """What a user should know of an export as it is now, as `convert` tells it of what it writes."""
+    names = _base_names(export)
+    about_tokenizer = tokenizer.notice(_original_tokenizer_config(export), names, export.manifest.base.name)
+    metadata = read_metadata(_original(export, CARD).decode("utf-8", errors="replace"))
+    return [
+        *notices(export.base, export.spec),
+        *filter(None, [about_tokenizer]),
+        *licence_warnings(metadata, sorted(path.name for path in export.root.iterdir())),
+    ]
+
+
+def _original(export: Export, name: str) -> bytes:
+    path = export.root / BASE_FOLDER / name
+    return _read(path) if path.is_file() else b""
+
+
+def _original_tokenizer_config(export: Export) -> bytes:
+    path = export.root / tokenizer.CONFIG
+    return _original(export, tokenizer.CONFIG) or (_read(path) if path.is_file() else b"")
+
+
+def _base_names(export: Export) -> set[str]:
+    """Names of the base's small files."""
+    return {name.removeprefix(f"{BASE_FOLDER}/") for name in export.manifest.files}
 
 
 def is_card_edited(export: Export) -> bool:

@@ -6,13 +6,13 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, Origin
+from .contents import export_notices
 from .conversion import WITHOUT, ConvertPlan
 from .cost import Cost, dtype_name
 from .describe import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
 from .export import Export
 from .families import grouped_outcomes, releases
 from .integrity import WITHOUT_WEIGHTS, Check
-from .notices import notices
 from .presets import PRESETS, STATUSES, Preset
 from .publication import PushPlan, PushResult
 from .spec import RULES, LoopSpec
@@ -49,7 +49,7 @@ def export_lines(export: Export) -> list[str]:
             for name, record in export.manifest.onnx.items()
             if record.steps is not None
         ),
-        *(f"Note     {notice}" for notice in notices(export.base, export.spec)),
+        *(f"Note     {notice}" for notice in export_notices(export)),
     ]
 
 

@@ -93,6 +93,7 @@ def test_tokenizer_that_is_code_alone_is_left_out_and_fails_aloud(base, tmp_path
     card = (out / "README.md").read_text()
     assert 'AutoTokenizer.from_pretrained("base", trust_remote_code=True)' in card
     assert export_card(loopexport.open_export(out)) == card, "made anew, it still leads to the base's tokenizer"
+    assert "and is left out: load it from base" in run("inspect", out).stdout
     with pytest.raises((ValueError, ImportError, OSError)):
         AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     assert all(check.passed for check in loopexport.verify(out, files_only=True))

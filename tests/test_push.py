@@ -559,6 +559,12 @@ def test_card_made_of_an_export_is_the_one_that_the_conversion_wrote(converted, 
         assert export_card(loopexport.open_export(root)) == (root / "README.md").read_text()
 
 
+def test_card_that_was_deleted_here_is_made_anew(hub, push, export):
+    (export / "README.md").unlink()
+    pushed(push("--json"))
+    assert "Gains are not guaranteed" in remote_card(hub)
+
+
 # ONNX files
 
 
@@ -634,6 +640,7 @@ FETCH = "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sy
 
 
 @copies
+@pytest.mark.xdist_group("pushed graphs")  # one export to ONNX serves them all
 def test_pushed_graphs_read_the_pushed_weights_and_give_the_tokens_of_the_local_ones(hub, with_graphs, tmp_path):
     home = tmp_path / "home"
     done = pushed(loopexport_command(hub, home, "push", with_graphs, REPO, "--json"))
@@ -673,6 +680,7 @@ def run_examples(card, root):
 
 
 @copies
+@pytest.mark.xdist_group("pushed graphs")
 @pytest.mark.parametrize("mode", ["uploaded", "removed"])
 def test_onnx_files_go_along_however_the_weights_travel(hub, with_graphs, tmp_path, mode):
     root = shutil.copytree(with_graphs, tmp_path / "export")
