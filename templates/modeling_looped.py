@@ -16,11 +16,13 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_looped import CLASS_PREFIX, LoopSpec, base_model_type, looped_config_class
 
@@ -493,8 +495,9 @@ class _LayerCall:
         routes: by path of each router in the layer, what it answered in the natural pass, if routing is frozen.
     """
 
-    def __init__(self, layer, index, cache_argument, routers, args, kwargs):
+    def __init__(self, layer, index, cache_argument, routers, args, kwargs, vllm=None):
         self.layer = layer
+        self.vllm = vllm
         self.index = index
         self.cache_argument = cache_argument
         self.routes: dict[str, list] = {path: [] for path in routers}
@@ -508,6 +511,10 @@ class _LayerCall:
 
     def run(self, hidden, cache):
         """The layer's output for other hidden states and another cache; all other arguments as recorded."""
+        args, kwargs = self._arguments(hidden, cache)
+        return self.layer(*args, **kwargs)
+
+    def _arguments(self, hidden, cache) -> tuple[list, dict]:
         args, kwargs = list(self.args), dict(self.kwargs)
         if args:
             args[0] = hidden
@@ -518,7 +525,7 @@ class _LayerCall:
             args[position] = cache
         else:
             kwargs[name] = cache
-        return self.layer(*args, **kwargs)
+        return args, kwargs
 
     def run_natural(self, spec: LoopSpec):
         """The layer's output as the native model asked for it; keeps what iterations need of it."""
@@ -536,6 +543,9 @@ class _LayerCall:
         """The hidden states after this layer in iteration k, counted from 1."""
         if spec.kv == "shared" and self._is_checkpointing():
             return self.layer._gradient_checkpointing_func(self._run_shared, hidden, *self.natural.read)
+        if self.vllm is not None:
+            slot = self._slot(k, spec, num_layers) if spec.kv == "per_step" else None
+            return _hidden_of(self.vllm.run(self.layer, self.index, slot, *self._arguments(hidden, self.cache)))
         cache = self._iteration_cache(k, spec, num_layers)
         with self._frozen(spec, _ReplayRoute):
             return _hidden_of(self.run(hidden, cache))
@@ -699,17 +709,161 @@ class _Walk:
 class _Visit:
     """What the native model meets in place of a span layer: calls go to the walk, attributes to the layer."""
 
-    def __init__(self, walk: _Walk, layer, index: int, cache_argument, routers):
-        vars(self).update(walk=walk, layer=layer, index=index, cache_argument=cache_argument, routers=routers)
+    def __init__(self, walk: _Walk, layer, index: int, cache_argument, routers, vllm):
+        vars(self).update(
+            walk=walk, layer=layer, index=index, cache_argument=cache_argument, routers=routers, vllm=vllm
+        )
 
     def __call__(self, *args, **kwargs):
-        return self.walk.run(_LayerCall(self.layer, self.index, self.cache_argument, self.routers, args, kwargs))
+        return self.walk.run(
+            _LayerCall(self.layer, self.index, self.cache_argument, self.routers, args, kwargs, self.vllm)
+        )
 
     def __getattr__(self, name):
         return getattr(self.layer, name)
 
     def __setattr__(self, name, value):
         setattr(self.layer, name, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vLLM: its Transformers backend runs this file as it is, and nothing here runs elsewhere.
+#
+# vLLM keeps keys and values itself, in one attention layer of its own for each number below `num_hidden_layers`, and
+# calls the model without a cache, with the tokens of all requests in one row. So an iteration runs a layer while a
+# stand-in takes the place of its vLLM attention: under `shared` one that asks it without keys and values, as the models
+# of vLLM do whose layers share them; under `per_step` one that asks another, made by counting more layers than exist.
+# What was not proved to give the greedy tokens of transformers is refused when vLLM builds the model.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The implementation of attention that vLLM sets in a config before it builds the model.
+VLLM = "vllm"
+
+# Attribute that we set on a config: how many layers the model has, where `num_hidden_layers` counts slots too.
+VLLM_LAYERS = "loop_vllm_layers"
+
+# Families that were served token for token, see the README.
+VLLM_FAMILIES = frozenset(
+    {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "gpt2", "gpt_neox", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3"}
+)
+
+
+def _check_vllm(config, spec: LoopSpec) -> None:
+    """Raise ValueError, with what to do, unless vLLM serves this loop token for token."""
+    family = base_model_type(config.model_type)
+    engine = import_module("vllm.config").get_current_vllm_config()
+    refusals = {
+        f"family {family} was not tried (those that were: {', '.join(sorted(VLLM_FAMILIES))})": family
+        not in VLLM_FAMILIES,
+        "a quantised model was not tried; serve the one that it was made from": engine.quant_config is not None,
+        "in a pipeline each stage would loop its own part of a span; use --tensor-parallel-size instead of "
+        "--pipeline-parallel-size": engine.parallel_config.pipeline_parallel_size > 1,
+        "speculative decoding was not tried; leave it out": engine.speculative_config is not None,
+        f"kv {spec.kv} depends on where a chunk starts, which vLLM chooses; set loop_kv to shared or per_step": spec.kv
+        == "reference",
+        f"decode {spec.decode} needs to know which tokens are a prompt's, which vLLM does not tell; set loop_decode to "
+        "full": spec.decode != "full",
+        "vLLM chooses the experts inside of its fused layer, where their routing cannot be frozen; set "
+        "loop_frozen_routing to false": spec.frozen_routing,
+    }
+    for reason, holds in refusals.items():
+        if holds and not spec.is_identity:
+            raise ValueError(f"cannot serve this loop on vLLM: {reason}")
+
+
+class _VllmSeam:
+    """Where the layers of a model meet vLLM's attention.
+
+    Attributes:
+        paths: of the module in each layer that computes attention.
+        slots: the further vLLM attention layers, by number as text.
+    """
+
+    def __init__(self, layers: nn.ModuleList, slots: nn.ModuleDict):
+        self.paths = [_attention_path(layer, index) for index, layer in enumerate(layers._modules.values())]
+        self.slots = slots
+
+    def run(self, layer: nn.Module, index: int, slot: int | None, args, kwargs):
+        """A layer's output where it reads the keys and values of its natural pass, or has those of a slot of its own."""
+        module = layer.get_submodule(self.paths[index])
+        instances = kwargs.get("attention_instances")  # of vLLM before 0.30 or so; later, modules hold their own
+        if instances is not None:
+            stand_in = _VllmAttention(instances[index if slot is None else slot], slot)
+            output = layer(*args, **{**kwargs, "attention_instances": {index: stand_in}})
+        else:
+            owner = module if slot is None else self.slots[str(slot)]
+            stand_in = _VllmAttention(owner.attn, slot)
+            vars(module)["attn"] = stand_in
+            try:
+                output = layer(*args, **kwargs)
+            finally:
+                del vars(module)["attn"]
+        if stand_in.count != 1:
+            raise ValueError(
+                f"cannot serve this loop on vLLM: layer {index} asked its attention {stand_in.count} times in a pass, "
+                "not once, so this release of vLLM calls it in a way that is not known; use one that the README names"
+            )
+        return output
+
+
+class _VllmAttention:
+    """Stands in for the vLLM attention of a layer in an iteration; without a slot of its own it writes nothing."""
+
+    def __init__(self, attention, slot: int | None):
+        self.attention = attention
+        self.slot = slot
+        self.count = 0
+
+    def forward(self, query, key, value):
+        self.count += 1
+        own = self.slot is not None
+        return self.attention.forward(query, key if own else None, value if own else None)
+
+    def __getattr__(self, name):
+        return getattr(self.attention, name)
+
+
+class _VllmSlot(nn.Module):
+    """Has vLLM make one more attention layer, which it does for each module that computes attention in its way."""
+
+    def __init__(self, attention: nn.Module, number: int):
+        super().__init__()
+        self.config, self.layer_idx, self.scaling = attention.config, number, attention.scaling
+
+    def forward(self, *args, **kwargs):
+        attention_interface = ALL_ATTENTION_FUNCTIONS[VLLM]
+        return attention_interface(self, *args, scaling=self.scaling, **kwargs)
+
+
+def _attention_path(layer: nn.Module, index: int) -> str:
+    """Path of the one module in a layer that computes attention: it knows the layer's number."""
+    paths = [path for path, module in layer.named_modules() if path and getattr(module, "layer_idx", None) == index]
+    if len(paths) != 1:
+        raise ValueError(
+            f"cannot serve this loop on vLLM: layer {index} has {len(paths)} modules that know its number, not one"
+        )
+    return paths[0]
+
+
+def _count_physical_layers(config) -> None:
+    """Undo `_count_slots_as_layers`: vLLM builds a model of one config twice."""
+    count = getattr(config, VLLM_LAYERS, None)
+    if count is not None:
+        _set_layer_count(config, count, (getattr(config, "layer_types", None) or [])[:count])
+
+
+def _count_slots_as_layers(config, spec: LoopSpec) -> None:
+    """Tell vLLM, which reads the config again, of the slots behind the layers, each of the type of its layer."""
+    types = getattr(config, "layer_types", None) or []
+    setattr(config, VLLM_LAYERS, config.num_hidden_layers)
+    more = [types[index] for _ in range(1, spec.evaluations) for index in spec.layers] if types else []
+    _set_layer_count(config, config.num_hidden_layers + spec.extra_kv_slots, [*types, *more])
+
+
+def _set_layer_count(config, count: int, types: list) -> None:
+    config.num_hidden_layers = count
+    if types:
+        config.layer_types = types
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -726,11 +880,13 @@ class LoopedLayers(nn.ModuleList):
         config: the model's config.
         cache_arguments: for each layer, name and position of the argument in which it takes the K/V cache, if any.
         routers: for each layer, how its tokens' experts are chosen.
+        vllm: where the layers meet vLLM, if it runs them.
     """
 
     config: Any
     cache_arguments: list[tuple[str, int] | None]
     routers: list[_Routers]
+    vllm: _VllmSeam | None = None
 
     def __iter__(self):
         layers: list = list(super().__iter__())
@@ -740,7 +896,9 @@ class LoopedLayers(nn.ModuleList):
             return iter(layers)
         walk = _Walk(spec, len(layers))
         for index in self._held(spec):
-            layers[index] = _Visit(walk, layers[index], index, self.cache_arguments[index], self.routers[index].known)
+            layers[index] = _Visit(
+                walk, layers[index], index, self.cache_arguments[index], self.routers[index].known, self.vllm
+            )
         return iter(layers)
 
     def _held(self, spec: LoopSpec) -> list[int]:
@@ -783,6 +941,7 @@ class LoopedModelMixin:
     """Turns the native model that it is mixed into into a looped one, once its layers exist."""
 
     def __init__(self, config, *inputs, **kwargs):
+        _count_physical_layers(config)
         super().__init__(config, *inputs, **kwargs)
         layers: Any = _layer_list(self.base_model, config.num_hidden_layers)
         # The class is swapped, rather than the list replaced, so that parameter names, device maps, tensor-parallel
@@ -792,6 +951,19 @@ class LoopedModelMixin:
         layers.cache_arguments = [_cache_argument(layer) for layer in layers._modules.values()]
         layers.routers = [_Routers.of(layer) for layer in layers._modules.values()]
         layers.check(LoopSpec.from_config(config))
+        if config._attn_implementation == VLLM:
+            self._meet_vllm(layers, LoopSpec.from_config(config))
+
+    def _meet_vllm(self, layers, spec: LoopSpec) -> None:
+        _check_vllm(self.config, spec)
+        self.loop_slots = nn.ModuleDict()
+        layers.vllm = _VllmSeam(layers, self.loop_slots)
+        for k in range(1, spec.evaluations) if spec.kv == "per_step" else ():
+            for index in spec.layers:
+                number = len(layers) + len(self.loop_slots)
+                attention = layers[index].get_submodule(layers.vllm.paths[index])
+                self.loop_slots[str(number)] = _VllmSlot(attention, number)
+        _count_slots_as_layers(self.config, spec)
 
 
 def _layer_list(model: nn.Module, num_layers: int) -> nn.ModuleList:
