@@ -1,8 +1,10 @@
-"""Runs a vLLM engine in a process of its own and writes the tokens that it gives; needs vLLM and nothing of LoopExport.
+"""Greedy tokens of vLLM engines, in a process of its own; needs vLLM, and nothing of LoopExport.
 
-Usage: python vllm_worker.py JOB.json, a JSON list of runs, each an object with `engine` (arguments of `vllm.LLM`),
-`prompts` (lists of token ids, or lists of those, which are then given one call after the other) and `max_tokens`. Writes what came of each to
-JOB.json.out: `tokens` and `cached` (how many tokens of each prompt were found in the prefix cache), or `error`.
+    python vllm_worker.py RUNS.json OUTCOMES.json
+
+RUNS.json is a list of objects with `engine`, the arguments of `vllm.LLM`; `calls`, lists of prompts of token ids, each
+list given to the engine when the one before has been answered; and `max_tokens`. OUTCOMES.json gets an object for each:
+`tokens`, lists as in `calls`, and `cached`, how many tokens of each prompt vLLM had in its prefix cache; or `error`.
 """
 
 from __future__ import annotations
@@ -14,33 +16,34 @@ import traceback
 from pathlib import Path
 
 
-def main(path: str) -> None:
-    """Run the jobs in a file."""
-    outcomes = []
-    for run in json.loads(Path(path).read_text()):
+def main(runs: str, outcomes: str) -> None:
+    """Run what one file asks for and write what came of it to the other, after each run."""
+    done: list[dict] = []
+    for run in json.loads(Path(runs).read_text()):
         try:
-            outcomes.append(generate(**run))
-        except Exception as error:  # whatever stops an engine: the next run may still work
+            done.append(generate(**run))
+        except Exception as error:  # whatever stops an engine; the next one may still run
             traceback.print_exc()
-            outcomes.append({"error": f"{type(error).__name__}: {error}"})
+            done.append({"error": str(error)})
+        Path(outcomes).write_text(json.dumps(done))
         gc.collect()
-        Path(f"{path}.out").write_text(json.dumps(outcomes))
 
 
-def generate(engine: dict, calls: list, max_tokens: int) -> dict:
-    """Greedy tokens of one engine; `calls` are lists of prompts, given to it one list after the other."""
+def generate(engine: dict, calls: list[list[list[int]]], max_tokens: int) -> dict:
+    """What one engine answers."""
     import vllm
 
-    llm = vllm.LLM(skip_tokenizer_init=True, **engine)
+    model = vllm.LLM(skip_tokenizer_init=True, **engine)
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-    tokens, cached = [], []
-    for prompts in calls:
-        results = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        tokens.append([list(result.outputs[0].token_ids) for result in results])
-        cached.append([result.num_cached_tokens for result in results])
-    del llm
-    return {"tokens": tokens, "cached": cached}
+    answers = [
+        model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        for prompts in calls
+    ]
+    return {
+        "tokens": [[list(each.outputs[0].token_ids) for each in answer] for answer in answers],
+        "cached": [[each.num_cached_tokens for each in answer] for answer in answers],
+    }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -727,110 +727,166 @@ class _Visit:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# vLLM: its Transformers backend runs this file as it is, and nothing here runs elsewhere.
+# vLLM, whose Transformers backend runs this file as it is; nothing below matters anywhere else.
 #
-# vLLM keeps keys and values itself, in one attention layer of its own for each number below `num_hidden_layers`, and
-# calls the model without a cache, with the tokens of all requests in one row. So an iteration runs a layer while a
-# stand-in takes the place of its vLLM attention: under `shared` one that asks it without keys and values, as the models
-# of vLLM do whose layers share them; under `per_step` one that asks another, made by counting more layers than exist.
-# What was not proved to give the greedy tokens of transformers is refused when vLLM builds the model.
+# vLLM keeps keys and values itself, in one attention layer of its own for each number below `num_hidden_layers`. It
+# calls the model without a cache, on one row that holds the tokens of all requests, cut where it likes. An iteration
+# therefore runs a layer with a stand-in for its vLLM attention. Under `shared` that asks the same one without keys and
+# values, so that it reads the natural ones and writes none, as models of vLLM do whose layers share them; under
+# `per_step` it asks a further one, which vLLM makes because the config then counts more layers than there are.
+# Whatever was not found to give the greedy tokens of transformers is refused while vLLM builds the model.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The implementation of attention that vLLM sets in a config before it builds the model.
-VLLM = "vllm"
+VLLM = "vllm"  # the attention implementation that vLLM sets in the config before it builds the model
+VLLM_ATTENTION = "attn"  # where it hangs its attention layers, of late
+VLLM_INSTANCES = "attention_instances"  # the argument in which it hands them down, until 0.28 at least
 
 # Attribute that we set on a config: how many layers the model has, where `num_hidden_layers` counts slots too.
-VLLM_LAYERS = "loop_vllm_layers"
+VLLM_LAYERS = "vllm_physical_layers"
 
-# Families that were served token for token, see the README.
+# Families whose greedy tokens were found equal to those of transformers, under both policies and all settings.
 VLLM_FAMILIES = frozenset(
-    {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "gpt2", "gpt_neox", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3"}
+    (
+        "gemma2",
+        "gemma3_text",
+        "glm4_moe",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    )
 )
 
 
 def _check_vllm(config, spec: LoopSpec) -> None:
-    """Raise ValueError, with what to do, unless vLLM serves this loop token for token."""
+    """Check that vLLM, as it is set up, serves this loop exactly.
+
+    Raises:
+        ValueError: it does not, or that was not tried; the message says what to do.
+    """
     family = base_model_type(config.model_type)
+    # Not an import statement: transformers would demand vLLM of whoever loads this file.
     engine = import_module("vllm.config").get_current_vllm_config()
-    refusals = {
-        f"family {family} was not tried (those that were: {', '.join(sorted(VLLM_FAMILIES))})": family
-        not in VLLM_FAMILIES,
-        "a quantised model was not tried; serve the one that it was made from": engine.quant_config is not None,
-        "in a pipeline each stage would loop its own part of a span; use --tensor-parallel-size instead of "
-        "--pipeline-parallel-size": engine.parallel_config.pipeline_parallel_size > 1,
-        "speculative decoding was not tried; leave it out": engine.speculative_config is not None,
-        f"kv {spec.kv} depends on where a chunk starts, which vLLM chooses; set loop_kv to shared or per_step": spec.kv
-        == "reference",
-        f"decode {spec.decode} needs to know which tokens are a prompt's, which vLLM does not tell; set loop_decode to "
-        "full": spec.decode != "full",
-        "vLLM chooses the experts inside of its fused layer, where their routing cannot be frozen; set "
-        "loop_frozen_routing to false": spec.frozen_routing,
-    }
-    for reason, holds in refusals.items():
-        if holds and not spec.is_identity:
-            raise ValueError(f"cannot serve this loop on vLLM: {reason}")
+    parallel = engine.parallel_config
+    refusals = (
+        (
+            family not in VLLM_FAMILIES,
+            f"family {family} is none of those found exact there, {', '.join(sorted(VLLM_FAMILIES))}; use transformers",
+        ),
+        (
+            spec.kv == "reference",
+            "kv reference depends on where chunks start, which vLLM chooses; set loop_kv to shared or per_step",
+        ),
+        (
+            spec.decode != "full",
+            f"decode {spec.decode} depends on where a prompt ends, which vLLM does not tell; set loop_decode to full",
+        ),
+        (
+            spec.frozen_routing,
+            "vLLM chooses experts inside of its fused layer, where nothing can be frozen; set loop_frozen_routing to "
+            "false",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "each stage of a pipeline would loop its part of a span by itself; use --tensor-parallel-size instead",
+        ),
+        (engine.quant_config is not None, "quantised models were not tried there; serve one that is not"),
+        (engine.speculative_config is not None, "speculative decoding was not tried; leave --speculative-config out"),
+        (engine.lora_config is not None, "adapters were not tried; leave --enable-lora out, or merge them first"),
+        (parallel.enable_expert_parallel, "expert parallelism was not tried; leave --enable-expert-parallel out"),
+    )
+    for holds, reason in refusals:
+        if holds:
+            raise ValueError(_not_on_vllm(reason))
+
+
+def _not_on_vllm(reason: str) -> str:
+    return f"cannot serve this looped model on vLLM: {reason}"
 
 
 class _VllmSeam:
-    """Where the layers of a model meet vLLM's attention.
+    """Where looped layers meet vLLM's attention.
 
     Attributes:
-        paths: of the module in each layer that computes attention.
-        slots: the further vLLM attention layers, by number as text.
+        paths: by number of the layer, the path of the module in it that computes attention.
+        slots: by number as text, the modules for which vLLM makes the attention layers of iterations.
     """
 
-    def __init__(self, layers: nn.ModuleList, slots: nn.ModuleDict):
-        self.paths = [_attention_path(layer, index) for index, layer in enumerate(layers._modules.values())]
+    def __init__(self, layers: nn.ModuleList, slots: nn.ModuleDict, spec: LoopSpec):
+        self.paths = {index: _attention_path(layers[index], index) for index in spec.layers}
         self.slots = slots
+        for _ in range(1, spec.evaluations) if spec.kv == "per_step" else ():
+            for index in spec.layers:
+                number = len(layers) + len(slots)
+                slots[str(number)] = _VllmSlot(layers[index].get_submodule(self.paths[index]), number)
 
     def run(self, layer: nn.Module, index: int, slot: int | None, args, kwargs):
-        """A layer's output where it reads the keys and values of its natural pass, or has those of a slot of its own."""
+        """The output of a layer that attends to its natural keys and values, or to its own in `slot`."""
         module = layer.get_submodule(self.paths[index])
-        instances = kwargs.get("attention_instances")  # of vLLM before 0.30 or so; later, modules hold their own
+        instances = kwargs.get(VLLM_INSTANCES)
+        stand_in = _VllmAttention(self._attention(module, index, slot, instances), writes=slot is not None)
         if instances is not None:
-            stand_in = _VllmAttention(instances[index if slot is None else slot], slot)
-            output = layer(*args, **{**kwargs, "attention_instances": {index: stand_in}})
+            output = layer(*args, **{**kwargs, VLLM_INSTANCES: {index: stand_in}})
         else:
-            owner = module if slot is None else self.slots[str(slot)]
-            stand_in = _VllmAttention(owner.attn, slot)
-            vars(module)["attn"] = stand_in
+            vars(module)[VLLM_ATTENTION] = stand_in
             try:
                 output = layer(*args, **kwargs)
             finally:
-                del vars(module)["attn"]
+                del vars(module)[VLLM_ATTENTION]
         if stand_in.count != 1:
-            raise ValueError(
-                f"cannot serve this loop on vLLM: layer {index} asked its attention {stand_in.count} times in a pass, "
-                "not once, so this release of vLLM calls it in a way that is not known; use one that the README names"
-            )
+            raise ValueError(_not_on_vllm(f"layer {index} asked its attention {stand_in.count} times a pass, not once"))
         return output
+
+    def _attention(self, module: nn.Module, index: int, slot: int | None, instances):
+        if instances is not None:
+            attention = instances.get(index if slot is None else slot)
+        else:
+            attention = getattr(module if slot is None else self.slots[str(slot)], VLLM_ATTENTION, None)
+        if attention is None:
+            raise ValueError(_not_on_vllm("this release keeps its attention layers elsewhere; use one that was tried"))
+        if getattr(module, "sinks", None) is not None and not attention.has_sink:
+            raise ValueError(_not_on_vllm("this release drops the attention sinks of this family; use a newer one"))
+        return attention
 
 
 class _VllmAttention:
-    """Stands in for the vLLM attention of a layer in an iteration; without a slot of its own it writes nothing."""
+    """Stands in for a vLLM attention layer in an iteration: it may read only, and it is counted how often it does."""
 
-    def __init__(self, attention, slot: int | None):
+    def __init__(self, attention, writes: bool):
         self.attention = attention
-        self.slot = slot
+        self.writes = writes
         self.count = 0
 
     def forward(self, query, key, value):
+        """What vLLM's attention answers."""
         self.count += 1
-        own = self.slot is not None
-        return self.attention.forward(query, key if own else None, value if own else None)
+        return self.attention.forward(query, key if self.writes else None, value if self.writes else None)
 
     def __getattr__(self, name):
         return getattr(self.attention, name)
 
 
 class _VllmSlot(nn.Module):
-    """Has vLLM make one more attention layer, which it does for each module that computes attention in its way."""
+    """Looks to vLLM like one more module that computes attention, so that it makes one more attention layer."""
 
     def __init__(self, attention: nn.Module, number: int):
         super().__init__()
+        if getattr(attention, "sinks", None) is not None:
+            raise ValueError(
+                _not_on_vllm("kv per_step was not made to work with attention sinks; set loop_kv to shared")
+            )
         self.config, self.layer_idx, self.scaling = attention.config, number, attention.scaling
 
     def forward(self, *args, **kwargs):
+        """Never called: vLLM reads from this source that it asks the attention interface, and with which scale."""
         attention_interface = ALL_ATTENTION_FUNCTIONS[VLLM]
         return attention_interface(self, *args, scaling=self.scaling, **kwargs)
 
@@ -839,31 +895,27 @@ def _attention_path(layer: nn.Module, index: int) -> str:
     """Path of the one module in a layer that computes attention: it knows the layer's number."""
     paths = [path for path, module in layer.named_modules() if path and getattr(module, "layer_idx", None) == index]
     if len(paths) != 1:
-        raise ValueError(
-            f"cannot serve this loop on vLLM: layer {index} has {len(paths)} modules that know its number, not one"
-        )
+        raise ValueError(_not_on_vllm(f"{len(paths)} modules of layer {index} know its number, not one"))
     return paths[0]
 
 
-def _count_physical_layers(config) -> None:
-    """Undo `_count_slots_as_layers`: vLLM builds a model of one config twice."""
-    count = getattr(config, VLLM_LAYERS, None)
-    if count is not None:
-        _set_layer_count(config, count, (getattr(config, "layer_types", None) or [])[:count])
-
-
-def _count_slots_as_layers(config, spec: LoopSpec) -> None:
-    """Tell vLLM, which reads the config again, of the slots behind the layers, each of the type of its layer."""
-    types = getattr(config, "layer_types", None) or []
+def _count_slots(config, spec: LoopSpec) -> None:
+    """Make the config count slots as layers, each of its layer's type: vLLM reads it again once the model is built."""
+    layers = [*range(config.num_hidden_layers), *spec.layers * (spec.extra_kv_slots // len(spec.layers))]
     setattr(config, VLLM_LAYERS, config.num_hidden_layers)
-    more = [types[index] for _ in range(1, spec.evaluations) for index in spec.layers] if types else []
-    _set_layer_count(config, config.num_hidden_layers + spec.extra_kv_slots, [*types, *more])
+    _set_layers(config, layers)
 
 
-def _set_layer_count(config, count: int, types: list) -> None:
-    config.num_hidden_layers = count
-    if types:
-        config.layer_types = types
+def _count_layers(config) -> None:
+    """Undo `_count_slots`: vLLM builds a model more than once from one config."""
+    if hasattr(config, VLLM_LAYERS):
+        _set_layers(config, range(getattr(config, VLLM_LAYERS)))
+
+
+def _set_layers(config, layers) -> None:
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in layers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -941,7 +993,7 @@ class LoopedModelMixin:
     """Turns the native model that it is mixed into into a looped one, once its layers exist."""
 
     def __init__(self, config, *inputs, **kwargs):
-        _count_physical_layers(config)
+        _count_layers(config)
         super().__init__(config, *inputs, **kwargs)
         layers: Any = _layer_list(self.base_model, config.num_hidden_layers)
         # The class is swapped, rather than the list replaced, so that parameter names, device maps, tensor-parallel
@@ -950,20 +1002,13 @@ class LoopedModelMixin:
         layers.config = config
         layers.cache_arguments = [_cache_argument(layer) for layer in layers._modules.values()]
         layers.routers = [_Routers.of(layer) for layer in layers._modules.values()]
-        layers.check(LoopSpec.from_config(config))
-        if config._attn_implementation == VLLM:
-            self._meet_vllm(layers, LoopSpec.from_config(config))
-
-    def _meet_vllm(self, layers, spec: LoopSpec) -> None:
-        _check_vllm(self.config, spec)
-        self.loop_slots = nn.ModuleDict()
-        layers.vllm = _VllmSeam(layers, self.loop_slots)
-        for k in range(1, spec.evaluations) if spec.kv == "per_step" else ():
-            for index in spec.layers:
-                number = len(layers) + len(self.loop_slots)
-                attention = layers[index].get_submodule(layers.vllm.paths[index])
-                self.loop_slots[str(number)] = _VllmSlot(attention, number)
-        _count_slots_as_layers(self.config, spec)
+        spec = LoopSpec.from_config(config)
+        layers.check(spec)
+        if config._attn_implementation == VLLM and not spec.is_identity:
+            _check_vllm(config, spec)
+            self.loop_slots = nn.ModuleDict()
+            layers.vllm = _VllmSeam(layers, self.loop_slots, spec)
+            _count_slots(config, spec)
 
 
 def _layer_list(model: nn.Module, num_layers: int) -> nn.ModuleList:
