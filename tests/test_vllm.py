@@ -1,8 +1,8 @@
 """An export served by vLLM gives the greedy tokens of transformers, or is refused with the reason.
 
 Needs an environment with vLLM and nothing of LoopExport: `make test-vllm` makes one and names its Python in
-LOOPEXPORT_VLLM; `make test-vllm-all` runs the whole matrix on two releases and writes `vllm_results.json`, which the
-README shows.
+LOOPEXPORT_VLLM; `make test-vllm-all` runs the whole matrix on two releases and writes `vllm_results/`, which the README
+shows.
 
 What keeps these tests from passing for nothing: fp32, wide weights, prompts longer than a block of the K/V cache and
 than a chunk, prefix-cache hits that are counted, and tokens that differ from those of the base.
@@ -28,7 +28,7 @@ if not PYTHON:
     pytest.skip("needs vLLM; `make test-vllm` makes an environment with it", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).with_name("vllm_results.json")
+RESULTS = Path(__file__).with_name("vllm_results")
 
 PROMPTS = [tiny_tokens(1, length, seed=length)[0].tolist() for length in (70, 41, 97, 5)]
 NEW_TOKENS = 32
@@ -69,9 +69,9 @@ class Case:
         return {"span": SPAN, "steps": 3, **self.loop}
 
     @property
-    def group(self) -> tuple[str, bool]:
+    def group(self) -> tuple[str, bool, str]:
         """Cases of one group share a process; vLLM 0.28 does not take sparse models after dense ones."""
-        return self.setting, self.family in MOE_FAMILIES
+        return self.setting, self.family in MOE_FAMILIES, ",".join(self.engine)
 
     def __str__(self):
         options = {**self.loop, **self.engine}
@@ -232,9 +232,13 @@ def record(vllm_version):
 
     def note(case, outcome):
         if "LOOPEXPORT_VLLM_RECORD" in os.environ:
-            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            results.setdefault(vllm_version, {})[str(case)] = outcome
-            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            file = RESULTS / f"{vllm_version}.json"
+            file.parent.mkdir(exist_ok=True)
+            results = json.loads(file.read_text()) if file.exists() else {}
+            results[str(case)] = {"family": case.family, "kv": case.spec.get("kv", "shared"), "outcome": outcome}
+            results[str(case)]["setting"] = ", ".join([case.setting, *case.engine])
+            results[str(case)]["loop"] = " ".join(sorted(case.loop.keys() - {"kv"}))
+            file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
 
     return note
 
