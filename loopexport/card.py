@@ -10,7 +10,7 @@ from .checkpoint import Origin
 from .cost import Cost
 from .describe import describe_layers, describe_refinements, describe_rule, describe_span, formula
 from .licence import licence_of
-from .loading import on_the_hub, onnx_section, transformers_section
+from .loading import on_the_hub, onnx_section, transformers_section, vllm_section
 from .manifest import OnnxRecord
 from .presets import STATUSES, Preset
 from .spec import LoopSpec
@@ -145,6 +145,7 @@ def _use(facts: CardFacts) -> list[str]:
     return [
         transformers_section(facts.spec.steps, "path" if facts.has_tokenizer else f'"{facts.base.name}"'),
         onnx_section(facts.onnx, facts.num_layers),
+        vllm_section(facts.model_type, facts.spec, facts.quantisation is not None),
     ]
 
 

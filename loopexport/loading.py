@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from .manifest import OnnxRecord
 from .onnx.names import GENAI_CONFIG, graph_name
-from .spec import make_spec
+from .spec import LoopSpec, make_spec
+from .templates.configuration_looped import vllm_refusal
 
 # Lines of the examples that are other ones on the Hub.
 LOCAL_PATH = 'path = "."  # this directory, or its Hub id\n'
@@ -59,6 +60,11 @@ def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
     return "\n".join(parts)
 
 
+def vllm_section(family: str, spec: LoopSpec, is_quantised: bool) -> str:
+    """The section for vLLM; empty where it refuses to serve the loop, or was not tried."""
+    return "" if is_quantised or vllm_refusal(family, spec) else _VLLM
+
+
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
     rows = [
         f"| `{name}` | {record.steps} | {record.dtype} | {record.attention} | {_data_text(record)} |"
@@ -78,6 +84,18 @@ def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
     data = ", ".join(f'"{each}"' for each in record.data or ())
     return _TRANSFORMERS_JS.format(id=LOCAL_ID, slots=slots, data=data, stem=name.removesuffix(".onnx"))
 
+
+_VLLM = """\
+### vLLM
+
+vLLM's Transformers backend serves this directory or repository by the code in it, also with `--tensor-parallel-size`:
+
+```sh
+python -m vllm.entrypoints.openai.api_server --model PATH_OR_ID --trust-remote-code
+```
+
+The greedy tokens of tiny models of this family were those of transformers, on the CPU in fp32, with vLLM 0.32.
+"""
 
 _GRAPHS = """\
 ### ONNX Runtime

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 # Start of the sha256 of modeling_looped.py. transformers 5 tells local code apart by this file alone: without it, two
 # exports of one directory name with different modeling code would share, in one process, whichever was loaded first.
-MODELING_DIGEST = "93ab7e7820e242c8"
+MODELING_DIGEST = "e593c1617e86ad48"
 
 MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")
@@ -228,6 +228,31 @@ class LoopSpec:
             ValueError: the value is not allowed.
         """
         return _FIELD_CHECKS[name](value)
+
+
+# Families whose greedy tokens vLLM was found to give as transformers does.
+VLLM_FAMILIES = (
+    "gemma2", "gemma3_text", "glm4_moe", "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+)  # fmt: skip
+
+
+def vllm_refusal(family: str, spec: LoopSpec) -> str | None:
+    """Why vLLM is not to serve a loop on a family, and what to do; None where it gives the tokens of transformers."""
+    if family not in VLLM_FAMILIES:
+        return f"family {family} is none of those found exact there, {', '.join(VLLM_FAMILIES)}; use transformers"
+    if spec.kv == "reference":
+        return "kv reference depends on where chunks start, which vLLM chooses; set loop_kv to shared or per_step"
+    if spec.kv == "per_step" and family == "gpt_oss":
+        return "kv per_step was not made to work with attention sinks; set loop_kv to shared"
+    if spec.decode != "full":
+        return f"decode {spec.decode} depends on where a prompt ends, which vLLM does not tell; set loop_decode to full"
+    if spec.frozen_routing:
+        return (
+            "vLLM chooses experts inside of its fused layer, where nothing can be frozen; set loop_frozen_routing to "
+            "false"
+        )
+    return None
 
 
 FIELDS = tuple(field.name for field in fields(LoopSpec))

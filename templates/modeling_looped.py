@@ -24,7 +24,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_looped import CLASS_PREFIX, LoopSpec, base_model_type, looped_config_class
+from .configuration_looped import CLASS_PREFIX, LoopSpec, base_model_type, looped_config_class, vllm_refusal
 
 # What native layers call the argument that carries the K/V cache, newest name first.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -765,27 +765,6 @@ VLLM_INSTANCES = "attention_instances"  # the argument in which it hands them do
 # Attribute that we set on a config: how many layers the model has, where `num_hidden_layers` counts slots too.
 VLLM_LAYERS = "vllm_physical_layers"
 
-# Families whose greedy tokens were found equal to those of transformers, under both policies and all settings.
-VLLM_FAMILIES = frozenset(
-    (
-        "gemma2",
-        "gemma3_text",
-        "glm4_moe",
-        "gpt_neox",
-        "gpt_oss",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-    )
-)
-
 
 def _check_vllm(config, spec: LoopSpec) -> None:
     """Check that vLLM, as it is set up, serves this loop exactly.
@@ -793,28 +772,13 @@ def _check_vllm(config, spec: LoopSpec) -> None:
     Raises:
         ValueError: it does not, or that was not tried; the message says what to do.
     """
-    family = base_model_type(config.model_type)
     # Not an import statement: transformers would demand vLLM of whoever loads this file.
     engine = import_module("vllm.config").get_current_vllm_config()
     parallel = engine.parallel_config
+    of_loop = vllm_refusal(base_model_type(config.model_type), spec)
+    if of_loop is not None:
+        raise ValueError(_not_on_vllm(of_loop))
     refusals = (
-        (
-            family not in VLLM_FAMILIES,
-            f"family {family} is none of those found exact there, {', '.join(sorted(VLLM_FAMILIES))}; use transformers",
-        ),
-        (
-            spec.kv == "reference",
-            "kv reference depends on where chunks start, which vLLM chooses; set loop_kv to shared or per_step",
-        ),
-        (
-            spec.decode != "full",
-            f"decode {spec.decode} depends on where a prompt ends, which vLLM does not tell; set loop_decode to full",
-        ),
-        (
-            spec.frozen_routing,
-            "vLLM chooses experts inside of its fused layer, where nothing can be frozen; set loop_frozen_routing to "
-            "false",
-        ),
         (
             parallel.pipeline_parallel_size > 1,
             "each stage of a pipeline would loop its part of a span by itself; use --tensor-parallel-size instead",
@@ -900,10 +864,6 @@ class _VllmSlot(nn.Module):
 
     def __init__(self, attention: nn.Module, number: int):
         super().__init__()
-        if getattr(attention, "sinks", None) is not None:
-            raise ValueError(
-                _not_on_vllm("kv per_step was not made to work with attention sinks; set loop_kv to shared")
-            )
         self.config, self.layer_idx, self.scaling = attention.config, number, attention.scaling
 
     def forward(self, *args, **kwargs):

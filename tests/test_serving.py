@@ -10,7 +10,8 @@ import pytest
 from test_convert import run
 
 from loopexport.serving import first_difference, run_vllm
-from loopexport.templates.modeling_looped import VLLM_FAMILIES
+from loopexport.spec import LoopSpec
+from loopexport.templates.configuration_looped import VLLM_FAMILIES, vllm_refusal
 
 RESULTS = Path(__file__).with_name("vllm_results")
 
@@ -39,13 +40,15 @@ def test_a_process_that_dies_is_told_for_every_run(tmp_path):
     assert [each.error for each in outcomes] == ["the process of vLLM ended with status 3: out of luck"] * 2
 
 
-def test_the_template_serves_the_families_that_were_found_exact():
+def test_the_template_serves_what_was_found_exact_and_nothing_else():
     newest = max(RESULTS.glob("*.json"), key=lambda file: [int(part) for part in file.stem.split(".")])
     results = json.loads(newest.read_text()).values()
-    assert {each["family"] for each in results if each["outcome"] == "exact"} == VLLM_FAMILIES
-    assert not [
-        each
-        for file in RESULTS.glob("*.json")
-        for each in json.loads(file.read_text()).values()
-        if each["outcome"] == "differs"
-    ]
+    assert {each["family"] for each in results if each["outcome"] == "exact"} == set(VLLM_FAMILIES)
+    exact = {(each["family"], each["kv"]) for each in results if not each["loop"] and each["outcome"] == "exact"}
+    for family, kv in {(each["family"], each["kv"]) for each in results}:
+        assert (vllm_refusal(family, LoopSpec((1, 4), 3, kv=kv)) is None) == ((family, kv) in exact), (family, kv)
+
+
+def test_no_release_differs_silently():
+    results = [each for file in RESULTS.glob("*.json") for each in json.loads(file.read_text()).values()]
+    assert {each["outcome"] for each in results} == {"exact", "refused"}
