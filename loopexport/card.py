@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .checkpoint import Origin
 from .cost import Cost
 from .describe import describe_layers, describe_refinements, describe_rule, describe_span, formula
 from .licence import licence_of
+from .loading import on_the_hub, onnx_section, transformers_section
+from .manifest import OnnxRecord
 from .presets import STATUSES, Preset
 from .spec import LoopSpec
 
@@ -28,71 +32,59 @@ DECODE_MEANING = {
 }
 
 
-# How the example of use calls the model before it has an id on the Hub.
-LOCAL_PATH = 'path = "."  # this directory, or its Hub id\n'
-
 NO_WEIGHTS = """
 > **There are no weights in this directory**, and it cannot be loaded. It was converted with `--weights none`;
 > `loopexport push` completes it on the Hub with the base's own weights.
 """
 
 
-def make_card(
-    base: Origin,
-    base_card: str,
-    model_type: str,
-    num_layers: int,
-    spec: LoopSpec,
-    cost: Cost,
-    *,
-    published: Preset | None = None,
-    has_tokenizer: bool = True,
-    has_weights: bool = True,
-) -> str:
-    """The README.md of an export: Hub metadata, then what it is, what it costs and how to load it.
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells of.
 
-    Args:
+    Attributes:
         base: where the base came from.
         base_card: the base's own card, whose licence and language are inherited; may be empty.
         model_type, num_layers: the base's family and depth.
         spec, cost: the loop and its cost.
         published: the preset that was measured with this loop on this model, if one was.
+        quantisation: the method that the base is quantised by, if it is.
         has_tokenizer: whether the export holds the base's tokenizer.
         has_weights: whether the weights are in the directory that the card is for.
+        onnx: the ONNX files of the export, by name.
     """
-    name = base.name.rsplit("/", 1)[-1]
-    inherited = read_metadata(base_card)
-    return _metadata(base, inherited) + _BODY.format(
-        no_weights="" if has_weights else NO_WEIGHTS,
-        path=LOCAL_PATH,
+
+    base: Origin
+    base_card: str
+    model_type: str
+    num_layers: int
+    spec: LoopSpec
+    cost: Cost
+    published: Preset | None = None
+    quantisation: str | None = None
+    has_tokenizer: bool = True
+    has_weights: bool = True
+    onnx: Mapping[str, OnnxRecord] = field(default_factory=dict)
+
+
+def make_card(facts: CardFacts) -> str:
+    """The README.md of an export: Hub metadata, then what it is, what it costs and how to load it."""
+    inherited = read_metadata(facts.base_card)
+    return _metadata(facts, inherited) + _BODY.format(
+        name=facts.base.name.rsplit("/", 1)[-1],
+        no_weights="" if facts.has_weights else NO_WEIGHTS,
+        base=_base_link(facts.base),
+        quantised=_quantised(facts.quantisation),
+        results=_results(facts.published),
+        use="\n".join(filter(None, _use(facts))),
         licence=_licence_text(inherited),
-        name=name,
-        base=_base_link(base),
-        span=describe_span(spec),
-        layers=describe_layers(spec),
-        num_layers=num_layers,
-        last_layer=num_layers - 1,
-        model_type=model_type,
-        steps=spec.steps,
-        rule=describe_rule(spec),
-        refinements=describe_refinements(spec),
-        anchor=f"{spec.anchor:g}",
-        mode=spec.mode,
-        kv=spec.kv,
-        kv_meaning=KV_MEANING[spec.kv],
-        decode=spec.decode,
-        decode_meaning=DECODE_MEANING[spec.decode].format(n=spec.first_n),
-        evaluations=cost.layer_evaluations,
-        multiplier=f"{cost.multiplier:.2f}",
-        formula=formula(spec),
-        results=_results(published),
-        tokenizer_path="path" if has_tokenizer else f'"{base.name}"',
+        **_table(facts),
     )
 
 
 def published_card(card: str, repo_id: str) -> str:
     """The card of an export as it is right on the Hub: it has its weights there, and an id."""
-    return card.replace(NO_WEIGHTS, "").replace(LOCAL_PATH, f'path = "{repo_id}"\n')
+    return on_the_hub(card.replace(NO_WEIGHTS, ""), repo_id)
 
 
 def merge_card(ours: str, theirs: str) -> str:
@@ -122,6 +114,42 @@ def read_metadata(card: str) -> dict:
     except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _table(facts: CardFacts) -> dict[str, object]:
+    """What the table and the formula say."""
+    spec = facts.spec
+    return {
+        "model_type": facts.model_type,
+        "span": describe_span(spec),
+        "layers": describe_layers(spec),
+        "num_layers": facts.num_layers,
+        "last_layer": facts.num_layers - 1,
+        "steps": spec.steps,
+        "rule": describe_rule(spec),
+        "anchor": f"{spec.anchor:g}",
+        "mode": spec.mode,
+        "refinements": describe_refinements(spec),
+        "kv": spec.kv,
+        "kv_meaning": KV_MEANING[spec.kv],
+        "decode": spec.decode,
+        "decode_meaning": DECODE_MEANING[spec.decode].format(n=spec.first_n),
+        "evaluations": facts.cost.layer_evaluations,
+        "multiplier": f"{facts.cost.multiplier:.2f}",
+        "formula": formula(spec),
+    }
+
+
+def _use(facts: CardFacts) -> list[str]:
+    """How to load it, a section for each runtime that can; an empty one says nothing."""
+    return [
+        transformers_section(facts.spec.steps, "path" if facts.has_tokenizer else f'"{facts.base.name}"'),
+        onnx_section(facts.onnx, facts.num_layers),
+    ]
+
+
+def _quantised(method: str | None) -> str:
+    return f" The base is quantised by {method}: loading needs the libraries that it needs." if method else ""
 
 
 def _results(published: Preset | None) -> str:
@@ -158,15 +186,15 @@ def _licence_text(metadata: dict) -> str:
     )
 
 
-def _metadata(base: Origin, inherited: dict) -> str:
+def _metadata(facts: CardFacts, inherited: dict) -> str:
     values: dict = {key: inherited[key] for key in INHERITED if key in inherited}
-    if base.revision is not None:  # a local directory's name is no Hub id
-        values["base_model"] = base.name
+    if facts.base.revision is not None:  # a local directory's name is no Hub id
+        values["base_model"] = facts.base.name
         values["base_model_relation"] = "finetune"  # the Hub knows no better word for other code, same weights
     values |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["custom_code", "looped", "loopexport"],
+        "tags": ["custom_code", "looped", "loopexport", *(["onnx"] if facts.onnx else [])],
     }
     return _front_matter(values)
 
@@ -182,7 +210,7 @@ _BODY = """
 {no_weights}
 {base}, with {layers} of its {num_layers} applied {steps} times over, without any training
 ([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). The weights are the base model's, byte for
-byte, stored once; only the forward differs.
+byte, stored once; only the forward differs.{quantised}
 
 **Gains are not guaranteed.** Published gains are a few points on some tasks for some models; other spans, tasks and
 models lost, and models under 3B parameters gained nothing in reproductions. Compare it with the base on your own task
@@ -210,14 +238,7 @@ turn):
 
 ## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-{path}tokenizer = AutoTokenizer.from_pretrained({tokenizer_path}, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-model.config.loop_steps = {steps}  # may be changed at any time; 1 is the base model
-```
-
+{use}
 Made with LoopExport; `loopexport.json` records the base and a digest of every
 file, `base/` holds the originals of the files that differ.
 {licence}"""

@@ -168,6 +168,7 @@ def convert(model, out, revision, weights, overwrite, repo_id, private, dry_run,
 def inspect(directory, as_json) -> None:
     """Show the loop of the export DIRECTORY, what it costs and where it came from."""
     from .export import open_export
+    from .notices import notices
     from .report import export_lines
 
     export = open_export(directory)
@@ -176,7 +177,9 @@ def inspect(directory, as_json) -> None:
             {
                 "manifest": json.loads(export.manifest.to_json()),
                 "spec": export.spec.to_config_fields(),
+                "edited": export.edited,
                 "cost": export.cost.to_dict(),
+                "notices": notices(export.base, export.spec),
             }
         )
     else:
@@ -305,7 +308,11 @@ def restore(directory, out, weights) -> None:
 @click.option("--commit-message", help="Message of the commit.")
 @click.option("--token", help="Hub token.  [default: HF_TOKEN, or the saved login]")
 @click.option("--no-server-copy", is_flag=True, help="Upload all weights, even those that the Hub could copy.")
-@click.option("--dry-run", is_flag=True, help="Print how each file would travel, and send nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print how each file would travel, and send nothing; asks the Hub, and needs a token.",
+)
 @json_option
 def push(directory, repo_id, dry_run, as_json, no_server_copy, **options) -> None:
     """Publish the export DIRECTORY as the model REPO_ID on the Hub, in one commit.
@@ -386,8 +393,9 @@ def _push(directory, repo_id, *, dry_run: bool = False, **options):
     from .export import open_export
     from .publication import apply, plan_push, planned
 
-    total = sum(record.size for record in open_export(directory).manifest.weights.values())
-    with _progress("hashing weights", total) as advance:
+    manifest = open_export(directory).manifest
+    sizes = [record.size for record in manifest.weights.values()] + [record.size for record in manifest.onnx.values()]
+    with _progress("hashing weights", sum(sizes)) as advance:
         plan = plan_push(directory, repo_id, progress=advance, **options)
     for notice in plan.notices:
         _note(notice)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from . import tokenizer
-from .card import make_card, read_metadata
+from .card import CardFacts, make_card, read_metadata
 from .checkpoint import CARD, CONFIG, LICENCE_TEXT, Checkpoint
 from .cost import Cost
 from .errors import CheckpointError
-from .export import BASE_FOLDER, looped_config, template_bytes
+from .export import BASE_FOLDER, Export, looped_config, template_bytes
 from .licence import NOTICE, licence_of, licence_warnings
 from .presets import published_cell
 from .spec import LoopSpec
 from .templates import FILES as TEMPLATES
+from .weights import sha256_of
 
 
 def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bool) -> dict[str, bytes]:
@@ -26,20 +28,30 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
     files = {name: _read(base.root / name) for name in base.carried}
     originals = {name: _read(base.root / name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
     files[CONFIG] = _looped_config(base, spec)
-    files[CARD] = make_card(
-        base.origin,
-        originals.get(CARD, b"").decode("utf-8", errors="replace"),
-        base.model_type,
-        base.num_layers,
-        spec,
-        cost,
-        published=published_cell(base, spec),
-        has_tokenizer=not tokenizer.is_left_out(_tokenizer_config(base), base.carried),
-        has_weights=has_weights,
-    ).encode()
+    has_tokenizer = not tokenizer.is_left_out(_tokenizer_config(base), base.carried)
+    facts = _card_facts(base, spec, cost, originals.get(CARD, b""), has_tokenizer, has_weights)
+    files[CARD] = make_card(facts).encode()
     originals |= tokenizer.without_foreign_code(files)
     files |= {name: template_bytes(name) for name in TEMPLATES} | added_notice(base)
     return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
+
+
+def export_card(export: Export) -> str:
+    """The card of an export as it is now: its loop, its weights, its ONNX files."""
+    originals = export.root / BASE_FOLDER
+    base_card = _read(originals / CARD) if (originals / CARD).is_file() else b""
+    places = (originals / tokenizer.CONFIG, export.root / tokenizer.CONFIG)
+    config = next((_read(path) for path in places if path.is_file()), b"")
+    names = {name.removeprefix(f"{BASE_FOLDER}/") for name in export.manifest.files}
+    has_tokenizer = not tokenizer.is_left_out(config, names)
+    facts = _card_facts(export.base, export.spec, export.cost, base_card, has_tokenizer, not export.lacking)
+    return make_card(replace(facts, onnx=export.manifest.onnx))
+
+
+def is_card_edited(export: Export) -> bool:
+    """Whether somebody has changed the card since LoopExport wrote it."""
+    path, record = export.root / CARD, export.manifest.files.get(CARD)
+    return path.is_file() and (record is None or sha256_of(path) != record.sha256)
 
 
 def small_file_notices(base: Checkpoint) -> list[str]:
@@ -53,6 +65,23 @@ def added_notice(base: Checkpoint) -> dict[str, bytes]:
     licence = licence_of(_metadata(base))
     has_one = any(LICENCE_TEXT.fullmatch(name) and name.lower().startswith("notice") for name in base.carried)
     return {} if licence is None or has_one else {NOTICE: f"{licence.notice}\n".encode()}
+
+
+def _card_facts(
+    base: Checkpoint, spec: LoopSpec, cost: Cost, base_card: bytes, has_tokenizer: bool, has_weights: bool
+) -> CardFacts:
+    return CardFacts(
+        base.origin,
+        base_card.decode("utf-8", errors="replace"),
+        base.model_type,
+        base.num_layers,
+        spec,
+        cost,
+        published=published_cell(base, spec),
+        quantisation=base.quantisation,
+        has_tokenizer=has_tokenizer,
+        has_weights=has_weights,
+    )
 
 
 def _looped_config(base: Checkpoint, spec: LoopSpec) -> bytes:

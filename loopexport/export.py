@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +72,15 @@ class Export:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ExportError(f"{self.root / CONFIG} has {name}, which is no field of the loop{hint}")
+
+    @property
+    def edited(self) -> dict[str, tuple]:
+        """What was edited of the loop since the conversion: was and is, by field of `LoopSpec`."""
+        pairs = {
+            each.name: (getattr(self.manifest.spec, each.name), getattr(self.spec, each.name))
+            for each in fields(LoopSpec)
+        }
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     @cached_property
     def base(self) -> Checkpoint:

@@ -60,13 +60,15 @@ def _is_hub_id(model: str) -> bool:
 def _download(repo_id: str, revision: str | None, token: str | None, headers_only: bool) -> Checkpoint:
     from huggingface_hub import HfApi, constants, hf_hub_download
 
+    api = HfApi(token=token)
     with _explained(repo_id, revision):
+        if not constants.HF_HUB_OFFLINE:  # fails at once where there is no network; downloads try for half a minute
+            api.model_info(repo_id, revision=revision)
         # The first file settles which commit the revision stands for; all others are of that commit.
         root = Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token)).parent
         origin = Origin(repo_id, revision=root.name)
         if constants.HF_HUB_OFFLINE:
             return open_checkpoint(root, origin)
-        api = HfApi(token=token)
         info = api.model_info(repo_id, revision=origin.revision, files_metadata=True)
         siblings = {file.rfilename: file for file in info.siblings or []}
         for name in siblings:
@@ -114,18 +116,22 @@ def _explained(repo_id: str, revision: str | None):
     except errors.RevisionNotFoundError:
         raise HubError(f"{repo_id} has no revision {revision!r}; leave --revision out for its main branch") from None
     except errors.LocalEntryNotFoundError as error:
-        cause = first_line(error.__cause__ or error)
-        raise HubError(
-            f"{repo_id} is not in the Hub's cache and cannot be fetched ({cause}); "
-            "check the network, or unset HF_HUB_OFFLINE"
-        ) from None
+        raise HubError(_not_cached(repo_id, first_line(error.__cause__ or error))) from None
     except errors.EntryNotFoundError:
         raise HubError(f"{repo_id} has no {CONFIG}; is it a transformers model?") from None
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
         raise HubError(
             f"the Hub could not be asked for {repo_id} ({first_line(error)}); "
-            "try again, or set HF_HUB_OFFLINE=1 to use what is cached"
+            "check the network, or set HF_HUB_OFFLINE=1 to use what is cached"
         ) from None
+
+
+def _not_cached(repo_id: str, cause: str) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return f"{repo_id} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it"
+    return f"{repo_id} cannot be fetched ({cause}); check the network and run the same command again"
 
 
 def first_line(error: BaseException) -> str:

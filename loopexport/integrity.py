@@ -10,7 +10,7 @@ from pathlib import Path
 from .checkpoint import CARD, CONFIG, file_names, read_config
 from .errors import CheckpointError, ExportError
 from .export import BASE_FOLDER, Export, looped_config, template_bytes
-from .manifest import FileRecord
+from .manifest import FileRecord, OnnxRecord
 from .safetensors_header import read_header
 from .spec import make_spec
 from .templates import FILES as TEMPLATES
@@ -58,7 +58,7 @@ def check_files(export: Export, *, full: bool = False, progress: Progress = lamb
         check_config(export),
         _check_weights(export, full, progress),
         _check_records(export),
-        *([_check_onnx(export, full, progress)] if export.manifest.onnx else []),
+        *([check_onnx(export, full=full, progress=progress)] if export.manifest.onnx else []),
     ]
 
 
@@ -109,13 +109,28 @@ def hash_weights(export: Export, name: str, progress: Progress = lambda count: N
     """
     path, record = export.root / name, export.manifest.weights[name]
     changed, _ = _weights_changed(path, record, full=False, progress=progress)
-    if not changed:
-        sha256, xxh3 = digests_of(path, progress)
-        known = {"sha256": (record.sha256, sha256), "xxh3_128": (record.xxh3_128, xxh3)}
-        changed = next((kind for kind, (was, now) in known.items() if was not in (None, now)), "")
-        if not changed:
-            return sha256
-    raise ExportError(f"{name} in {export.root} has changed ({changed}); convert the base again")
+    if changed:
+        raise ExportError(f"{name} in {export.root} has changed ({changed}); convert the base again")
+    return _hash(path, record, progress, "convert the base again")
+
+
+def hash_onnx(export: Export, name: str, progress: Progress = lambda count: None) -> str:
+    """The sha256 of an ONNX file, which is compared with what the manifest knows of it.
+
+    Raises:
+        ExportError: the file is not what was written.
+    """
+    remedy = f"`loopexport onnx {export.root}` makes the ONNX files anew"
+    return _hash(export.root / name, export.manifest.onnx[name], progress, remedy)
+
+
+def _hash(path: Path, record: FileRecord | OnnxRecord, progress: Progress, remedy: str) -> str:
+    sha256, xxh3 = digests_of(path, progress)
+    known = {"sha256": (record.sha256, sha256), "xxh3_128": (record.xxh3_128, xxh3)}
+    for kind, (was, now) in known.items():
+        if was not in (None, now):
+            raise ExportError(f"{path.name} in {path.parent} has changed ({kind}); {remedy}")
+    return sha256
 
 
 def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
@@ -169,27 +184,45 @@ def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progr
     return "", "size and header (no digest is known: the weights were not copied)"
 
 
-def _check_onnx(export: Export, full: bool, progress: Progress) -> Check:
-    """Graphs and their data are as written; what they read of the weights is checked with the weights."""
+def check_onnx(
+    export: Export, *, full: bool = False, needs_weights: bool = True, progress: Progress = lambda count: None
+) -> Check:
+    """Graphs and their data are as written; what they read of the weights is checked with the weights.
+
+    Args:
+        export: what to check.
+        full: hash all data; otherwise its size is compared.
+        needs_weights: whether the weights that the graphs read have to be here.
+        progress: called with the number of bytes of data just hashed.
+    """
     name = "ONNX files are as written"
-    known = {*export.manifest.onnx, *export.manifest.weights}
+    here = {each for each in {*export.manifest.onnx, *export.manifest.weights} if (export.root / each).is_file()}
+    here |= set() if needs_weights else {*export.manifest.weights}
     for file, record in export.manifest.onnx.items():
-        path = export.root / file
-        missing = sorted({file, *(record.data or ())} - {each for each in known if (export.root / each).is_file()})
+        missing = sorted({file, *(record.data or ())} - here)
         if missing:
             return Check(name, False, f"{missing[0]} is missing" + (f"; {file} needs it" if missing[0] != file else ""))
-        if path.stat().st_size != record.size:
-            return Check(name, False, f"{file} has changed (size)")
-        if record.sha256 is not None and sha256_of(path) != record.sha256:
-            return Check(name, False, f"{file} has changed (sha256)")
-        if full and record.xxh3_128 is not None and xxh3_of(path, progress) != record.xxh3_128:
-            return Check(name, False, f"{file} has changed (xxh3_128)")
-    return Check(name, True, f"{len(export.manifest.onnx)} compared{_stale_graphs(export)}")
+        changed = _onnx_changed(export.root / file, record, full, progress)
+        if changed:
+            return Check(name, False, f"{file} has changed ({changed})")
+    stale = stale_graphs(export)
+    return Check(name, True, f"{len(export.manifest.onnx)} compared{f'; {stale}' if stale else ''}")
 
 
-def _stale_graphs(export: Export) -> str:
-    """The graphs hold the loop that the config had when they were made."""
+def _onnx_changed(path: Path, record: OnnxRecord, full: bool, progress: Progress) -> str:
+    """What differs from the record, or an empty string."""
+    if path.stat().st_size != record.size:
+        return "size"
+    if record.sha256 is not None and sha256_of(path) != record.sha256:
+        return "sha256"
+    if full and record.xxh3_128 is not None and xxh3_of(path, progress) != record.xxh3_128:
+        return "xxh3_128"
+    return ""
+
+
+def stale_graphs(export: Export) -> str:
+    """What to tell of graphs that hold another loop than the config has now; empty where there are none."""
     for file, record in export.manifest.onnx.items():
         if record.spec is not None and make_spec(**record.spec) != replace(export.spec, steps=record.steps or 1):
-            return f"; the loop was edited since {file} was made, which still runs the older one"
+            return f"the loop was edited since {file} was made, which still runs the older one"
     return ""

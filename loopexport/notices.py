@@ -40,7 +40,7 @@ def _gain(base: Checkpoint, spec: LoopSpec, preset: Preset | None) -> list[str]:
 
 
 def _small_model(base: Checkpoint) -> list[str]:
-    small = base.num_params < SMALL_MODEL_PARAMS and base.quantisation is None
+    small = 0 < base.num_params < SMALL_MODEL_PARAMS and base.quantisation is None
     return ["models under 3B parameters gained nothing in reproductions"] if small else []
 
 

@@ -19,8 +19,10 @@ from pathlib import Path
 from .checkpoint import CARD, CARRIED, CONFIG, INDEX, LICENCE_TEXT
 from .errors import PushError
 from .export import BASE_FOLDER, Export
-from .integrity import EDITABLE, check_config, check_small_files, foreign_code
+from .integrity import EDITABLE, check_config, check_onnx, check_small_files, foreign_code
 from .manifest import MANIFEST
+from .onnx.names import DATA_SUFFIX
+from .onnx.names import FILES as ONNX_FILES
 from .templates import FILES as TEMPLATES
 from .tokenizer import FILES as TOKENIZER_FILES
 
@@ -57,7 +59,8 @@ class Outgoing:
 
     Attributes:
         files: content of all files but the weights and large ones, by name.
-        large: names of files, not weights, that are better sent from the disk; they have the digests of the manifest.
+        large: names of files that are better sent from the disk: large ones of the base, which have the digests of the
+            manifest, and the data of ONNX graphs, of which only the size was compared so far.
         staying: names of the files that stay behind, sorted.
     """
 
@@ -74,6 +77,7 @@ def collect(export: Export) -> Outgoing:
     """
     names = sorted(_names(export))
     _check_unchanged(export)
+    _check_onnx(export)
     leaving = [name for name in names if _may_leave(name, export)]
     large = tuple(name for name in leaving if _is_large(name, export))
     files = {name: (export.root / name).read_bytes() for name in leaving if name not in large}
@@ -125,15 +129,32 @@ def _check_unchanged(export: Export) -> None:
             raise PushError(f"{MANIFEST} names the weights {name!r}, which is no name of a weights file")
 
 
+def _check_onnx(export: Export) -> None:
+    again = f"`loopexport onnx {export.root}` makes the ONNX files anew"
+    for name, record in export.manifest.onnx.items():
+        if not ONNX_FILES.fullmatch(name):
+            raise PushError(f"{MANIFEST} names the ONNX file {name!r}, which is no name of one; {again}")
+        strange = {*(record.data or ())} - {*export.manifest.onnx, *export.manifest.weights}
+        if strange:
+            raise PushError(f"{name} reads {min(strange)}, which is no part of the export; {again}")
+    check = check_onnx(export, needs_weights=False)
+    if check.passed is False:
+        raise PushError(f"{export.root} is not what was written: {check.detail}; {again}")
+
+
 def _may_leave(name: str, export: Export) -> bool:
     if LICENCE_TEXT.fullmatch(name):
         return True
+    if ONNX_FILES.fullmatch(name):
+        return name in export.manifest.onnx
     is_listed = name == MANIFEST or name in export.manifest.files
     return is_listed and any(pattern.fullmatch(name) for pattern in ALLOWED)
 
 
 def _is_large(name: str, export: Export) -> bool:
-    """Whether a file is too large to be text that somebody wrote."""
+    """Whether a file is too large to be text that somebody wrote, or holds weights."""
+    if name in export.manifest.onnx:
+        return name.endswith(DATA_SUFFIX) or export.manifest.onnx[name].size > LARGE_BYTES
     is_verified = name in export.manifest.files and name not in EDITABLE
     return is_verified and (export.root / name).stat().st_size > LARGE_BYTES
 

@@ -3,14 +3,13 @@
 No byte travels that need not: what the repository has already stays, what the base's repository has is copied there by
 the Hub itself, and only the rest is uploaded.
 
-The card follows one rule: what somebody wrote into README.md on the Hub stays. As long as it is there as it was pushed
-last (the manifest beside it tells), it is replaced by the export's; otherwise its text and metadata are kept, and only
-metadata that it lacks is added.
+The card follows one rule: what somebody wrote stays. As long as nobody has edited README.md here, the card that goes is
+made for the export as it is now. As long as it is on the Hub as it was pushed last (the manifest beside it tells), the
+export's replaces it; otherwise the text and metadata there are kept, and only metadata that they lack is added.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,23 +17,29 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .card import merge_card, published_card, read_metadata
 from .checkpoint import CARD, INDEX, SINGLE_FILE
-from .errors import HubError, PushError
+from .contents import export_card, is_card_edited
+from .errors import PushError
 from .export import Export, open_export
-from .integrity import hash_weights
+from .integrity import stale_graphs
 from .licence import licence_warnings
-from .manifest import MANIFEST, FileRecord, Manifest
-from .outgoing import collect, git_blob_id
-from .remote import (
-    MAIN,
-    CopyRefusedError,
-    RemoteFile,
-    Target,
-    cannot_copy_from,
-    commit,
-    connect,
-    list_files,
-    look_at,
-    prepare,
+from .manifest import MANIFEST, FileRecord
+from .onnx.names import graph_name
+from .outgoing import Outgoing, collect
+from .remote import MAIN, CopyRefusedError, Target, commit, connect, look_at, prepare
+from .transfers import (
+    COPY,
+    DELETE,
+    THERE,
+    UPLOAD,
+    Transfer,
+    deletions,
+    large_transfers,
+    names_of,
+    settle_transfers,
+    sha256_of,
+    small_transfers,
+    uploaded_instead,
+    weights_transfers,
 )
 from .weights import Progress
 
@@ -43,34 +48,8 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
-# What transformers loads from a repository without being asked to, whatever else is there.
-LOADED_UNASKED = (SINGLE_FILE, INDEX, "adapter_config.json")
-
-UPLOAD, COPY, THERE, DELETE = "uploaded", "copied", "there", "deleted"
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """One file and how it gets to the Hub.
-
-    Attributes:
-        name: its name, here and there.
-        size: in bytes.
-        how: `UPLOAD`; `COPY`, by the Hub from the base's repository; `THERE`, the repository has it; or `DELETE`, it
-            belonged to the export that was pushed before and not to this one.
-        sha256: of its content; empty for what is deleted.
-        content: the bytes, or the file that holds them; None for what is deleted, and for weights that are not here.
-    """
-
-    name: str
-    size: int
-    how: str
-    sha256: str = ""
-    content: bytes | Path | None = None
-
-    def to_dict(self) -> dict:
-        """The file for `--json`."""
-        return {"name": self.name, "size": self.size, "how": self.how}
+# What transformers and optimum load from a repository without being asked to, whatever else is there.
+LOADED_UNASKED = (SINGLE_FILE, INDEX, "adapter_config.json", graph_name(1, 1))
 
 
 @dataclass(frozen=True)
@@ -167,19 +146,17 @@ def plan_push(
     outgoing = collect(export)
     api, target = find_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
     _check_foreign_weights(export, target)
-    files, notices = _settle_card(export, outgoing.files, target)
-    items = [*_weights_items(export, progress), *_large_items(export, outgoing.large), *_file_items(files)]
-    transfers, more = _settle_transfers(api, export, target, items, server_copy)
-    metadata = read_metadata(files[CARD].decode("utf-8", errors="replace"))
-    more += _stale_card(export, outgoing.files[CARD])
-    more += licence_warnings(metadata, [*files, *outgoing.large], target.repo_id.rsplit("/", 1)[-1])
+    heavy = [*weights_transfers(export, progress), *large_transfers(export, outgoing.large, progress)]
+    files, about_card = _settle_card(export, outgoing.files, target)
+    wanted = [*heavy, *small_transfers(files)]
+    transfers, about_weights = settle_transfers(api, export, target, wanted, server_copy)
     return PushPlan(
         api=api,
         export=export,
         target=target,
-        transfers=(*transfers, *_deletions(target, {transfer.name for transfer in transfers})),
+        transfers=(*transfers, *deletions(target, {transfer.name for transfer in transfers})),
         staying=outgoing.staying,
-        notices=(*notices, *more),
+        notices=(*about_card, *about_weights, *_about_content(export, outgoing, files[CARD], target)),
         private=private,
         create_pr=create_pr,
         message=commit_message or f"Upload {export.manifest.base.name}, looped by LoopExport {__version__}",
@@ -230,7 +207,7 @@ def apply(plan: PushPlan, notify: Callable[[str], object] = lambda line: None) -
     try:
         done, pr_url = _commit(plan, transfers)
     except CopyRefusedError as refusal:
-        transfers = tuple(_uploaded_instead(transfer, str(refusal)) for transfer in transfers)
+        transfers = tuple(uploaded_instead(transfer, str(refusal)) for transfer in transfers)
         notify(f"the Hub does not copy from {plan.export.manifest.base.name} ({refusal}): uploading instead")
         done, pr_url = _commit(plan, transfers)
     return PushResult(pr_url or plan.url, done, transfers)
@@ -261,15 +238,19 @@ def _check_options(repo_id: str, revision: str | None, create_pr: bool) -> None:
         raise PushError(f"--create-pr proposes a change of {MAIN}; leave out --revision {revision}")
 
 
-def _stale_card(export: Export, card: bytes) -> list[str]:
-    """The notice that an untouched card tells of another loop than `config.json`, if it does."""
-    if export.spec == export.manifest.spec or _sha256(card) != export.manifest.files[CARD].sha256:
-        return []
-    return [f"config.json holds another loop than was converted, and {CARD} tells of the converted one: correct it"]
+def _about_content(export: Export, outgoing: Outgoing, card: bytes, target: Target) -> list[str]:
+    """What the user should know of what is published."""
+    stale = stale_graphs(export)
+    metadata = read_metadata(card.decode("utf-8", errors="replace"))
+    names = [*outgoing.files, *outgoing.large]
+    return [
+        *([f"{stale}; `loopexport onnx {export.root}` makes it anew"] if stale else []),
+        *licence_warnings(metadata, names, target.repo_id.rsplit("/", 1)[-1]),
+    ]
 
 
 def _check_foreign_weights(export: Export, target: Target) -> None:
-    ours = {*export.manifest.weights, *export.manifest.files, *_names_pushed(target.manifest)}
+    ours = names_of(export.manifest) | names_of(target.manifest)
     foreign = [name for name in LOADED_UNASKED if name in target.files and name not in ours]
     if foreign:
         raise PushError(
@@ -278,15 +259,11 @@ def _check_foreign_weights(export: Export, target: Target) -> None:
         )
 
 
-def _names_pushed(manifest: Manifest | None) -> set[str]:
-    return set() if manifest is None else {*manifest.weights, *manifest.files}
-
-
 def _settle_card(export: Export, files: dict[str, bytes], target: Target) -> tuple[dict[str, bytes], list[str]]:
     """The small files with the card and the manifest as they are to be published, and what to tell of that."""
-    ours = published_card(files[CARD].decode("utf-8", errors="replace"), target.repo_id)
+    ours = published_card(_own_card(export, files), target.repo_id)
     last = target.manifest.files.get(CARD) if target.manifest else None
-    is_edited = target.card is not None and (last is None or last.sha256 != _sha256(target.card.encode()))
+    is_edited = target.card is not None and (last is None or last.sha256 != sha256_of(target.card.encode()))
     if is_edited and target.card is not None and target.card != ours:
         card, record = merge_card(ours, target.card), last or _record(ours.encode())
         notices = [f"{CARD} was edited on the Hub: its text stays as it is there, whatever the export's says"]
@@ -296,103 +273,17 @@ def _settle_card(export: Export, files: dict[str, bytes], target: Target) -> tup
         export.manifest,
         weights_method="copy" if export.lacking else export.manifest.weights_method,
         files={**export.manifest.files, CARD: record},
-        onnx={},  # those files stay here: they are made anew where they are wanted
     )
     content = files[MANIFEST] if manifest == export.manifest else manifest.to_json().encode()
     return {**files, CARD: card.encode(), MANIFEST: content}, notices
 
 
+def _own_card(export: Export, files: dict[str, bytes]) -> str:
+    return files[CARD].decode("utf-8", errors="replace") if is_card_edited(export) else export_card(export)
+
+
 def _record(content: bytes) -> FileRecord:
-    return FileRecord(len(content), _sha256(content))
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _weights_items(export: Export, progress: Progress) -> list[Transfer]:
-    """The weights, each with its true digest; of those that are not here, the one that the manifest tells."""
-    items = []
-    for name, record in export.manifest.weights.items():
-        if name not in export.lacking:
-            sha256 = hash_weights(export, name, progress)
-            items.append(Transfer(name, record.size, UPLOAD, sha256, export.root / name))
-        elif record.sha256 is not None:
-            items.append(Transfer(name, record.size, UPLOAD, record.sha256))
-        else:
-            raise PushError(f"{name} is missing in {export.root}; convert the base again")
-    return items
-
-
-def _large_items(export: Export, names: tuple[str, ...]) -> list[Transfer]:
-    records = {name: export.manifest.files[name] for name in names}
-    return [Transfer(name, each.size, UPLOAD, each.sha256 or "", export.root / name) for name, each in records.items()]
-
-
-def _file_items(files: dict[str, bytes]) -> list[Transfer]:
-    return [Transfer(name, len(content), UPLOAD, _sha256(content), content) for name, content in files.items()]
-
-
-def _settle_transfers(
-    api: HfApi, export: Export, target: Target, items: list[Transfer], server_copy: bool
-) -> tuple[list[Transfer], list[str]]:
-    """How each file gets there, and what to tell of weights that have to be uploaded."""
-    items = [_if_there(item, target.files.get(item.name)) for item in items]
-    at_base, reason = _list_base(api, export, target, [item.name for item in items if item.how == UPLOAD], server_copy)
-    items = [_if_copyable(item, at_base.get(item.name)) for item in items]
-    uploaded = [item for item in items if item.how == UPLOAD and item.name in export.manifest.weights]
-    for item in uploaded:
-        if item.content is None:
-            raise PushError(_cannot_complete(item.name, reason))
-    return items, [f"weights are uploaded, not copied on the Hub: {reason}"] if uploaded else []
-
-
-def _list_base(
-    api: HfApi, export: Export, target: Target, names: list[str], server_copy: bool
-) -> tuple[dict[str, RemoteFile], str]:
-    """What the base's repository has of these files, and why those that it lacks, or all, cannot be copied there."""
-    base = export.manifest.base
-    reason = cannot_copy_from(base, target.repo_id) if server_copy else "--no-server-copy"
-    if reason or not names or base.revision is None:
-        return {}, reason
-    try:
-        files = list_files(api, base.name, base.revision, names)
-    except HubError as error:
-        return {}, str(error)
-    return files, f"{base.name} at {base.revision[:12]} does not have these bytes where they can be copied from"
-
-
-def _if_there(item: Transfer, file: RemoteFile | None) -> Transfer:
-    if file is None or file.size != item.size:
-        return item
-    if file.sha256 is not None:
-        is_same = file.sha256 == item.sha256
-    else:
-        is_same = isinstance(item.content, bytes) and file.git_id == git_blob_id(item.content)
-    return replace(item, how=THERE) if is_same else item
-
-
-def _if_copyable(item: Transfer, file: RemoteFile | None) -> Transfer:
-    is_copyable = item.how == UPLOAD and file is not None and file.is_copyable and file.sha256 == item.sha256
-    return replace(item, how=COPY) if is_copyable else item
-
-
-def _cannot_complete(name: str, reason: str) -> str:
-    return f"{name} is not here and cannot be copied on the Hub ({reason}); convert the base again with its weights"
-
-
-def _deletions(target: Target, names: set[str]) -> list[Transfer]:
-    """What the export that was pushed before had, and this one has not: it would be loaded, or mistaken for ours."""
-    stale = sorted((_names_pushed(target.manifest) & set(target.files)) - names)
-    return [Transfer(name, target.files[name].size, DELETE) for name in stale]
-
-
-def _uploaded_instead(transfer: Transfer, reason: str) -> Transfer:
-    if transfer.how != COPY:
-        return transfer
-    if transfer.content is None:
-        raise PushError(_cannot_complete(transfer.name, reason))
-    return replace(transfer, how=UPLOAD)
+    return FileRecord(len(content), sha256_of(content))
 
 
 def _commit(plan: PushPlan, transfers: tuple[Transfer, ...]) -> tuple[str, str | None]:

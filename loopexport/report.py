@@ -12,9 +12,11 @@ from .describe import describe_decode, describe_layers, describe_refinements, de
 from .export import Export
 from .families import grouped_outcomes, releases
 from .integrity import WITHOUT_WEIGHTS, Check
+from .notices import notices
 from .presets import PRESETS, STATUSES, Preset
-from .publication import COPY, DELETE, THERE, UPLOAD, PushPlan, PushResult
+from .publication import PushPlan, PushResult
 from .spec import RULES, LoopSpec
+from .transfers import COPY, DELETE, THERE, UPLOAD
 
 TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}
 if TYPE_CHECKING:
@@ -37,17 +39,22 @@ def plan_lines(plan: ConvertPlan) -> list[str]:
 
 def export_lines(export: Export) -> list[str]:
     """What an export is, where it came from and what it costs."""
-    edited = "" if export.spec == export.manifest.spec else "; loop edited since"
     return [
         *_model_lines(export.base, export.spec, export.cost),
         _export_weights_text(export),
-        f"Written  by LoopExport {export.manifest.loopexport}{edited}",
+        f"Written  by LoopExport {export.manifest.loopexport}",
+        *([f"Edited   since: {_edits(export)}"] if export.edited else []),
         *(
             f"ONNX     {name}: K = {record.steps}, {record.dtype}, attention {record.attention}"
             for name, record in export.manifest.onnx.items()
             if record.steps is not None
         ),
+        *(f"Note     {notice}" for notice in notices(export.base, export.spec)),
     ]
+
+
+def _edits(export: Export) -> str:
+    return ", ".join(f"{name} {was} -> {now}" for name, (was, now) in export.edited.items())
 
 
 def check_lines(checks: list[Check]) -> list[str]:

@@ -51,7 +51,9 @@ def check_output(
     with _explained(out):
         _check_place(out, Path(os.path.realpath(out)), Path(os.path.realpath(source)))
         if out.is_dir() and any(out.iterdir()):
-            if is_replaceable is None or not is_replaceable(out):
+            if is_replaceable is None:
+                raise OutputError(f"the output {out} exists; choose a new directory, or remove it first")
+            if not is_replaceable(out):
                 raise OutputError(f"the output {out} exists and is not a LoopExport export; choose another directory")
             if not overwrite:
                 raise OutputError(

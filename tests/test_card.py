@@ -5,16 +5,18 @@ After a wanted change, `python tests/test_card.py` writes the golden files anew;
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from hub_double import HubDouble
 
-from loopexport.card import make_card, merge_card, published_card, read_metadata
+from loopexport.card import CardFacts, make_card, merge_card, published_card, read_metadata
 from loopexport.checkpoint import Origin
 from loopexport.cost import Cost
 from loopexport.licence import LICENCES, licence_of, licence_warnings
+from loopexport.manifest import OnnxRecord
 from loopexport.presets import find_preset
 from loopexport.spec import make_spec
 
@@ -27,19 +29,35 @@ BASE = Origin("org/Base", SHA)
 PRESET = find_preset("qwen3-30b-a3b-aime26")
 
 
-def card(base_card="", origin=BASE, has_weights=True, published=None, has_tokenizer=True, **spec):
-    loop = make_spec(**{"span": "6:10", "steps": 3, **spec})
-    kept = {"has_weights": has_weights, "has_tokenizer": has_tokenizer}
-    return make_card(origin, base_card, "llama", 16, loop, COST, published=published, **kept)
+GRAPH = {"steps": 3, "dtype": "fp32", "attention": "portable", "spec": {"span": [6, 10], "steps": 3}}
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+ONNX = {
+    "genai_config.json": OnnxRecord(9),
+    "model.onnx": OnnxRecord(9, **GRAPH, data=("model.safetensors",)),
+    "model_k8_fp16.onnx": OnnxRecord(9, **{**GRAPH, "steps": 8, "dtype": "fp16"}, data=("model_fp16.onnx_data",)),
+    "model_fp16.onnx_data": OnnxRecord(9),
+}
+PER_STEP = {"model.onnx": OnnxRecord(9, **{**GRAPH, "spec": {**GRAPH["spec"], "kv": "per_step"}}, data=SHARDS)}
+
+
+def card(base_card="", origin=BASE, spec=None, **facts):
+    loop = make_spec(**{"span": "6:10", "steps": 3, **(spec or {})})
+    return make_card(CardFacts(origin, base_card, "llama", 16, loop, COST, **facts))
 
 
 CARDS = {
     "hub_llama": lambda: card(LLAMA, Origin("meta-llama/Llama-3.2-1B", SHA)),
-    "gemma_published": lambda: published_card(card(GEMMA, kv="reference", decode="bypass"), "me/looped"),
-    "local_no_licence": lambda: card(origin=Origin("checkpoint"), span=["2:4", "6:8"], anchor=0.5),
-    "preset": lambda: card(origin=Origin("org/Qwen3-30B-A3B", SHA), published=PRESET, **PRESET.fields),
-    "foreign_tokenizer": lambda: card(has_tokenizer=False, rule="heavy_ball", first_n=2, decode="first_n"),
+    "gemma_published": lambda: published_card(
+        card(GEMMA, spec={"kv": "reference", "decode": "bypass"}, onnx=ONNX), "me/looped"
+    ),
+    "local_no_licence": lambda: card(origin=Origin("checkpoint"), spec={"span": ["2:4", "6:8"], "anchor": 0.5}),
+    "preset": lambda: card(origin=Origin("org/Qwen3-30B-A3B", SHA), published=PRESET, spec=PRESET.fields),
+    "foreign_tokenizer": lambda: card(
+        has_tokenizer=False, spec={"rule": "heavy_ball", "first_n": 2, "decode": "first_n"}, quantisation="gptq"
+    ),
     "no_weights": lambda: card("---\nlicense: apache-2.0\n---\n", has_weights=False),
+    "onnx": lambda: card(onnx={**PER_STEP, "genai_config.json": OnnxRecord(9)}, spec={"kv": "per_step"}),
+    "onnx_latents": lambda: card(onnx=PER_STEP, spec={"kv": "per_step"}),
 }
 
 
@@ -83,8 +101,18 @@ def test_metadata_name_the_base_and_inherit_its_licence_and_nothing_else():
 def test_published_card_has_weights_and_the_repository_as_its_path(name):
     text = published_card(CARDS[name](), "me/x")
     assert "no weights" not in text
-    assert text.count('path = "me/') == 1
+    assert 'path = "me/' in text
+    assert not any(local in text for local in ('path = "."', "NAMESPACE"))
     assert published_card(text, "me/x") == text
+
+
+def test_runtimes_that_could_not_run_the_graphs_are_not_mentioned():
+    gqa = {"model_gqa.onnx": replace(ONNX["model.onnx"], attention="gqa"), "genai_config.json": OnnxRecord(9)}
+    told = {name: card(onnx=files) for name, files in {"none": {}, "mla": PER_STEP, "gqa": gqa, "all": ONNX}.items()}
+    words = ("OnnxModel", "onnxruntime_genai", "ORTModelForCausalLM", "@huggingface/transformers")
+    assert {name: sum(word in text for word in words) for name, text in told.items()} == {
+        "none": 0, "mla": 1, "gqa": 3, "all": 4,
+    }  # fmt: skip
 
 
 def test_merging_keeps_every_word_of_the_edited_card():

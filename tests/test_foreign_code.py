@@ -12,6 +12,7 @@ from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loopexport
+from loopexport.contents import export_card
 
 EXPLODES = "raise SystemExit('foreign code ran')\n"
 FOREIGN_TOKENIZER = (
@@ -75,6 +76,7 @@ def test_tokenizer_that_is_all_in_its_json_gives_the_bases_ids(tmp_path, referen
     assert type(theirs).__name__ == "OwnTokenizer"
     assert ours(text).input_ids == theirs(text).input_ids
     assert ours.pad_token == theirs.pad_token == "<pad>"
+    assert export_card(loopexport.open_export(tmp_path / "out")) == (tmp_path / "out" / "README.md").read_text()
 
 
 def test_tokenizer_that_is_code_alone_is_left_out_and_fails_aloud(base, tmp_path):
@@ -88,7 +90,9 @@ def test_tokenizer_that_is_code_alone_is_left_out_and_fails_aloud(base, tmp_path
     names = set(tree(out))
     assert {"base/tiktoken.model", "base/tokenizer_config.json", "chat_template.jinja"} <= names
     assert not {"tiktoken.model", "tokenization_own.py"} & names
-    assert 'AutoTokenizer.from_pretrained("base", trust_remote_code=True)' in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert 'AutoTokenizer.from_pretrained("base", trust_remote_code=True)' in card
+    assert export_card(loopexport.open_export(out)) == card, "made anew, it still leads to the base's tokenizer"
     with pytest.raises((ValueError, ImportError, OSError)):
         AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     assert all(check.passed for check in loopexport.verify(out, files_only=True))

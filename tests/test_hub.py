@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from checkpoints import write_sparse_checkpoint
@@ -25,8 +26,8 @@ def hub(tmp_path):
     server = HubDouble()
     server.sha = server.add("org/model", root)
     server.root = root
-    server.fail(".*", "/org/gated/", status=403, code="GatedRepo", times=99)
-    server.fail(".*", "/org/broken/", status=451, times=99)  # the client tries 500 and more again, for half a minute
+    server.fail(".*", "/org/gated", status=403, code="GatedRepo", times=99)
+    server.fail(".*", "/org/broken", status=451, times=99)  # the client tries 500 and more again, for half a minute
     yield server
     server.shutdown()
 
@@ -89,7 +90,7 @@ def test_warm_cache_is_enough_offline(hub, convert, tmp_path):
     [
         ("org/gated", [], "org/gated is gated: accept its terms on its page"),
         ("org/missing", [], "no model org/missing on the Hub that you can see"),
-        ("org/broken", [], "org/broken is not in the Hub's cache and cannot be fetched ("),
+        ("org/broken", [], "the Hub could not be asked for org/broken ("),
         ("org/model", ["--revision", "nope"], "org/model has no revision 'nope'"),
     ],
 )
@@ -104,19 +105,21 @@ def test_refusals_are_one_line_that_says_what_to_do(convert, tmp_path, model, op
 def test_cold_cache_offline_is_explained(convert):
     done = convert("org/model", HF_HUB_OFFLINE="1")
     assert done.returncode == 1
-    assert "is not in the Hub's cache and cannot be fetched" in done.stderr
-    assert "unset HF_HUB_OFFLINE" in done.stderr
+    assert "is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it" in done.stderr
 
 
-def test_unreachable_hub_is_explained(convert):
+def test_unreachable_hub_is_explained_at_once(convert):
+    started = time.monotonic()
     done = convert("org/model", HF_ENDPOINT="http://127.0.0.1:9")
+    assert time.monotonic() - started < 15, "the client's own retries take 23 s"
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("Error: org/model is not in the Hub's cache and cannot be fetched")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Error: the Hub could not be asked for org/model (")
+    assert "or set HF_HUB_OFFLINE=1 to use what is cached" in done.stderr
 
 
 def test_hub_that_breaks_after_the_first_file_is_explained(hub, convert):
-    hub.fail("GET", r"/api/models/org/model", status=451)
+    hub.fail("GET", r"/api/models/org/model/revision/[0-9a-f]{40}", status=451)
     done = convert("org/model")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

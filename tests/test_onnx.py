@@ -441,7 +441,7 @@ def test_command_writes_graphs_beside_untouched_weights_and_verifies_them(export
     }  # fmt: skip
     after = tree(export)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"model.onnx", "model_k1.onnx", "genai_config.json", "loopexport.json"}
+    assert changed == {"model.onnx", "model_k1.onnx", "genai_config.json", "loopexport.json", "README.md"}
     record = json.loads((export / "loopexport.json").read_text())["onnx"]["model.onnx"]
     assert 0 < record["difference"] < TOLERANCES["fp32"]
     assert record["data"] == ["model.safetensors"]
@@ -478,6 +478,19 @@ def test_other_dtype_writes_one_data_file_for_every_k(export, traced, monkeypatc
     outcome, status = checks(export, "--files-only", "--full")
     assert status == 1
     assert outcome["ONNX files are as written"]["detail"] == "model_fp16.onnx_data has changed (xxh3_128)"
+
+
+def test_card_tells_of_the_graphs_until_somebody_edits_it(export, one_trace):
+    assert run("onnx", export, "--no-verify").exit_code == 0
+    card = (export / "README.md").read_text()
+    assert "| `model.onnx` | 3 | fp32 | portable | `model.safetensors` |" in card
+    edit_config(export, loop_steps=4)
+    assert run("onnx", export, "--no-verify").exit_code == 0
+    assert "| `model.onnx` | 4 | fp32 |" in (export / "README.md").read_text()
+    (export / "README.md").write_text(card + "mine\n")
+    result = run("onnx", export, "--no-verify", "--steps", "2")
+    assert "README.md was edited, and stays as it is" in result.stderr
+    assert (export / "README.md").read_text() == card + "mine\n"
 
 
 def test_graph_that_differs_from_torch_is_not_kept_and_nothing_is_lost(export, one_trace, monkeypatch):

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,19 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import transformers
+import xxhash
 from hub_double import EXPIRED_TOKEN, OWNER_TOKEN, STRANGER_TOKEN, HubDouble
-from test_convert import SPEC, sha256, tree
-from tiny import SPAN, save_tiny, tiny_model
+from test_convert import SPEC, run, sha256, tree
+from tiny import SPAN, VOCAB, save_tiny, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import loopexport
 from loopexport import templates
 from loopexport.card import read_metadata
+from loopexport.contents import export_card
+from loopexport.outgoing import collect
+from loopexport.transfers import large_transfers
 
 # Clients below version 2 neither copy between repositories nor check the permission to write in advance.
 HAS_COPY = "src_repo_id" in inspect.signature(huggingface_hub.CommitOperationCopy).parameters
@@ -58,7 +65,10 @@ def base(tmp_path_factory):
     tiny_model("llama").save_pretrained(root, max_shard_size="400KB")
     (root / "README.md").write_text(CARD)
     (root / "LICENSE").write_text("free\n")
-    (root / "tokenizer_config.json").write_text('{"model_max_length": 128}')
+    (root / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCAB)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(root / "tokenizer.json"))
     return root
 
 
@@ -304,12 +314,12 @@ def test_weights_that_the_target_has_are_not_sent_again_after_the_loop_changed(h
     received = dict(hub.received)
     config = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps({**config, "loop_steps": 5}))
-    done = push("--json", "--no-server-copy")
-    values = pushed(done)
-    assert {file["name"] for file in values["files"] if file["how"] != "there"} == {"config.json"}
+    values = pushed(push("--json", "--no-server-copy"))
+    changed = {file["name"] for file in values["files"] if file["how"] != "there"}
+    assert changed == {"config.json", "README.md", "loopexport.json"}
     assert hub.received == received
     assert json.loads(hub.repositories[REPO].files()["config.json"])["loop_steps"] == 5
-    assert "README.md tells of the converted one: correct it" in done.stderr
+    assert "| steps K | 5 |" in remote_card(hub), "a card that nobody has edited tells of the loop that it goes with"
 
 
 def test_local_base_is_uploaded_from_its_export(hub, base, tmp_path):
@@ -344,7 +354,7 @@ def test_gitignore_that_cannot_be_overridden_stops_the_push(hub, push):
     assert len(hub.repositories[REPO].commits) == 1
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "model.onnx"])
 def test_what_would_be_loaded_beside_the_export_stops_the_push(hub, push, name):
     hub.commit(REPO, {name: b"other"})
     assert_refused(push(), f"{REPO} holds {name} of another model, which would be loaded as part of this one")
@@ -542,6 +552,149 @@ def test_card_of_metadata_alone_gets_the_exports_text(hub, push):
     pushed(push("--json"))
     assert read_metadata(remote_card(hub))["license"] == "mit"
     assert "Gains are not guaranteed" in remote_card(hub)
+
+
+def test_card_made_of_an_export_is_the_one_that_the_conversion_wrote(converted, weightless):
+    for root in (converted, weightless):
+        assert export_card(loopexport.open_export(root)) == (root / "README.md").read_text()
+
+
+# ONNX files
+
+
+def write_onnx(root, name, content, **record):
+    """Write a file and list it in the manifest, as if `loopexport onnx` had written it."""
+    (root / name).write_bytes(content)
+    kind, digest = "sha256", sha256(root / name)
+    if name.endswith("_data"):
+        kind, digest = "xxh3_128", xxhash.xxh3_128(content).hexdigest()
+    record = {"size": len(content), kind: digest, **record}
+    edit_manifest(root, lambda values: values.setdefault("onnx", {}).update({name: record}))
+
+
+def write_graph(root, data="model_fp16.onnx_data"):
+    graph = {"steps": 3, "dtype": "fp16", "attention": "portable", "spec": {"span": list(SPAN), "steps": 3}}
+    write_onnx(root, "model_fp16.onnx_data", b"data" * 999)
+    write_onnx(root, "model_fp16.onnx", b"graph", **graph, data=[data])
+    write_onnx(root, "genai_config.json", b"{}")
+
+
+ONNX_LEAKS = {
+    "graph": (lambda root: flip_last_byte(root / "model_fp16.onnx"), r"model_fp16.onnx has changed \(sha256\)"),
+    "missing graph": (lambda root: (root / "model_fp16.onnx").unlink(), "model_fp16.onnx is missing"),
+    "data": (lambda root: flip_last_byte(root / "model_fp16.onnx_data"), r"model_fp16.onnx_data .* \(xxh3_128\)"),
+    "missing data": (lambda root: (root / "model_fp16.onnx_data").unlink(), "model_fp16.onnx_data is missing"),
+    "config": (lambda root: flip_last_byte(root / "genai_config.json"), "genai_config.json has changed"),
+    "token": (lambda root: write_onnx(root, "model.onnx", f"x {TOKEN}".encode()), "model.onnx holds what looks like"),
+    "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx', which is no name of one"),
+    "foreign data": (
+        lambda root: write_graph(root, "secret.txt"),
+        "model_fp16.onnx reads secret.txt, which is no part",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ONNX_LEAKS)
+def test_onnx_files_that_are_not_as_written_stop_the_push(export, kind):
+    spoil, says = ONNX_LEAKS[kind]
+    write_graph(export)
+    spoil(export)
+    with pytest.raises(loopexport.LoopExportError, match=says):
+        check_outgoing(loopexport.open_export(export))
+
+
+def check_outgoing(export):
+    large_transfers(export, collect(export).large, lambda count: None)
+
+
+def test_onnx_files_that_are_made_no_more_are_deleted_from_the_hub(hub, push, export):
+    write_graph(export)
+    names = {"model_fp16.onnx", "model_fp16.onnx_data", "genai_config.json"}
+    pushed(push("--json"))
+    assert names <= set(hub.repositories[REPO].files())
+    edit_manifest(export, lambda values: values.pop("onnx"))
+    assert {file["name"] for file in pushed(push("--json"))["files"] if file["how"] == "deleted"} == names
+    assert not names & set(hub.repositories[REPO].files())
+
+
+@pytest.fixture(scope="module")
+def with_graphs(converted, tmp_path_factory):
+    """The export with a graph on its three shards."""
+    onnx = pytest.importorskip("loopexport.onnx")
+    for name in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("ONNX export needs transformers 5")
+    root = shutil.copytree(converted, tmp_path_factory.mktemp("graphs") / "export")
+    onnx.export_onnx(root, verify=False)
+    return root
+
+
+FETCH = "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sys.argv[1]))"
+
+
+@copies
+def test_pushed_graphs_read_the_pushed_weights_and_give_the_tokens_of_the_local_ones(hub, with_graphs, tmp_path):
+    home = tmp_path / "home"
+    done = pushed(loopexport_command(hub, home, "push", with_graphs, REPO, "--json"))
+    sent = sum(path.stat().st_size for path in with_graphs.glob("*.onnx*"))
+    assert bytes_received(hub) == sent, "the weights were copied there"
+    assert done["bytes_copied"] == sum((with_graphs / name).stat().st_size for name in weights(with_graphs))
+    again = pushed(loopexport_command(hub, home, "push", with_graphs, REPO, "--json"))
+    assert {file["how"] for file in again["files"]} == {"there"}
+    fetch = [sys.executable, "-c", FETCH, REPO]
+    fetched = subprocess.run(fetch, capture_output=True, text=True, env=environment(hub, home), check=True)
+    there = Path(fetched.stdout.strip())
+    assert all(check.passed for check in loopexport.verify(there, files_only=True, full=True))
+    record = json.loads((there / "loopexport.json").read_text())["onnx"]["model.onnx"]
+    assert external_files(there / "model.onnx") == record["data"] == sorted(weights(there))
+    ours, theirs = (run("run", root, "w5 w6 w7", "--max-new-tokens", "9") for root in (there, with_graphs))
+    assert ours.stdout == theirs.stdout
+    assert len(ours.stdout.split()) == 9, ours.stderr
+    run_examples((there / "README.md").read_text(), there)
+
+
+def external_files(path):
+    """Names of the files that a graph reads, sorted."""
+    graph = pytest.importorskip("onnx_ir").load(path).graph
+    tensors = [value.const_value for value in graph.initializers.values()]
+    return sorted({tensor.location for tensor in tensors if hasattr(tensor, "location")})
+
+
+def run_examples(card, root):
+    """Run the card's examples for ONNX Runtime and onnxruntime-genai."""
+    pytest.importorskip("onnxruntime_genai")
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = "".join(block for block in blocks if "OnnxModel" in block or "onnxruntime_genai" in block)
+    code = code.replace(f'snapshot_download("{REPO}")', repr(str(root)))
+    assert "OnnxModel(path" in code
+    assert "onnxruntime_genai.Model(path)" in code
+    exec(code, {})
+
+
+@copies
+@pytest.mark.parametrize("mode", ["uploaded", "removed"])
+def test_onnx_files_go_along_however_the_weights_travel(hub, with_graphs, tmp_path, mode):
+    root = shutil.copytree(with_graphs, tmp_path / "export")
+    write_graph(root)
+    expected = {path.name: path.read_bytes() for path in (*root.glob("*.onnx*"), *root.glob("*.safetensors"))}
+    if mode == "removed":
+        for name in weights(root):
+            (root / name).unlink()
+    option = ["--no-server-copy"] if mode == "uploaded" else []
+    pushed(loopexport_command(hub, tmp_path / "home", "push", root, REPO, "--json", *option))
+    files = hub.repositories[REPO].files()
+    assert {name: files[name] for name in expected} == expected
+    card = files["README.md"].decode()
+    assert "| `model.onnx` | 3 | fp32 | portable | 3 `.safetensors` files |" in card
+    assert "| `model_fp16.onnx` | 3 | fp16 | portable | `model_fp16.onnx_data` |" in card
+
+
+def test_graphs_are_made_of_weights_that_are_here(weightless):
+    pytest.importorskip("onnxscript")
+    result = run("onnx", weightless)
+    assert result.exit_code == 1
+    assert "and a graph is made from the weights: convert with them" in result.stderr
 
 
 # Exports without weights

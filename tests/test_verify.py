@@ -194,3 +194,21 @@ def test_restore_refuses_a_damaged_export_and_an_existing_output(export, tmp_pat
     assert result.exit_code == 1
     assert "base/config.json has changed" in result.stderr
     assert not (tmp_path / "again").exists()
+
+
+def test_inspect_names_what_was_edited_and_what_to_know(export):
+    assert "Edited" not in run("inspect", export).stdout
+    edit_config(export, loop_steps=5, loop_anchor=0.5)
+    text = run("inspect", export).stdout
+    assert "Edited   since: steps 3 -> 5, anchor 0.0 -> 0.5\n" in text
+    assert "Note     a gain is unproven for this model and this loop" in text
+    values = json.loads(run("inspect", export, "--json").stdout)
+    assert values["edited"] == {"steps": [3, 5], "anchor": [0.0, 0.5]}
+    assert values["notices"][0].startswith("a gain is unproven")
+
+
+def test_restore_onto_something_says_what_to_do(export, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x").write_text("x")
+    result = run("restore", export, tmp_path / "there")
+    assert "there exists; choose a new directory, or remove it first" in result.stderr

@@ -15,19 +15,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopexport.checkpoint import CONFIG
+from loopexport.checkpoint import CARD, CONFIG
+from loopexport.contents import export_card, is_card_edited
 from loopexport.errors import OnnxError, OutputError, SpecError
 from loopexport.export import BASE_FOLDER, Export, is_export, open_export
 from loopexport.families import onnx_outcome
 from loopexport.integrity import Check
-from loopexport.manifest import MANIFEST, OnnxRecord
+from loopexport.manifest import MANIFEST, FileRecord, OnnxRecord
 from loopexport.spec import LoopSpec
 from loopexport.staging import check_output, staged
 from loopexport.weights import place, settle_method, xxh3_of
 
-from .genai import GENAI_CONFIG, genai_config
+from .genai import genai_config
 from .limits import check_memory, check_spec
-from .names import DTYPES, data_name, graph_name
+from .names import DTYPES, GENAI_CONFIG, data_name, graph_name
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -135,6 +136,10 @@ def plan_onnx(
     """
     check_installed()
     export = open_export(root)
+    if export.lacking:
+        raise OnnxError(
+            f"{export.lacking[0]} is not in {export.root}, and a graph is made from the weights: convert with them"
+        )
     if "quantization_config" in export.base.config:
         raise OnnxError("the base is quantised; ONNX export takes checkpoints in fp32, fp16 or bf16")
     if attention not in ATTENTION_LAYOUTS:
@@ -294,7 +299,7 @@ def _apply_in(plan: OnnxPlan, root: Path, verify: bool, say: Say) -> OnnxOutcome
         for name in records:
             if name != plan.data:
                 partial(name).replace(root / name)
-    _update_manifest(export, records)
+    _record_files(export.root, records, say)
     return OnnxOutcome(root, checks, written=True)
 
 
@@ -425,12 +430,25 @@ def _write_genai_config(plan: OnnxPlan, export: Export, traced, partial, records
     records[GENAI_CONFIG] = OnnxRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
-def _update_manifest(export: Export, records: dict[str, OnnxRecord]) -> None:
-    manifest = replace(open_export(export.root).manifest, onnx={**export.manifest.onnx, **records})
-    path = export.root / (MANIFEST + PARTIAL)
+def _record_files(root: Path, records: dict[str, OnnxRecord], say: Say) -> None:
+    """Enter the files into the manifest, and the graphs into a card that nobody has edited."""
+    export = open_export(root)
+    manifest = replace(export.manifest, onnx={**export.manifest.onnx, **records})
+    if is_card_edited(export):
+        say(f"{CARD} was edited, and stays as it is: it does not tell of the graphs")
+    else:
+        card = export_card(replace(export, manifest=manifest)).encode()
+        record = FileRecord(len(card), hashlib.sha256(card).hexdigest())
+        manifest = replace(manifest, files={**manifest.files, CARD: record})
+        _replace_file(root / CARD, card)
+    _replace_file(root / MANIFEST, manifest.to_json().encode())
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     with _written(path):
-        path.write_text(manifest.to_json(), encoding="utf-8")
-        path.replace(export.root / MANIFEST)
+        partial.write_bytes(content)
+        partial.replace(path)
 
 
 def _copy_export(export: Export, target: Path) -> None:

@@ -13,8 +13,6 @@ from loopexport.spec import LoopSpec
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GENAI_CONFIG = "genai_config.json"
-
 
 def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpec, attention: str) -> dict | None:
     """The config for one graph, or None where onnxruntime-genai cannot run it.

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 DTYPES = ("fp32", "fp16", "bf16")
+GENAI_CONFIG = "genai_config.json"
+DATA_SUFFIX = ".onnx_data"
+
+# All names that an ONNX export gives.
+FILES = re.compile(rf"model(_[a-z0-9]+)*(\.onnx|{re.escape(DATA_SUFFIX)})|{re.escape(GENAI_CONFIG)}")
 
 
 def graph_name(steps: int, own_steps: int, variant: str = "") -> str:
@@ -14,4 +21,4 @@ def graph_name(steps: int, own_steps: int, variant: str = "") -> str:
 
 def data_name(dtype: str) -> str:
     """Name of the one data file of all graphs in a dtype."""
-    return f"model_{dtype}.onnx_data"
+    return f"model_{dtype}{DATA_SUFFIX}"

@@ -289,10 +289,9 @@ def _traced(skeleton: Skeleton, layers: list[nn.Module], slots: list[tuple[int, 
     dtype = model.dtype
     windows: set[int | None] = set()
     _WINDOWS.set(windows)
-    context = (_family_explained(model), stateless_rope(model), _marked(model, layers), repeats.standing_in())
-    with ExitStack() as stack:
-        for each in (*context, torch.no_grad()):
-            stack.enter_context(each)
+    with (
+        _family_explained(model), stateless_rope(model), _marked(model, layers), repeats.standing_in(), torch.no_grad()
+    ):  # fmt: skip
         inputs = _example_inputs(model)
         past = [torch.zeros(BATCH, heads, PAST, size, dtype=dtype) for heads, size in slots]
         program = torch.export.export(
