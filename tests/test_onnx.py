@@ -137,7 +137,7 @@ def test_graph_equals_torch(graph, family):
 
 def test_tables_of_fixed_length_are_read_at_any_length(tmp_path):
     """GPT-Neo cuts its masks, local ones too, out of a table for all positions."""
-    fields = {"num_layers": 4, "attention_types": [[["global", "local"], 2]]}
+    fields = {"num_layers": 4, "num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]]}
     assert str(walk_onnx("gpt_neo", tmp_path, **fields)[0]) == "works"
 
 
