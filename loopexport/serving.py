@@ -113,10 +113,15 @@ def transformers_tokens(root: Path, prompts: list[list[int]], count: int) -> lis
     load: Any = AutoModelForCausalLM.from_pretrained
     model = load(root, trust_remote_code=True, dtype=torch.float32).eval()
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
-    tokens = [model.generate(torch.tensor([prompt]))[0, len(prompt) :].tolist() for prompt in prompts]
+    tokens = [_generate(model, torch.tensor([prompt])) for prompt in prompts]
     del model
     gc.collect()
     return tokens
+
+
+def _generate(model, prompt) -> list[int]:
+    """The new tokens; without a mask, `generate` would take those that equal the padding token for padding."""
+    return model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape))[0, prompt.shape[1] :].tolist()
 
 
 def first_difference(served: list[list[list[int]]], prompts: list[list[int]], theirs: list[list[int]]) -> str:

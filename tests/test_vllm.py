@@ -33,6 +33,7 @@ RESULTS = Path(__file__).with_name("vllm_results")
 PROMPTS = [tiny_tokens(1, length, seed=length)[0].tolist() for length in (70, 41, 97, 5)]
 NEW_TOKENS = 32
 BLOCK = ENGINE["block_size"]
+ENGINES_PER_PROCESS = 10  # each keeps its K/V cache of a GiB until the process ends
 
 # vLLM's attention on a CPU takes heads of 32 or more.
 LONG = {"max_position_embeddings": 256}
@@ -193,12 +194,14 @@ def export_of(base_of, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def serve(request, export_of, environment):
-    """`serve(case)`: its export and what came of it; all chosen cases of its group are served in one process."""
+    """`serve(case)`: its export and what came of it; cases of its group that come next are served with it."""
     chosen: list[Case] = [item.callspec.params["case"] for item in request.session.items if hasattr(item, "callspec")]
     made = {}
 
-    def serve_group(group):
-        cases = [case for case in chosen if case.group == group]
+    def serve_group(first):
+        group = first.group
+        cases = [case for case in chosen if case.group == group and str(case) not in made]
+        cases = cases[cases.index(first) :][:ENGINES_PER_PROCESS]
         exports = [export_of(case) for case in cases]
         runs = [
             {
@@ -220,7 +223,7 @@ def serve(request, export_of, environment):
 
     def make(case):
         if str(case) not in made:
-            serve_group(case.group)
+            serve_group(case)
         return made[str(case)]
 
     return make
@@ -248,8 +251,8 @@ def test_greedy_tokens_are_those_of_transformers(case, serve, base_of, record, v
     export, served = serve(case)
     lacking = LACKING.get((vllm_version.rpartition(".")[0], case.family))
     if lacking:
-        record(case, "refused")
         assert lacking in served.error
+        record(case, "refused")
         return
     assert not served.error, served.error
     theirs = transformers_tokens(export, PROMPTS, NEW_TOKENS)
@@ -264,9 +267,9 @@ def test_greedy_tokens_are_those_of_transformers(case, serve, base_of, record, v
 @pytest.mark.parametrize("case", as_parameters(REFUSED))
 def test_what_is_not_exact_is_refused_with_the_reason(case, serve, record):
     _, served = serve(case)
-    record(case, "refused")
     assert not served.tokens
     assert case.refusal in (served.log if case.setting == STAGES else served.error)
+    record(case, "refused")
 
 
 @pytest.mark.xdist_group("vllm-edited")
