@@ -15,7 +15,7 @@ from itertools import pairwise
 
 # Start of the sha256 of modeling_looped.py. transformers 5 tells local code apart by this file alone: without it, two
 # exports of one directory name with different modeling code would share, in one process, whichever was loaded first.
-MODELING_DIGEST = "94d02a88f50c9708"
+MODELING_DIGEST = "2e6834bcc2b83507"
 
 MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")

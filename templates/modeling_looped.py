@@ -744,7 +744,7 @@ VLLM_INSTANCES = "attention_instances"  # the argument in which it hands them do
 # Attribute that we set on a config: how many layers the model has, where `num_hidden_layers` counts slots too.
 VLLM_LAYERS = "vllm_physical_layers"
 
-# Families whose greedy tokens were found equal to those of transformers, under both policies and all settings.
+# Families whose greedy tokens were found equal to those of transformers; the README has under which settings.
 VLLM_FAMILIES = frozenset(
     (
         "gemma2",
