@@ -230,7 +230,7 @@ class LoopSpec:
         return _FIELD_CHECKS[name](value)
 
 
-# Families whose greedy tokens vLLM was found to give as transformers does.
+# Families whose greedy tokens vLLM was found to give as transformers does; the README has under which settings.
 VLLM_FAMILIES = (
     "gemma2", "gemma3_text", "glm4_moe", "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2",
     "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
