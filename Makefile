@@ -17,15 +17,19 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-oldest test-vllm test-vllm-all test-vllm-matrix fuzz lint docs benchmarks clean
+.PHONY: demo test test-matrix test-oldest test-vllm test-vllm-all test-vllm-matrix fuzz lint docs benchmarks clean
 
 demo: $(VENV)/demo-ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" examples/demo.sh $(DEMO)
 
 test: $(VENV)/test-ready $(SMOLLM)/README.md
-	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS)
+	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix"
 
-# The same tests on the oldest supported transformers.
+# The long rest: families x policies x modes.
+test-matrix: $(VENV)/test-ready $(SMOLLM)/README.md
+	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m matrix
+
+# Both on the oldest supported transformers.
 test-oldest: $(OLDEST)/test-ready $(SMOLLM)/README.md
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS)
 
