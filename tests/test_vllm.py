@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -288,11 +289,19 @@ def test_an_edited_loop_is_not_served_from_the_compile_cache(export_of, environm
     assert answers[0] != answers[1]
 
 
+def _templates(directory, names):
+    """What an installation puts into the package from elsewhere, should it be there too."""
+    return {"templates", "__pycache__"} & set(names)
+
+
 @pytest.mark.xdist_group("vllm-verify")
-def test_verify_compares_vllm_with_transformers(export_of, environment):
+def test_verify_compares_vllm_with_transformers(export_of, environment, tmp_path):
+    installed = shutil.copytree(ROOT / "loopexport", tmp_path / "site" / "loopexport", ignore=_templates)
+    shutil.copytree(ROOT / "templates", installed / "templates")
+
     def verify(case):
         command = [PYTHON, "-m", "loopexport", "verify", str(export_of(case)), "--runtime", "vllm"]
-        variables = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+        variables = {**os.environ, **environment, "PYTHONPATH": str(installed.parent)}
         return subprocess.run(command, capture_output=True, text=True, env=variables)
 
     good, refused = verify(Case("llama")), verify(Case("llama", {"kv": "reference"}))
