@@ -300,7 +300,7 @@ def test_verify_compares_vllm_with_transformers(export_of, environment, tmp_path
     shutil.copytree(ROOT / "templates", installed / "templates")
 
     def verify(case):
-        command = [PYTHON, "-m", "loopexport", "verify", str(export_of(case)), "--runtime", "vllm"]
+        command = [PYTHON, "-P", "-m", "loopexport", "verify", str(export_of(case)), "--runtime", "vllm"]
         variables = {**os.environ, **environment, "PYTHONPATH": str(installed.parent)}
         return subprocess.run(command, capture_output=True, text=True, env=variables)
 
