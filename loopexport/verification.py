@@ -207,10 +207,12 @@ def _check_graphs(export: Export, model) -> list[Check]:
     if graphs and find_spec("onnxruntime") is None:
         why = "not compared: onnxruntime is not installed; `pip install loopexport[onnx]` brings it"
         return [Check(f"{name} computes what torch does", None, why) for name in graphs]
+    if not graphs:
+        return []
+    from .onnx.check import check_recorded
+
     checks = []
     for name, record in graphs.items():
-        from .onnx.check import check_recorded
-
         spec = make_spec(**(record.spec or {}))
         with _config_fields(model.config, **spec.to_config_fields()):
             checks.append(check_recorded(export.root / name, record, spec, model))

@@ -438,10 +438,7 @@ def _reason(cause: BaseException) -> str:
     text = " ".join(str(cause).split())
     if "Constraints violated" in text:
         return "its code takes different paths for different numbers of tokens, of which a graph holds one"
-    if "data-dependent" in text or type(cause).__name__ in (
-        "DataDependentOutputException",
-        "DynamicOutputShapeException",
-    ):
+    if "data-dependent" in text or type(cause).__name__ in _DATA_DEPENDENT:
         return "what its code does depends on values that it computed, and a graph does the same for all"
     operator = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text)
     if operator:
