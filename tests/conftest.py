@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network; those of the Hub set their own endpoint
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# transformers copies a model's code there in place: a process could import what another one has copied by half.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="loopexport-modules-")
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from transformers.utils import logging
 
 import loopexport
 
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # the models are too small for more
 logging.disable_progress_bar()
 
