@@ -164,6 +164,13 @@ def test_rotary_frequencies_that_depend_on_the_length_do_so_in_the_graph(tmp_pat
     assert ours.tolist() == theirs[:, 5:].tolist()
 
 
+def test_code_that_depends_on_values_is_refused(tmp_path):
+    """PhiMoE scales its rotations by a branch on the largest position."""
+    rope = {**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3}
+    outcome, _ = walk_onnx("phimoe", tmp_path, num_hidden_layers=4, rope_parameters=rope)
+    assert str(outcome).startswith("refused: what its code does depends on values that it computed")
+
+
 def test_pairs_rotate_as_complex_numbers():
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 
@@ -224,9 +231,10 @@ def test_fused_attention_refuses_what_it_would_get_wrong(graph):
         model.forward(ids, cache=cache)
 
 
-def test_own_runner_generates_the_tokens_of_torch_from_latents(graph):
-    """MLA caches keys and values of unequal width, which onnxruntime-genai cannot hold."""
-    root = graph("deepseek_v3", steps=3)
+@pytest.mark.parametrize("family", quickly(FAMILIES, quick=("gemma3_text", "deepseek_v3")))
+def test_own_runner_generates_the_tokens_of_torch(graph, family):
+    """Those of MLA too, whose keys and values of unequal width onnxruntime-genai cannot hold."""
+    root = graph(family, steps=3)
     prompts = torch.randint(5, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
     ours = OnnxModel(root).generate(prompts.numpy(), max_new_tokens=12, eos_token_ids=())
     theirs = load_torch(root, 3).generate(prompts, max_new_tokens=12, do_sample=False, eos_token_id=-1)
