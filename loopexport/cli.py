@@ -280,7 +280,7 @@ def onnx(directory, out, steps, dtype, attention, overwrite, dry_run, no_verify,
 @click.option("--chat/--no-chat", default=None, help="Use the chat template.  [default: where there is one]")
 def run(directory, prompt, file, provider, max_new_tokens, chat, **sampling) -> None:
     """Answer PROMPT with the ONNX graph in DIRECTORY, by ONNX Runtime."""
-    from .onnx.exporting import check_installed
+    from .onnx.planning import check_installed
     from .onnx.run import OnnxModel, Sampling
 
     check_installed()

@@ -20,7 +20,8 @@ from .transfers import COPY, DELETE, THERE, UPLOAD
 
 TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}
 if TYPE_CHECKING:
-    from .onnx.exporting import OnnxOutcome, OnnxPlan
+    from .onnx.exporting import OnnxOutcome
+    from .onnx.planning import OnnxPlan
 
 MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
 

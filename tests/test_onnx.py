@@ -507,6 +507,16 @@ def test_card_tells_of_the_graphs_until_somebody_edits_it(export, one_trace):
     assert (export / "README.md").read_text() == card + "mine\n"
 
 
+def test_card_of_a_run_that_was_stopped_before_it_was_recorded_is_no_edit(export, one_trace):
+    manifest = (export / "loopexport.json").read_bytes()
+    assert run("onnx", export, "--no-verify").exit_code == 0
+    done = (export / "loopexport.json").read_bytes()
+    (export / "loopexport.json").write_bytes(manifest)
+    result = run("onnx", export, "--no-verify")
+    assert "was edited" not in result.stderr
+    assert (export / "loopexport.json").read_bytes() == done
+
+
 def test_graph_that_differs_from_torch_is_not_kept_and_nothing_is_lost(export, one_trace, monkeypatch):
     assert run("onnx", export, "--no-verify").exit_code == 0
     before = tree(export)

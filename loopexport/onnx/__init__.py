@@ -6,15 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .exporting import OnnxPlan, apply, export_onnx, plan_onnx
+    from .exporting import apply, export_onnx
+    from .planning import OnnxPlan, plan_onnx
     from .run import OnnxModel
 
 _HOMES = {
     "OnnxModel": "run",
-    "OnnxPlan": "exporting",
+    "OnnxPlan": "planning",
     "apply": "exporting",
     "export_onnx": "exporting",
-    "plan_onnx": "exporting",
+    "plan_onnx": "planning",
 }
 __all__ = ["OnnxModel", "OnnxPlan", "apply", "export_onnx", "plan_onnx"]
 

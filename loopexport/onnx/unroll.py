@@ -20,10 +20,11 @@ import onnx_ir as ir
 from loopexport.errors import OnnxError
 from loopexport.spec import LoopSpec
 
+from .attention import FUSED, FUSED_DOMAIN
 from .limits import check_spec
 from .marks import LAYER_INPUT, LAYER_OUTPUT, READ, ROUTE, is_mark
 from .rules import RUN_LAYER, rule_graph
-from .trace import FUSED, FUSED_DOMAIN, Traced
+from .trace import Traced
 
 
 def unroll(traced: Traced, spec: LoopSpec) -> ir.Model:
