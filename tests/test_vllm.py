@@ -15,14 +15,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
 from tiny import MOE_FAMILIES, SPAN, save_tiny, tiny_tokens
 
 import loopexport
-from loopexport.serving import ENGINE, first_difference, run_vllm, transformers_tokens
+from loopexport.serving import ENGINE, ENVIRONMENT, first_difference, run_vllm, transformers_tokens
 
 PYTHON = os.environ.get("LOOPEXPORT_VLLM", "")
 if not PYTHON:
@@ -196,7 +200,8 @@ def export_of(base_of, tmp_path_factory):
 @pytest.fixture(scope="session")
 def serve(request, export_of, environment):
     """`serve(case)`: its export and what came of it; cases of its group that come next are served with it."""
-    chosen: list[Case] = [item.callspec.params["case"] for item in request.session.items if hasattr(item, "callspec")]
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen: list[Case] = [each["case"] for each in parameters if "case" in each]
     made = {}
 
     def serve_group(first):
@@ -327,3 +332,43 @@ def test_a_served_export_answers_the_openai_client(environment, tmp_path):
         [sys.executable, ROOT / "examples" / "answer.py", *command[1:]], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == theirs.stdout.strip().partition(": ")[2]
+
+
+@contextmanager
+def served_with_tensor_parallel_2(export, environment, folder, port=8124):
+    """The address of an OpenAI server that serves token ids, once it answers."""
+    options = {**ENGINE, "max_model_len": 192, "tensor_parallel_size": 2, "model": export, "port": port}
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *flags, "--skip-tokenizer-init"]
+    variables = {**os.environ, **ENVIRONMENT, **environment, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env=variables, stdout=log, stderr=log, cwd=folder)
+    try:
+        while True:
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except URLError:
+                assert server.poll() is None, (folder / "log").read_text()[-2000:]
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1/completions"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.xdist_group("vllm-server")
+@pytest.mark.matrix
+@pytest.mark.parametrize("kv", ["shared", "per_step"])
+def test_the_server_with_tensor_parallel_2_gives_the_tokens_of_transformers(export_of, environment, tmp_path, kv):
+    export = export_of(Case("llama", {"kv": kv}))
+    body = {"model": str(export), "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    body |= {"return_token_ids": True, "detokenize": False}
+    answers = []
+    with served_with_tensor_parallel_2(export, environment, tmp_path) as address:
+        for prompt in PROMPTS:
+            content = json.dumps({**body, "prompt": prompt}).encode()
+            answer = json.load(urlopen(Request(address, content, {"Content-Type": "application/json"})))
+            answers.append(answer["choices"][0]["token_ids"])
+    assert not first_difference([answers], PROMPTS, transformers_tokens(export, PROMPTS, NEW_TOKENS))
