@@ -52,6 +52,7 @@ class CardFacts:
         has_tokenizer: whether the export holds the base's tokenizer.
         has_weights: whether the weights are in the directory that the card is for.
         onnx: the ONNX files of the export, by name.
+        config: the base's config.
     """
 
     base: Origin
@@ -65,6 +66,7 @@ class CardFacts:
     has_tokenizer: bool = True
     has_weights: bool = True
     onnx: Mapping[str, OnnxRecord] = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
 
 
 def make_card(facts: CardFacts) -> str:
@@ -145,7 +147,7 @@ def _use(facts: CardFacts) -> list[str]:
     return [
         transformers_section(facts.spec.steps, "path" if facts.has_tokenizer else f'"{facts.base.name}"'),
         onnx_section(facts.onnx, facts.num_layers),
-        vllm_section(facts.model_type, facts.spec, facts.quantisation is not None),
+        vllm_section(facts.model_type, facts.spec, facts.config, facts.quantisation is not None),
     ]
 
 

@@ -105,6 +105,7 @@ def _card_facts(
         quantisation=base.quantisation,
         has_tokenizer=has_tokenizer,
         has_weights=has_weights,
+        config=base.config,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from .manifest import OnnxRecord
 from .onnx.names import GENAI_CONFIG, graph_name
 from .spec import LoopSpec, make_spec
-from .templates.configuration_looped import vllm_refusal
+from .templates.configuration_looped import vllm_context, vllm_refusal
 
 # Lines of the examples that are other ones on the Hub.
 LOCAL_PATH = 'path = "."  # this directory, or its Hub id\n'
@@ -60,9 +60,12 @@ def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
     return "\n".join(parts)
 
 
-def vllm_section(family: str, spec: LoopSpec, is_quantised: bool) -> str:
+def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) -> str:
     """The section for vLLM; empty where it refuses to serve the loop, or was not tried."""
-    return "" if is_quantised or vllm_refusal(family, spec) else _VLLM
+    if is_quantised or vllm_refusal(family, spec, config):
+        return ""
+    context = vllm_context(config)
+    return _VLLM.format(options="" if context is None else f" --max-model-len {context}")
 
 
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
@@ -91,7 +94,7 @@ _VLLM = """\
 vLLM's Transformers backend serves this directory or repository by the code in it, also with `--tensor-parallel-size`:
 
 ```sh
-python -m vllm.entrypoints.openai.api_server --model PATH_OR_ID --trust-remote-code
+python -m vllm.entrypoints.openai.api_server --model PATH_OR_ID --trust-remote-code{options}
 ```
 
 The greedy tokens of tiny models of this family were those of transformers, on the CPU in fp32, with vLLM 0.32.

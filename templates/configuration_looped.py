@@ -15,7 +15,7 @@ from itertools import pairwise
 
 # Start of the sha256 of modeling_looped.py. transformers 5 tells local code apart by this file alone: without it, two
 # exports of one directory name with different modeling code would share, in one process, whichever was loaded first.
-MODELING_DIGEST = "e593c1617e86ad48"
+MODELING_DIGEST = "92f675b6bef85474"
 
 MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")
@@ -237,8 +237,23 @@ VLLM_FAMILIES = (
 )  # fmt: skip
 
 
-def vllm_refusal(family: str, spec: LoopSpec) -> str | None:
-    """Why vLLM is not to serve a loop on a family, and what to do; None where it gives the tokens of transformers."""
+# Those of them whose experts vLLM computes itself, whatever activation the config names.
+VLLM_EXPERTS = ("glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
+
+
+def vllm_refusal(family: str, spec: LoopSpec, config: dict) -> str | None:
+    """Why vLLM is not to serve a loop on a model, and what to do; None where it gives the tokens of transformers.
+
+    Args:
+        family: the base's model type.
+        spec: the loop.
+        config: the base's config, as config.json has it.
+    """
+    refusal = None if spec.is_identity else _vllm_loop_refusal(family, spec)
+    return refusal or _vllm_model_refusal(family, config)
+
+
+def _vllm_loop_refusal(family: str, spec: LoopSpec) -> str | None:
     if family not in VLLM_FAMILIES:
         return f"family {family} is none of those found exact there, {', '.join(VLLM_FAMILIES)}; use transformers"
     if spec.kv == "reference":
@@ -253,6 +268,38 @@ def vllm_refusal(family: str, spec: LoopSpec) -> str | None:
             "false"
         )
     return None
+
+
+def _vllm_model_refusal(family: str, config: dict) -> str | None:
+    """What vLLM computes by fields of the config, not by the family's code, where the two differ."""
+    activation = config.get("hidden_act", "silu")
+    if family in VLLM_EXPERTS and activation not in ("silu", "swish"):
+        return f"vLLM computes experts with silu, whatever hidden_act says ({activation}); use transformers"
+    if family == "mixtral" and config.get("num_experts_per_tok") == 1:
+        return "vLLM weighs a single expert (num_experts_per_tok 1) where mixtral does not; use transformers"
+    return None
+
+
+def vllm_context(config: dict) -> int | None:
+    """The longest context, in tokens, that vLLM serves as transformers does; None where there is no limit.
+
+    Rotary embeddings of types longrope and dynamic follow the largest position of a forward, which at vLLM holds the
+    tokens of many requests.
+    """
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
+    limits = [_rope_limit(each, config) for each in by_layer_type or [parameters]]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _rope_limit(parameters: dict, config: dict) -> int | None:
+    """The number of positions up to which rotary frequencies stay as they are; None where they do at any."""
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    trained = config.get("max_position_embeddings")
+    if rope_type in ("longrope", "su"):
+        name = "original_max_position_embeddings"
+        return parameters.get(name) or config.get(name) or trained
+    return trained if "dynamic" in rope_type else None
 
 
 FIELDS = tuple(field.name for field in fields(LoopSpec))

@@ -24,7 +24,14 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_looped import CLASS_PREFIX, LoopSpec, base_model_type, looped_config_class, vllm_refusal
+from .configuration_looped import (
+    CLASS_PREFIX,
+    LoopSpec,
+    base_model_type,
+    looped_config_class,
+    vllm_context,
+    vllm_refusal,
+)
 
 # What native layers call the argument that carries the K/V cache, newest name first.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -774,10 +781,28 @@ def _check_vllm(config, spec: LoopSpec) -> None:
     """
     # Not an import statement: transformers would demand vLLM of whoever loads this file.
     engine = import_module("vllm.config").get_current_vllm_config()
+    values = config.to_dict()
+    refusals = [vllm_refusal(base_model_type(config.model_type), spec, values), _refused_length(engine, values)]
+    if not spec.is_identity:
+        refusals += _refused_settings(engine)
+    for refusal in refusals:
+        if refusal is not None:
+            raise ValueError(_not_on_vllm(refusal))
+
+
+def _refused_length(engine, config: dict) -> str | None:
+    context = vllm_context(config)
+    if context is None or engine.model_config.max_model_len <= context:
+        return None
+    return (
+        f"beyond {context} positions the rotary embeddings of all requests change with the longest of them; add "
+        f"--max-model-len {context}"
+    )
+
+
+def _refused_settings(engine):
+    """Why not, for each setting of an engine under which a loop is not served."""
     parallel = engine.parallel_config
-    of_loop = vllm_refusal(base_model_type(config.model_type), spec)
-    if of_loop is not None:
-        raise ValueError(_not_on_vllm(of_loop))
     refusals = (
         (
             parallel.pipeline_parallel_size > 1,
@@ -788,9 +813,7 @@ def _check_vllm(config, spec: LoopSpec) -> None:
         (engine.lora_config is not None, "adapters were not tried; leave --enable-lora out, or merge them first"),
         (parallel.enable_expert_parallel, "expert parallelism was not tried; leave --enable-expert-parallel out"),
     )
-    for holds, reason in refusals:
-        if holds:
-            raise ValueError(_not_on_vllm(reason))
+    return [reason for holds, reason in refusals if holds]
 
 
 def _not_on_vllm(reason: str) -> str:
@@ -878,6 +901,12 @@ def _attention_path(layer: nn.Module, index: int) -> str:
     if len(paths) != 1:
         raise ValueError(_not_on_vllm(f"{len(paths)} modules of layer {index} know its number, not one"))
     return paths[0]
+
+
+def _scale_logits(config) -> None:
+    """Tell vLLM, which computes the logits, what the family's code would divide them by."""
+    if hasattr(config, "logits_scaling"):
+        config.logit_scale = 1 / config.logits_scaling
 
 
 def _count_slots(config, spec: LoopSpec) -> None:
@@ -985,8 +1014,11 @@ class LoopedModelMixin:
         layers.routers = [_Routers.of(layer) for layer in layers._modules.values()]
         spec = LoopSpec.from_config(config)
         layers.check(spec)
-        if config._attn_implementation == VLLM and not spec.is_identity:
-            _check_vllm(config, spec)
+        if config._attn_implementation != VLLM:
+            return
+        _check_vllm(config, spec)
+        _scale_logits(config)
+        if not spec.is_identity:
             self.loop_slots = nn.ModuleDict()
             layers.vllm = _VllmSeam(layers, self.loop_slots, spec)
             _count_slots(config, spec)

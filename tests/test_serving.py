@@ -46,7 +46,7 @@ def test_the_template_serves_what_was_found_exact_and_nothing_else():
     assert {each["family"] for each in results if each["outcome"] == "exact"} == set(VLLM_FAMILIES)
     exact = {(each["family"], each["kv"]) for each in results if not each["loop"] and each["outcome"] == "exact"}
     for family, kv in {(each["family"], each["kv"]) for each in results}:
-        assert (vllm_refusal(family, LoopSpec((1, 4), 3, kv=kv)) is None) == ((family, kv) in exact), (family, kv)
+        assert (vllm_refusal(family, LoopSpec((1, 4), 3, kv=kv), {}) is None) == ((family, kv) in exact), (family, kv)
 
 
 def test_no_release_differs_silently():

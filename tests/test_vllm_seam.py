@@ -31,7 +31,7 @@ SERVED = [
     (family, kv)
     for family in VLLM_FAMILIES
     for kv in POLICIES
-    if vllm_refusal(family, LoopSpec(span=SPAN, steps=3, kv=kv)) is None
+    if vllm_refusal(family, LoopSpec(span=SPAN, steps=3, kv=kv), {}) is None
 ]
 
 
