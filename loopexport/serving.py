@@ -21,6 +21,7 @@ SERVED_AS_BY_TRANSFORMERS = "vLLM gives the greedy tokens of transformers"
 
 PROMPT_LENGTHS = (70, 41, 97, 5)  # more and fewer than a block of the K/V cache, and not all the same
 NEW_TOKENS = 24
+LOGPROB_TOLERANCE = 1e-3  # natural logarithm, fp32
 
 # fp32, since in bf16 even stock models differ between the two; chunks that cut prompts, and blocks that are reused.
 ENGINE = {
@@ -41,17 +42,30 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
+class Greedy:
+    """Greedy answers.
+
+    Attributes:
+        tokens: for each prompt, the new tokens.
+        logprobs: for each prompt, their log-probabilities.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+
+
+@dataclass(frozen=True)
 class Served:
     """What came of one engine.
 
     Attributes:
-        tokens: for each call and prompt, the new tokens.
+        answers: for each call, the answers to its prompts.
         cached: for each call and prompt, how many of the prompt's tokens were in the prefix cache.
         error: what stopped it; empty where nothing did.
         log: all that the process printed.
     """
 
-    tokens: list[list[list[int]]]
+    answers: list[Greedy]
     cached: list[list[int]]
     error: str
     log: str
@@ -70,8 +84,12 @@ def check_serving(export: Export) -> Check:
     [served] = run_vllm([run])
     if served.error:
         return Check(SERVED_AS_BY_TRANSFORMERS, False, _one_line(served.error))
-    difference = first_difference(served.tokens, prompts, transformers_tokens(export.root, prompts, NEW_TOKENS))
-    detail = f"{len(prompts)} prompts, {NEW_TOKENS} tokens each, asked twice: {sum(served.cached[1])} tokens cached"
+    theirs = answers_of_transformers(export.root, prompts, NEW_TOKENS)
+    difference = first_difference(served.answers, prompts, theirs)
+    detail = (
+        f"{len(prompts)} prompts, {NEW_TOKENS} tokens each, asked twice: {sum(served.cached[1])} tokens cached, "
+        f"log-probabilities off by at most {largest_logprob_difference(served.answers, theirs):.1g}"
+    )
     return Check(SERVED_AS_BY_TRANSFORMERS, not difference, difference or detail)
 
 
@@ -102,39 +120,61 @@ def run_vllm(runs: list[dict], *, python: str = sys.executable, environment: dic
         outcomes = json.loads(answered.read_text()) if answered.exists() else []
     lost = {"error": f"the process of vLLM ended with status {status}: {_last_line(text)}"}
     outcomes += [lost] * (len(runs) - len(outcomes))
-    return [Served(each.get("tokens", []), each.get("cached", []), each.get("error", ""), text) for each in outcomes]
+    return [_served(each, text) for each in outcomes]
 
 
-def transformers_tokens(root: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """The greedy tokens of transformers in fp32, on the CPU, each prompt by itself."""
+def _served(outcome: dict, log: str) -> Served:
+    pairs = zip(outcome.get("tokens", []), outcome.get("logprobs", []), strict=True)
+    return Served([Greedy(*pair) for pair in pairs], outcome.get("cached", []), outcome.get("error", ""), log)
+
+
+def answers_of_transformers(root: Path, prompts: list[list[int]], count: int) -> Greedy:
+    """The greedy answers of transformers in fp32, on the CPU, each prompt by itself."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     load: Any = AutoModelForCausalLM.from_pretrained
     model = load(root, trust_remote_code=True, dtype=torch.float32).eval()
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
-    tokens = [_generate(model, torch.tensor([prompt])) for prompt in prompts]
+    answers = [_generate(model, torch.tensor([prompt])) for prompt in prompts]
     del model
     gc.collect()
-    return tokens
+    return Greedy([tokens for tokens, _ in answers], [logprobs for _, logprobs in answers])
 
 
-def _generate(model, prompt) -> list[int]:
-    """The new tokens; without a mask, `generate` would take those that equal the padding token for padding."""
-    return model.generate(prompt, attention_mask=prompt.new_ones(prompt.shape))[0, prompt.shape[1] :].tolist()
+def _generate(model, prompt) -> tuple[list[int], list[float]]:
+    """New tokens and log-probabilities; without a mask, tokens that equal the padding token would count as padding."""
+    import torch
+
+    mask = prompt.new_ones(prompt.shape)
+    output = model.generate(prompt, attention_mask=mask, return_dict_in_generate=True, output_logits=True)
+    tokens = output.sequences[0, prompt.shape[1] :]
+    logprobs = torch.stack(output.logits)[:, 0].log_softmax(-1)
+    return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()
 
 
-def first_difference(served: list[list[list[int]]], prompts: list[list[int]], theirs: list[list[int]]) -> str:
-    """Where vLLM's tokens first leave those of transformers, as a sentence; empty where they never do."""
+def first_difference(served: list[Greedy], prompts: list[list[int]], theirs: Greedy) -> str:
+    """Where vLLM's answers first leave those of transformers, as a sentence; empty where they never do."""
     for call in served:
-        for number, (prompt, ours, expected) in enumerate(zip(prompts, call, theirs, strict=True)):
-            for position, (token, wanted) in enumerate(zip(ours, expected, strict=True)):
+        answers = zip(prompts, call.tokens, call.logprobs, theirs.tokens, theirs.logprobs, strict=True)
+        for number, (prompt, *answer) in enumerate(answers):
+            for position, (token, logprob, wanted, expected) in enumerate(zip(*answer, strict=True)):
+                where = f"prompt {number} ({len(prompt)} tokens): token {position}"
                 if token != wanted:
-                    return (
-                        f"prompt {number} ({len(prompt)} tokens): token {position} is {token} on vLLM, {wanted} with "
-                        "transformers"
-                    )
+                    return f"{where} is {token} on vLLM, {wanted} with transformers"
+                if not abs(logprob - expected) <= LOGPROB_TOLERANCE:
+                    return f"{where} has log-probability {logprob:.4g} on vLLM, {expected:.4g} with transformers"
     return ""
+
+
+def largest_logprob_difference(served: list[Greedy], theirs: Greedy) -> float:
+    """Of all tokens, where there is no `first_difference`."""
+    expected = [each for answer in theirs.logprobs for each in answer]
+    return max(
+        abs(ours - other)
+        for call in served
+        for ours, other in zip([each for answer in call.logprobs for each in answer], expected, strict=True)
+    )
 
 
 def _random_prompts(vocab_size: int) -> list[list[int]]:

@@ -4,7 +4,8 @@
 
 RUNS.json is a list of objects with `engine`, the arguments of `vllm.LLM`; `calls`, lists of prompts of token ids, each
 list given to the engine when the one before has been answered; and `max_tokens`. OUTCOMES.json gets an object for each:
-`tokens`, lists as in `calls`, and `cached`, how many tokens of each prompt vLLM had in its prefix cache; or `error`.
+`tokens`, lists as in `calls`; `logprobs`, the log-probability of each of them; and `cached`, how many tokens of each
+prompt vLLM had in its prefix cache; or `error`.
 """
 
 from __future__ import annotations
@@ -34,15 +35,22 @@ def generate(engine: dict, calls: list[list[list[int]]], max_tokens: int) -> dic
     import vllm
 
     model = vllm.LLM(skip_tokenizer_init=True, **engine)
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    sampling = vllm.SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=1
+    )
     answers = [
         model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
         for prompts in calls
     ]
     return {
         "tokens": [[list(each.outputs[0].token_ids) for each in answer] for answer in answers],
+        "logprobs": [[_logprobs(each.outputs[0]) for each in answer] for answer in answers],
         "cached": [[each.num_cached_tokens for each in answer] for answer in answers],
     }
+
+
+def _logprobs(output) -> list[float]:
+    return [choices[token].logprob for token, choices in zip(output.token_ids, output.logprobs, strict=True)]
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 from test_convert import run
 
-from loopexport.serving import first_difference, run_vllm
+from loopexport.serving import Greedy, first_difference, largest_logprob_difference, run_vllm
 from loopexport.spec import LoopSpec
 from loopexport.templates.configuration_looped import VLLM_FAMILIES, vllm_refusal
 
@@ -25,11 +26,16 @@ def test_verify_says_in_a_line_that_vllm_is_missing(export_dir):
 
 
 def test_the_first_difference_is_named():
-    prompts, theirs = [[5, 6], [7]], [[1, 2, 3], [4, 5, 6]]
+    prompts = [[5, 6], [7]]
+    theirs = Greedy([[1, 2, 3], [4, 5, 6]], [[-0.5] * 3] * 2)
     assert first_difference([theirs, theirs], prompts, theirs) == ""
-    served = [theirs, [[1, 2, 3], [4, 9, 9]]]
+    assert largest_logprob_difference([theirs, theirs], theirs) == 0
+    other = Greedy([[1, 2, 3], [4, 9, 9]], theirs.logprobs)
     expected = "prompt 1 (1 tokens): token 1 is 9 on vLLM, 5 with transformers"
-    assert first_difference(served, prompts, theirs) == expected
+    assert first_difference([theirs, other], prompts, theirs) == expected
+    scaled = Greedy(theirs.tokens, [[-0.5] * 3, [-0.5, -0.25, math.nan]])
+    expected = "prompt 1 (1 tokens): token 1 has log-probability -0.25 on vLLM, -0.5 with transformers"
+    assert first_difference([theirs, scaled], prompts, theirs) == expected
 
 
 def test_a_process_that_dies_is_told_for_every_run(tmp_path):

@@ -5,7 +5,8 @@ LOOPEXPORT_VLLM; `make test-vllm-all` runs the whole matrix on two releases and 
 shows.
 
 What keeps these tests from passing for nothing: fp32, wide weights, prompts longer than a block of the K/V cache and
-than a chunk, prefix-cache hits that are counted, and tokens that differ from those of the base.
+than a chunk, prefix-cache hits that are counted, tokens that differ from those of the base, and log-probabilities,
+since tokens alone do not tell of logits that are scaled.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pytest
 from tiny import MOE_FAMILIES, SPAN, save_tiny, tiny_tokens
 
 import loopexport
-from loopexport.serving import ENGINE, ENVIRONMENT, first_difference, run_vllm, transformers_tokens
+from loopexport.serving import ENGINE, ENVIRONMENT, answers_of_transformers, first_difference, run_vllm
 
 PYTHON = os.environ.get("LOOPEXPORT_VLLM", "")
 if not PYTHON:
@@ -111,13 +112,14 @@ RULES = {
     "uniform": {},
 }
 DENSE = ("qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "granite", "gpt_neox")
+SPARSE = ("mixtral", "qwen2_moe", "glm4_moe")
+SETTINGS = (PARALLEL, COMPILED)
 MANY = [
-    *(Case(family, kv) for family in (*DENSE, "mixtral", "qwen2_moe", "glm4_moe") for kv in POLICIES),
+    *(Case(family, kv) for family in (*DENSE, *SPARSE) for kv in POLICIES),
     *(Case("qwen3", {"rule": rule, **options, **kv}) for rule, options in RULES.items() for kv in POLICIES),
     *(Case("qwen3_moe", {**LAYERS, **kv}) for kv in POLICIES),
-    *(Case(family, kv, PARALLEL) for family in ("gemma3_text", "qwen3_moe") for kv in POLICIES),
-    *(Case(family, kv, COMPILED) for family in ("gemma3_text", "qwen3_moe") for kv in POLICIES),
-    Case("gpt_oss", SHARED, COMPILED),
+    *(Case(family, kv, setting) for setting in SETTINGS for family in ("gemma3_text", "qwen3_moe") for kv in POLICIES),
+    *(Case(family, SHARED, setting) for setting in SETTINGS for family in (*DENSE, *SPARSE, "gpt_oss")),
 ]
 # What a release of vLLM does not do, for the base neither.
 LACKING = {("0.28", "gpt_oss"): "drops the attention sinks", ("0.28", "gpt_neox"): "no module or parameter named"}
@@ -261,19 +263,19 @@ def test_greedy_tokens_are_those_of_transformers(case, serve, base_of, record, v
         record(case, "refused")
         return
     assert not served.error, served.error
-    theirs = transformers_tokens(export, PROMPTS, NEW_TOKENS)
-    of_base = transformers_tokens(base_of(case.family), PROMPTS, NEW_TOKENS)
-    difference = first_difference(served.tokens, PROMPTS, theirs)
+    theirs = answers_of_transformers(export, PROMPTS, NEW_TOKENS)
+    of_base = answers_of_transformers(base_of(case.family), PROMPTS, NEW_TOKENS)
+    difference = first_difference(served.answers, PROMPTS, theirs)
     record(case, "differs" if difference else "exact")
     assert not difference
-    assert sum(ours != plain for ours, plain in zip(theirs, of_base, strict=True)) >= len(PROMPTS) / 2
+    assert sum(ours != plain for ours, plain in zip(theirs.tokens, of_base.tokens, strict=True)) >= len(PROMPTS) / 2
     assert served.cached == [[0] * len(PROMPTS), [(len(prompt) - 1) // BLOCK * BLOCK for prompt in PROMPTS]]
 
 
 @pytest.mark.parametrize("case", as_parameters(REFUSED))
 def test_what_is_not_exact_is_refused_with_the_reason(case, serve, record):
     _, served = serve(case)
-    assert not served.tokens
+    assert not served.answers
     assert case.refusal in (served.log if case.setting == STAGES else served.error)
     record(case, "refused")
 
@@ -289,8 +291,8 @@ def test_an_edited_loop_is_not_served_from_the_compile_cache(export_of, environm
         config.write_text(json.dumps({**json.loads(config.read_text()), "loop_steps": steps}))
         run = {"engine": engine, "calls": [PROMPTS], "max_tokens": NEW_TOKENS}
         [served] = run_vllm([run], python=PYTHON, environment=environment)
-        assert not first_difference(served.tokens, PROMPTS, transformers_tokens(export, PROMPTS, NEW_TOKENS))
-        answers.append(served.tokens)
+        assert not first_difference(served.answers, PROMPTS, answers_of_transformers(export, PROMPTS, NEW_TOKENS))
+        answers.append(served.answers)
     assert answers[0] != answers[1]
 
 
@@ -371,4 +373,4 @@ def test_the_server_with_tensor_parallel_2_gives_the_tokens_of_transformers(expo
             content = json.dumps({**body, "prompt": prompt}).encode()
             answer = json.load(urlopen(Request(address, content, {"Content-Type": "application/json"})))
             answers.append(answer["choices"][0]["token_ids"])
-    assert not first_difference([answers], PROMPTS, transformers_tokens(export, PROMPTS, NEW_TOKENS))
+    assert answers == answers_of_transformers(export, PROMPTS, NEW_TOKENS).tokens

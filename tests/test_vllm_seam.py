@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 from compare import TOLERANCE, assert_close, assert_differs
-from tiny import FAMILIES, SPAN, tiny_tokens
+from tiny import FAMILIES, SPAN, save_tiny, tiny_tokens
 from vllm_double import SEAMS, Engine
 
-from loopexport.templates.configuration_looped import VLLM_FAMILIES, LoopSpec, vllm_refusal
+import loopexport
+from loopexport.templates.configuration_looped import VLLM_FAMILIES, LoopSpec, vllm_context, vllm_refusal
 
 if transformers.__version__.startswith("4."):
     pytest.skip("vLLM runs models of transformers 5", allow_module_level=True)
@@ -113,6 +114,50 @@ REFUSALS = [
 def test_settings_that_were_not_tried_are_refused_while_the_model_is_built(export_dir, monkeypatch, changes, reason):
     with pytest.raises(ValueError, match=reason):
         Engine(export_dir("qwen3_moe"), monkeypatch, **changes)
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+FACTORS = [1.0 + 0.1 * index for index in range(8)]
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+    "short_factor": FACTORS, "long_factor": [3 * each for each in FACTORS],
+}  # fmt: skip
+MODELS = [
+    ("llama", {"max_position_embeddings": 64, "rope_parameters": DYNAMIC}, "add --max-model-len 64"),
+    ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}, "add --max-model-len 64"),
+    ("qwen3_moe", {"hidden_act": "gelu"}, "whatever hidden_act says \\(gelu\\)"),
+    ("mixtral", {"num_experts_per_tok": 1}, "weighs a single expert"),
+]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("family", "fields", "reason"), MODELS, ids=["dynamic", "longrope", "gelu", "one expert"])
+def test_models_that_vllm_computes_otherwise_are_refused(tmp_path, monkeypatch, family, fields, reason, steps):
+    root = loopexport.convert(
+        str(save_tiny(family, tmp_path / "base", **fields)), tmp_path / "out", span=SPAN, steps=steps
+    ).root
+    with pytest.raises(ValueError, match=reason):
+        Engine(root, monkeypatch)
+    if "rope_parameters" in fields:
+        Engine(root, monkeypatch, max_model_len=64)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 9}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 9}, 9),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 5, "max_position_embeddings": 9}, 5),
+        ({"rope_parameters": {"a": {"rope_type": "default"}, "b": LONGROPE}, "max_position_embeddings": 99}, 64),
+    ],
+)
+def test_context_within_which_rotary_frequencies_stay_is_read_from_old_and_new_configs(config, length):
+    assert vllm_context(config) == length
+
+
+def test_scale_of_logits_is_told_where_vllm_looks_for_it(export_dir, monkeypatch):
+    assert Engine(export_dir("granite"), monkeypatch).model.config.logit_scale == 0.5
 
 
 def test_a_loop_of_one_step_is_served_whatever_the_settings(export_dir, plain, monkeypatch):
