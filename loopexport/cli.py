@@ -188,7 +188,11 @@ def inspect(directory, as_json) -> None:
 
 @main.command(context_settings=CONTEXT)
 @click.argument("directory")
-@click.option("--full", is_flag=True, help="Hash all weights instead of comparing their sizes and headers.")
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Hash all weights of known digest, as copied ones are, instead of comparing sizes and headers.",
+)
 @click.option("--files-only", is_flag=True, help="Do not load the model.")
 @click.option("--trust-remote-code", is_flag=True, help="Load modeling code that is not this LoopExport's own.")
 @click.option(
@@ -296,10 +300,10 @@ def run(directory, prompt, file, provider, max_new_tokens, chat, **sampling) -> 
 @click.argument("out")
 @weights_option
 def restore(directory, out, weights) -> None:
-    """Write the base of the export DIRECTORY to OUT, bit for bit."""
+    """Write the base of the export DIRECTORY to OUT, bit for bit: weights of known digest are hashed first."""
     from .restoration import restore as run_restore
 
-    with _progress("copying weights", 0) as advance:
+    with _progress("restoring weights", 0) as advance:
         base = run_restore(directory, out, weights=weights, progress=advance)
     _echo_line(f"Wrote {base.root}, the base {base.origin.name}")
 

@@ -23,6 +23,8 @@ WITHOUT_WEIGHTS = (
 # Files that a user may edit: the card freely, the config in its loop fields.
 EDITABLE = (CARD, CONFIG)
 
+UNKNOWN_DIGEST = "size and header (no digest is known of weights that were linked, not copied)"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -134,10 +136,10 @@ def _hash(path: Path, record: FileRecord | OnnxRecord, progress: Progress, remed
 
 
 def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
-    name = "weights are the base's"
+    name = "weights are the base's" if full else "weights have the base's sizes and headers"
     if export.lacking and export.manifest.weights_method == "none":
         return Check(name, False, f"{export.lacking[0]} is not here: {WITHOUT_WEIGHTS}")
-    depths = set()
+    depths: dict[str, None] = {}
     for file, record in export.manifest.weights.items():
         path = export.root / file
         if not os.path.isfile(path):
@@ -145,8 +147,10 @@ def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
         changed, depth = _weights_changed(path, record, full, progress)
         if changed:
             return Check(name, False, f"{file} has changed ({changed})")
-        depths.add(depth)
-    return Check(name, True, f"{len(export.manifest.weights)} compared by {' and '.join(sorted(depths))}")
+        depths[depth] = None
+    is_proved = not full or UNKNOWN_DIGEST not in depths
+    detail = f"{len(export.manifest.weights)} compared by {' and '.join(depths)}"
+    return Check(name, True if is_proved else None, detail)
 
 
 def _check_records(export: Export) -> Check:
@@ -181,7 +185,7 @@ def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progr
         return ("sha256" if sha256_of(path, progress) != record.sha256 else ""), "sha256"
     if record.xxh3_128 is not None:
         return ("xxh3_128" if xxh3_of(path, progress) != record.xxh3_128 else ""), "xxh3_128"
-    return "", "size and header (no digest is known: the weights were not copied)"
+    return "", UNKNOWN_DIGEST
 
 
 def check_onnx(

@@ -22,7 +22,7 @@ def restore(
         root: the export.
         out: the directory to write; it must not exist.
         weights: how to put the weights in place, as for `convert`.
-        progress: called with the number of bytes of weights just copied.
+        progress: called with the number of bytes of weights just hashed or copied.
 
     Raises:
         ExportError: the export was changed since it was made.
@@ -30,9 +30,10 @@ def restore(
     """
     export, out = open_export(root), output_path(out)
     check_output(out, export.root)
-    changed = [check for check in check_files(export) if check.passed is False]
-    if changed:
-        raise ExportError(f"{export.root} cannot give its base back: {changed[0].detail}")
+    for full in (False, True):  # what is quickly told first
+        changed = [check for check in check_files(export, full=full, progress=progress) if check.passed is False]
+        if changed:
+            raise ExportError(f"{export.root} cannot give its base back: {changed[0].detail}")
     with staged(out) as target:
         for name, source in _base_files(export).items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -207,6 +207,22 @@ def test_inspect_names_what_was_edited_and_what_to_know(export):
     assert values["notices"][0].startswith("a gain is unproven")
 
 
+def test_restore_never_passes_damaged_weights_on(export, tmp_path):
+    flip_last_byte(export / "model.safetensors")
+    result = run("restore", export, tmp_path / "again")
+    assert result.exit_code == 1
+    assert "model.safetensors has changed (xxh3_128)" in result.stderr
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_full_check_does_not_claim_what_it_cannot_know(tiny_base, tmp_path):
+    out = loopexport.convert(str(tiny_base()), tmp_path / "out", span=SPAN, steps=3, weights="hardlink").root
+    outcome, status = checks(out, "--files-only", "--full")
+    assert status == 0
+    assert outcome["weights are the base's"]["passed"] is None
+    assert "no digest is known of weights that were linked" in outcome["weights are the base's"]["detail"]
+
+
 def test_restore_onto_something_says_what_to_do(export, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "x").write_text("x")
