@@ -25,16 +25,23 @@ def looped_config(config: dict, spec: LoopSpec) -> dict:
     """The base's raw config with the loop added; nothing else is touched, nothing re-serialised by transformers.
 
     Raises:
-        CheckpointError: the config names no `model_type`.
+        CheckpointError: the config names no `model_type`, or has a field named like those of a loop.
     """
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"config.json names no model_type but {config.get('model_type')!r}")
+    loop = spec.to_config_fields()
+    foreign = [name for name in config if name.startswith(FIELD_PREFIX) and name not in loop]
+    if foreign:
+        raise CheckpointError(
+            f"the base's config.json has {foreign[0]}, and a looped model takes names with {FIELD_PREFIX} for fields "
+            "of its loop; take it out there if the model does not need it"
+        )
     entries = auto_map(config["model_type"])
     added = {
         "model_type": MODEL_TYPE_PREFIX + config["model_type"],
         "architectures": [entries["AutoModelForCausalLM"].split(".")[1]],
         "auto_map": entries,
-        **spec.to_config_fields(),
+        **loop,
     }
     return {**config, **added}
 
@@ -65,8 +72,7 @@ class Export:
             raise ExportError(f"{self.root / CONFIG} holds an impossible loop: {error}") from None
 
     def _check_field_names(self) -> None:
-        """A misspelt field would be passed over in silence, by transformers too."""
-        known = [*self.manifest.spec.to_config_fields(), *read_json(self.root / BASE_FOLDER / CONFIG)]
+        known = list(self.manifest.spec.to_config_fields())
         for name in self.config:
             if name.startswith(FIELD_PREFIX) and name not in known:
                 near = difflib.get_close_matches(name, known, n=1)

@@ -225,8 +225,12 @@ class LoopSpec:
         """Return `value` of the field `name` in its canonical type.
 
         Raises:
-            ValueError: the value is not allowed.
+            ValueError: there is no such field, or the value is not allowed.
         """
+        if name not in FIELDS:
+            raise ValueError(
+                f"{FIELD_PREFIX}{name} is no field of the loop; after {FIELD_PREFIX} comes one of {', '.join(FIELDS)}"
+            )
         return _FIELD_CHECKS[name](value)
 
 
@@ -438,7 +442,7 @@ class LoopedConfigMixin:
     """Adds the loop to a native config class: fields are checked when set, and a saved config loads by itself."""
 
     def __setattr__(self, name, value):
-        if name.startswith(FIELD_PREFIX) and name[len(FIELD_PREFIX) :] in FIELDS:
+        if name.startswith(FIELD_PREFIX):
             value = as_json(LoopSpec.check_field(name[len(FIELD_PREFIX) :], value))
         super().__setattr__(name, value)
 

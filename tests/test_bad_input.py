@@ -141,6 +141,7 @@ BAD_CONFIGS = [
     ({"num_hidden_layers": None}, "tells no number of layers (num_hidden_layers"),
     ({"num_hidden_layers": "six"}, "'six' in "),
     ({"num_hidden_layers": -1}, "is not a number of layers"),
+    ({"loop_num_passes": 3}, "has loop_num_passes, and a looped model takes names with loop_ for fields of its loop"),
     ({"model_type": "looped_llama"}, "the model is looped already (looped_llama)"),
 ]
 

@@ -116,6 +116,18 @@ def test_steps_can_be_overridden_at_load_and_at_run_time(export_dir):
     assert_bitwise(logits(model, tokens), at_export)
 
 
+def test_a_misspelt_field_is_refused_where_it_is_set(export_dir, tmp_path):
+    message = "loop_stepz is no field of the loop"
+    export = export_dir(steps=3)
+    with pytest.raises(ValueError, match=message):
+        load(export).config.loop_stepz = 6
+    copy = shutil.copytree(export, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "loop_stepz": 6}))
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
 def test_every_field_can_be_overridden(export_dir):
     tokens = tiny_tokens(2, 12)
     fields = {"span": (2, 5), "steps": 4, "damping": 0.5, "anchor": 0.5, "mode": "layer", "kv": "per_step"}
