@@ -130,15 +130,27 @@ def _served(outcome: dict, log: str) -> Served:
 
 def answers_of_transformers(root: Path, prompts: list[list[int]], count: int) -> Greedy:
     """The greedy answers of transformers in fp32, on the CPU, each prompt by itself."""
+    answers = answers_of(load_with_transformers(root), prompts, count)
+    gc.collect()
+    return answers
+
+
+def load_with_transformers(root: Path):
+    """The model in a directory, in fp32."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    model = load(root, trust_remote_code=True, dtype=torch.float32).eval()
+    return load(root, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+def answers_of(model, prompts: list[list[int]], count: int) -> Greedy:
+    """The greedy answers of a model of transformers, `count` tokens to each prompt by itself."""
+    import torch
+    from transformers import GenerationConfig
+
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
     answers = [_generate(model, torch.tensor([prompt])) for prompt in prompts]
-    del model
-    gc.collect()
     return Greedy([tokens for tokens, _ in answers], [logprobs for _, logprobs in answers])
 
 

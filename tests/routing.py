@@ -15,12 +15,17 @@ def run_without_ties(model, run, batch: int, length: int):
 
     A dense model takes the first seed.
     """
+    return draw_without_ties(model, run, lambda seed: tiny_tokens(batch, length, seed))
+
+
+def draw_without_ties(model, run, draw):
+    """`draw(seed)`, and what `run` gives for it, as in `run_without_ties`."""
     for seed in range(1, 20):
-        tokens = tiny_tokens(batch, length, seed)
+        drawn = draw(seed)
         with _router_margins(model) as margins:
-            output = run(tokens)
+            output = run(drawn)
         if min(margins, default=1.0) > SMALLEST_MARGIN:
-            return tokens, output
+            return drawn, output
     raise AssertionError("all seeds lead to ties between experts")
 
 
