@@ -94,7 +94,8 @@ def check_family(config: dict) -> None:
         raise CheckpointError("config.json names no model_type; is it a Hugging Face model directory?")
     if model_type.startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
-            f"the model is looped already ({model_type}); change its loop_* config fields, or `loopexport restore` it"
+            f"the model is looped already ({model_type}); change the loop_* fields of its config.json, or convert the "
+            "base that it was made from"
         )
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):

@@ -6,11 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from .checkpoint import Origin, read_json
+from .checkpoint import MANIFEST, Origin, read_json
 from .errors import CheckpointError, ExportError, SpecError
 from .spec import LoopSpec, make_spec
 
-MANIFEST = "loopexport.json"
 FORMAT = 1
 
 
