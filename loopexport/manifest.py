@@ -100,7 +100,9 @@ def read_manifest(root: Path) -> Manifest:
         path.lstat()
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ExportError(f"{root} is not a LoopExport export: it has no {MANIFEST}") from None
+        raise ExportError(
+            f"{root} is not a LoopExport export: it has no {MANIFEST}; give a directory that `loopexport convert` wrote"
+        ) from None
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror}") from None
     except CheckpointError as error:

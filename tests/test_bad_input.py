@@ -507,7 +507,7 @@ def test_output_that_appears_meanwhile_is_left_alone(base, tmp_path, monkeypatch
 @pytest.mark.parametrize("command", [["inspect"], ["verify"], ["restore"]], ids=str)
 def test_directory_that_is_no_export_is_refused(base, tmp_path, command):
     out = [tmp_path / "out"] if command == ["restore"] else []
-    assert_refused(tmp_path, *command, base, *out, says="is not a LoopExport export")
+    assert_refused(tmp_path, *command, base, *out, says="it has no loopexport.json; give a directory that `loopexport")
     assert_refused(tmp_path, *command, tmp_path / "none", *out, says="no directory")
 
 
