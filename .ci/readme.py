@@ -50,7 +50,7 @@ def families() -> str:
         (*(status or "absent" for status in statuses), onnx or "none", ", ".join(names), reason)
         for (*statuses, onnx), reason, names in grouped_outcomes()
     ]
-    return _table((*releases(), "ONNX", "families", "why not"), rows)
+    return _table((*(f"transformers {release}" for release in releases()), "ONNX", "families", "why not"), rows)
 
 
 def commands(*names: str) -> str:

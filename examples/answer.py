@@ -1,6 +1,6 @@
 """Answer a question with a model directory, using transformers alone; LoopExport need not be installed.
 
-python examples/answer.py DIRECTORY "What is the capital of France?"
+python examples/answer.py demo/SmolLM2-135M-Instruct-looped "What is the capital of France?"
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 A lower loss does not mean a better model: on the paper's tasks, held-out loss and accuracy gain were anti-correlated.
 
-    python examples/change_steps.py LOOPED_DIRECTORY
+    python examples/change_steps.py demo/SmolLM2-135M-Instruct-looped
 """
 
 import sys

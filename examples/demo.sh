@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # From nothing to an answer of a looped model; prints each command before it runs it.
 #
-#     examples/demo.sh DIRECTORY        with `python` and `loopexport` on the PATH
+#     examples/demo.sh demo
+#
+# `python` and `loopexport` have to be on the PATH.
 set -euo pipefail
+
+if [ $# -ne 1 ]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
 
 here=$(dirname "$0")
 work=$1

@@ -1,6 +1,6 @@
 """Take the language model out of a multimodal checkpoint, so that it can be looped.
 
-python examples/language_model.py SOURCE OUT
+python examples/language_model.py gemma-3-4b-it gemma-3-4b-text        # a local directory, and a new one
 """
 
 import shutil
@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "LICENSE*")
 
-if len(sys.argv) < 3:
+if len(sys.argv) != 3:
     sys.exit(__doc__)
-source, out = map(Path, sys.argv[1:3])
+source, out = map(Path, sys.argv[1:])
 whole = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
 text = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)
 text.get_decoder().load_state_dict(whole.get_decoder().state_dict())

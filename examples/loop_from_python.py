@@ -1,6 +1,6 @@
 """Convert, inspect and verify from Python.
 
-python examples/loop_from_python.py MODEL OUT
+python examples/loop_from_python.py demo/SmolLM2-135M-Instruct demo/looped-from-python
 """
 
 import sys

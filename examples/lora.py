@@ -1,6 +1,6 @@
 """Train a LoRA adapter on a looped model; the loop is part of the forward, so gradients pass through every step.
 
-python examples/lora.py LOOPED_DIRECTORY ADAPTER_DIRECTORY
+python examples/lora.py demo/SmolLM2-135M-Instruct-looped demo/adapter
 """
 
 import sys

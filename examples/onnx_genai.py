@@ -1,6 +1,9 @@
 """Generate with onnxruntime-genai, which knows nothing of loops: prints the tokens, then the text.
 
-python examples/onnx_genai.py DIRECTORY QUESTION [MAX_NEW_TOKENS]        after `loopexport onnx DIRECTORY`
+    loopexport onnx demo/SmolLM2-135M-Instruct-looped        # once
+    python examples/onnx_genai.py demo/SmolLM2-135M-Instruct-looped "Tell me a story about a lighthouse keeper." 64
+
+The last argument, the number of new tokens, can be left out.
 """
 
 import json

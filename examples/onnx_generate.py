@@ -1,6 +1,9 @@
 """Generate with ONNX Runtime alone: no torch, no LoopExport.
 
-python examples/onnx_generate.py DIRECTORY QUESTION [MAX_NEW_TOKENS]        after `loopexport onnx DIRECTORY`
+    loopexport onnx demo/SmolLM2-135M-Instruct-looped        # once
+    python examples/onnx_generate.py demo/SmolLM2-135M-Instruct-looped "Tell me a story about a lighthouse keeper." 64
+
+The last argument, the number of new tokens, can be left out.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Several K as graphs over the same weights, compared: one trace serves them all.
 
-python examples/onnx_steps.py DIRECTORY K [K ...]
+python examples/onnx_steps.py demo/SmolLM2-135M-Instruct-looped 2 3 6
 """
 
 import sys

@@ -2,7 +2,9 @@
 
 The Hub copies them from the model's repository; a token with write permission is needed (`hf auth login`, or HF_TOKEN).
 
-    python examples/publish.py MODEL REPO_ID PRESET        (`loopexport presets list` has them)
+    python examples/publish.py Qwen/Qwen3-4B-Instruct-2507 YOUR_NAME/qwen3-4b-looped qwen3-4b-mmlu-pro
+
+The last argument is one of `loopexport presets list`.
 """
 
 import sys

@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # Loop layers 13 to 16 of a model three times, look at the result, check it, and get the base back.
 #
-#     examples/quickstart.sh MODEL DIRECTORY
+#     examples/quickstart.sh demo/SmolLM2-135M-Instruct demo/quickstart
 set -euo pipefail
+
+if [ $# -ne 2 ]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
 
 model=$1
 directory=$2

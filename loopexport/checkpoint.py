@@ -13,9 +13,11 @@ from pathlib import Path, PurePosixPath
 from .errors import CheckpointError
 from .families import check_family, layer_count
 from .safetensors_header import Header, Tensor, read_header
+from .templates.configuration_looped import MODEL_TYPE_PREFIX
 
 CONFIG = "config.json"
 CARD = "README.md"
+MANIFEST = "loopexport.json"  # of an export, which is no base
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -192,6 +194,7 @@ def open_checkpoint(
     """
     names = file_names(root) if names is None else names
     config = read_config(config_path or root / CONFIG)
+    _check_is_base(root, config)
     check_family(config)
     shards = _read_shards(root, names, read_shard or read_local_shard)
     _check_causal(config, shards)
@@ -291,6 +294,15 @@ def _read_shards(root: Path, names: set[str], read_shard: Callable[[Path, str], 
         if tensor not in held[name]:
             raise CheckpointError(f"{INDEX} places {tensor} in {name}, which does not hold it; download both again")
     return shards
+
+
+def _check_is_base(root: Path, config: dict) -> None:
+    """An export with its manifest gives its base back; to one without, the advice of `check_family` applies."""
+    if str(config.get("model_type")).startswith(MODEL_TYPE_PREFIX) and (root / MANIFEST).is_file():
+        raise CheckpointError(
+            f"the model is looped already ({config['model_type']}); change the loop_* fields of its config.json, or "
+            f"`loopexport restore {root} OUT` and convert that"
+        )
 
 
 def _check_causal(config: dict, shards: tuple[Shard, ...]) -> None:

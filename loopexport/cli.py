@@ -54,9 +54,15 @@ def spec_options(command):
             multiple=True,
             metavar="START:STOP",
             help="Layers to loop, half-open, counted from 0: 12:20 is 12 to 19; repeat it for several spans. "
-            "auto is a heuristic: 4 layers at the depth that the authors found best.",
+            "auto is a heuristic: 4 layers at the depth that the authors found best. Required, unless --preset or "
+            "--spec has it.",
         ),
-        click.option("--steps", type=int, help="K, times the span is evaluated; 1 is the base model."),
+        click.option(
+            "--steps",
+            type=int,
+            help="K, how many steps the loop takes, each one run of the span for most rules; 1 is the base model. "
+            "Required, unless --preset or --spec has it.",
+        ),
         click.option(
             "--damping",
             type=float,
@@ -66,13 +72,17 @@ def spec_options(command):
         click.option("--mode", help="block: the span as one; layer: each of its layers in turn.  [default: block]"),
         click.option("--kv", help="Keys and values of iterations: shared, per_step or reference.  [default: shared]"),
         click.option("--decode", help="Decode steps that loop: full, bypass or first_n.  [default: full]"),
-        click.option("--first-n", type=int, help="Decode steps that loop under --decode first_n."),
+        click.option(
+            "--first-n", type=int, help="How many decode steps loop; goes with --decode first_n, which needs it."
+        ),
         click.option("--rule", help="Update rule, see `loopexport rules`.  [default: euler]"),
         click.option("--schedule", metavar="NUMBERS", help="Numbers for rules ema_sched and poly_blend: 0.5,0.3,0.2."),
         click.option("--momentum", type=float, help="For rule heavy_ball, in [0, 1).  [default: 0.3]"),
         click.option("--history", type=int, help="Differences that rule anderson fits.  [default: 2]"),
         click.option(
-            "--frozen-routing/--no-frozen-routing", default=None, help="Iterations use the natural pass's experts."
+            "--frozen-routing/--no-frozen-routing",
+            default=None,
+            help="Iterations use the natural pass's experts; for bases that have some.",
         ),
         click.option(
             "--norm-interpolation/--no-norm-interpolation", default=None, help="Iterates keep norms from |x| to |n|."

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,7 +116,8 @@ def plan_convert(
     if weights == WITHOUT:
         _check_copyable(base)
     loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
-    _check_layers(base, loop)
+    with _span_explained(preset if "span" not in spec else None):
+        _check_layers(base, loop)
     out = output_path(out) if out is not None else _default_out(base, loop)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export)
     cost = loop_cost(base, loop)
@@ -168,6 +171,21 @@ def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
     name = base.origin.name.rsplit("/", 1)[-1]
     spans = "-".join(f"{start}-{stop}" for start, stop in spec.spans)
     return Path(f"{name}-looped-{spans}-k{spec.steps}")
+
+
+@contextmanager
+def _span_explained(preset: str | None) -> Iterator[None]:
+    """Say where a span that does not fit came from, where the user did not give it."""
+    try:
+        yield
+    except SpecError as error:
+        if preset is None:
+            raise
+        cell = find_preset(preset)
+        raise SpecError(
+            f"{error}; that span is of preset {preset}, for {cell.model_type} with {cell.num_layers} layers: "
+            "give one for this model with --span"
+        ) from None
 
 
 def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:

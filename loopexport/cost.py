@@ -56,7 +56,7 @@ class Cost:
     """Cost per token, looped against base. None where it cannot be told from the config.
 
     Attributes:
-        layer_evaluations: decoder layers run for one token, `L + (E-1) * w`, and `base_layer_evaluations`, L.
+        layer_evaluations: decoder layers run for one token, `L + (E K - 1) w`, and `base_layer_evaluations`, L.
         params_read: parameters read to decode one token, and `base_params_read`: layers as often as they run, of the
             routed experts those that a token is sent to, of embedding tables one row, everything else once. None for
             quantised weights, which pack several into an element.
@@ -87,8 +87,8 @@ class Cost:
 def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
     """Count the cost of a loop on a base.
 
-    `L + (E-1) * w` layer evaluations, with E evaluations of the span (K for most rules): the natural pass writes the
-    cache, so no pass is spent on that alone.
+    `L + (E K - 1) w` layer evaluations, with K steps of E evaluations each of a span of w layers (E is 1 for most
+    rules): the natural pass is one of them and writes the cache, so no pass is spent on that alone.
     """
     runs = dict.fromkeys(spec.layers, spec.evaluations)
     slots = runs if spec.extra_kv_slots else {}

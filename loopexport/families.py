@@ -18,6 +18,18 @@ from .templates.configuration_looped import MODEL_TYPE_PREFIX
 # What the number of decoder layers is called; the first that a config has counts.
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+# What the record has in the words of code, and what it means; the first that matches a reason counts.
+IN_WORDS = (
+    (r"cannot loop a layer: \w+ takes no K/V cache.*", "a layer of it takes no K/V cache"),
+    (r"cannot loop \w+: it has \d+ lists of \d+ layers, not one", "its code does not hold its layers in one list"),
+    (r"Incremental decoding only supports self sequence length of 1.*", "it decodes one token at a time only"),
+    (r"its tiny model has ([\d,]+) parameters", r"its smallest model has \1 parameters, too many to try"),
+    (r"cached decoding of the base itself is off by .*", "the base's own cached decoding is not its full forward"),
+    (r"the base itself cannot decode with a cache here: .*", "the base's own cached decoding fails on a tiny model"),
+    (r"\w+ requires the ([\w-]+) library but .*", r"it needs the library \1"),
+)
+NOT_MADE = "no tiny model of it could be made"  # whatever transformers said: that is of no use to a reader
+
 FILE = Path(__file__).with_name("families.json")
 ONNX = "onnx"  # the key beside the releases: what came of an ONNX export on the newest
 
@@ -39,7 +51,7 @@ def newest_outcome(model_type: str) -> tuple[str, str]:
     record = outcomes().get(model_type, {})
     newest = max(record.keys() - {ONNX}, key=_version, default="")
     status, _, reason = record.get(newest, "").partition(": ")
-    return status, reason
+    return status, _in_words(status, reason)
 
 
 def onnx_outcome(model_type: str) -> tuple[str, str]:
@@ -77,6 +89,15 @@ def _version(release: str) -> list[int]:
     return [int(part) for part in release.split(".")]
 
 
+def _in_words(status: str, reason: str) -> str:
+    """A recorded reason as a plain sentence; `families.json` keeps what the code said."""
+    for pattern, words in IN_WORDS:
+        match = re.fullmatch(pattern, reason)
+        if match:
+            return match.expand(words)
+    return NOT_MADE if status == "untried" else reason
+
+
 def _short(reason: str) -> str:
     """A reason without the names of classes and tensors, and without advice."""
     reason = re.split(r"[;(]|, and cannot|, for which|: choose", reason)[0].strip()
@@ -94,7 +115,8 @@ def check_family(config: dict) -> None:
         raise CheckpointError("config.json names no model_type; is it a Hugging Face model directory?")
     if model_type.startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
-            f"the model is looped already ({model_type}); change its loop_* config fields, or `loopexport restore` it"
+            f"the model is looped already ({model_type}); change the loop_* fields of its config.json, or convert the "
+            "base that it was made from"
         )
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):

@@ -32,7 +32,9 @@ def find_checkpoint(
     if path.exists():
         raise CheckpointError(f"{model} is a file; give the model's directory{_file_remedy(path)}")
     if not _is_hub_id(model):
-        raise CheckpointError(f"no directory {model}; give a local model directory or a Hub id such as org/name")
+        raise CheckpointError(
+            f"no directory {model}, and that is no Hub id either; give a model directory, or a Hub id such as org/name"
+        )
     return _download(model, revision, token, headers_only)
 
 
@@ -111,7 +113,8 @@ def _explained(repo_id: str, revision: str | None):
         ) from None
     except errors.RepositoryNotFoundError:
         raise HubError(
-            f"no model {repo_id} on the Hub that you can see, and no such directory; a private one needs HF_TOKEN"
+            f"no directory {repo_id}, and no model of that name on the Hub that you can see; a private one needs "
+            "HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
         raise HubError(f"{repo_id} has no revision {revision!r}; leave --revision out for its main branch") from None
@@ -121,8 +124,8 @@ def _explained(repo_id: str, revision: str | None):
         raise HubError(f"{repo_id} has no {CONFIG}; is it a transformers model?") from None
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
         raise HubError(
-            f"the Hub could not be asked for {repo_id} ({first_line(error)}); "
-            "check the network, or set HF_HUB_OFFLINE=1 to use what is cached"
+            f"no directory {repo_id}, and the Hub could not be asked for a model of that name ({first_line(error)}); "
+            "check the path or the network, or set HF_HUB_OFFLINE=1 to use what is cached"
         ) from None
 
 
@@ -130,7 +133,10 @@ def _not_cached(repo_id: str, cause: str) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return f"{repo_id} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it"
+        return (
+            f"no directory {repo_id}, and no model of that name is in the Hub's cache; check the path, or unset "
+            "HF_HUB_OFFLINE to ask the Hub"
+        )
     return f"{repo_id} cannot be fetched ({cause}); check the network and run the same command again"
 
 

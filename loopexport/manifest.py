@@ -6,11 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from .checkpoint import Origin, read_json
+from .checkpoint import MANIFEST, Origin, read_json
 from .errors import CheckpointError, ExportError, SpecError
 from .spec import LoopSpec, make_spec
 
-MANIFEST = "loopexport.json"
 FORMAT = 1
 
 
@@ -101,7 +100,9 @@ def read_manifest(root: Path) -> Manifest:
         path.lstat()
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ExportError(f"{root} is not a LoopExport export: it has no {MANIFEST}") from None
+        raise ExportError(
+            f"{root} is not a LoopExport export: it has no {MANIFEST}; give a directory that `loopexport convert` wrote"
+        ) from None
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror}") from None
     except CheckpointError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .checkpoint import Checkpoint
+from .describe import describe_span
 from .families import newest_outcome
 from .presets import Preset, misfit, published_cell
 from .spec import SPEC_KEYS, LoopSpec
@@ -32,8 +33,11 @@ def _gain(base: Checkpoint, spec: LoopSpec, preset: Preset | None) -> list[str]:
     if preset is None:
         return unproven
     changed = [name for name in SPEC_KEYS if getattr(preset.spec, name) != getattr(spec, name)]
+    other = misfit(preset, base)
+    if other and "span" not in changed:
+        other += f": its span {describe_span(spec)} is used as it is, not scaled; --span gives another"
     return [
-        *filter(None, [misfit(preset, base)]),
+        *filter(None, [other]),
         *([f"this is not the loop of preset {preset.name}, it differs in {', '.join(changed)}"] if changed else []),
         *unproven,
     ]

@@ -230,7 +230,9 @@ def preset_fields(name: str) -> dict:
     """
     preset = find_preset(name)
     if preset.fields is None:
-        raise SpecError(f"preset {name} has no cell: {preset.results[0].note}; give --span and --steps yourself")
+        raise SpecError(
+            f"preset {name} has no cell: {preset.results[0].note}; leave --preset out, and give --span and --steps"
+        )
     return dict(preset.fields)
 
 
@@ -249,5 +251,5 @@ def misfit(preset: Preset, base: Checkpoint) -> str:
         return ""
     return (
         f"preset {preset.name} was measured on {preset.model_type} with {preset.num_layers} layers, "
-        f"and this is {base.model_type} with {base.num_layers}: its span is used as it is, not scaled"
+        f"and this is {base.model_type} with {base.num_layers}"
     )

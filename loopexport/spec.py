@@ -45,7 +45,9 @@ def make_spec(**values) -> LoopSpec:
     _check_keys(values)
     for key, example in (("span", "12:20"), ("steps", "4")):
         if values.get(key) is None:
-            raise SpecError(f"the loop spec has no {key}; give one, such as --{key} {example} (in Python {key}=...)")
+            raise SpecError(
+                f"the loop spec has no {key}; give one, such as --{key} {example} (in Python {key}=...), or a preset"
+            )
     values["span"] = _parsed(values["span"])
     if isinstance(values.get("schedule"), str):
         values["schedule"] = _parse_numbers(values["schedule"])

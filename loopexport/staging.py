@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import LoopExportError, OutputError
 
 try:
     import fcntl
@@ -115,6 +116,9 @@ def staged(out: Path, *, replace: bool = False) -> Iterator[Path]:
             yield partial
             partial.chmod(0o755)
             _move_in(partial, out, replace)
+    except LoopExportError as error:  # of whatever wrote into the directory under the name that it has meanwhile
+        shutil.rmtree(partial, ignore_errors=True)
+        raise type(error)(_told_of(out, str(error))) from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -175,5 +179,14 @@ def _explained(out: Path) -> Iterator[None]:
             raise OutputError(
                 f"the output {out} was made by someone else meanwhile; choose another directory"
             ) from None
-        where = f" ({error.filename})" if error.filename else ""
-        raise OutputError(f"cannot write {out}: {error.strerror or error}{where}") from None
+        where = _told_of(out, str(error.filename or out))
+        place = "" if where == str(out) else f" ({where})"
+        raise OutputError(f"cannot write {out}: {error.strerror or error}{place}") from None
+
+
+def _told_of(out: Path, text: str) -> str:
+    """A text in which the directory that is being written goes by the name of the output that it becomes."""
+    for parent in (out.parent.absolute(), out.parent):  # Python 3.12 makes temporary directories by absolute paths
+        working = re.escape(str(parent / f".{out.name}.")) + r"\w+" + re.escape(PARTIAL)
+        text = re.sub(working, lambda match: str(out), text)
+    return text

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from checkpoints import write_sparse_checkpoint
@@ -35,6 +36,7 @@ def assert_refused(tmp_path, *arguments, says, status=1):
     if status == 1:
         assert result.stderr.startswith("Error: ")
         assert result.stderr.count("\n") == 1, result.stderr
+        assert ".partial" not in result.stderr, "the user knows the output by its own name alone"
     assert tree(tmp_path) == before
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".partial")]
 
@@ -205,7 +207,9 @@ def test_directory_without_config_is_refused(tmp_path):
 
 
 def test_missing_directory_is_refused(tmp_path):
-    assert_refused(tmp_path, "convert", tmp_path / "none", tmp_path / "out", *SPEC, says="no directory")
+    says = ", and that is no Hub id either; give a model directory, or a Hub id such as org/name"
+    assert_refused(tmp_path, "convert", tmp_path / "none", tmp_path / "out", *SPEC, says=f"{tmp_path / 'none'}{says}")
+    assert_refused(tmp_path, "convert", "./none", tmp_path / "out", *SPEC, says=f"no directory ./none{says}")
 
 
 def test_file_in_place_of_a_model_is_refused(tmp_path):
@@ -364,7 +368,11 @@ def test_index_that_promises_another_tensor_is_refused(base, tmp_path):
 
 def test_looped_base_is_refused(base, tmp_path):
     assert run("convert", base, tmp_path / "once", *SPEC).exit_code == 0
-    assert_refused(tmp_path, "convert", tmp_path / "once", tmp_path / "twice", *SPEC, says="is looped already")
+    command = ["convert", tmp_path / "once", tmp_path / "twice", *SPEC]
+    assert_refused(tmp_path, *command, says=f"or `loopexport restore {tmp_path / 'once'} OUT` and convert that")
+    (tmp_path / "once" / "loopexport.json").unlink()  # without it, restore cannot work
+    assert_refused(tmp_path, *command, says="is looped already (looped_llama); change the loop_* fields")
+    assert "restore" not in run(*command).stderr
 
 
 def test_output_that_exists_is_refused(base, tmp_path):
@@ -445,6 +453,22 @@ def test_disk_that_fills_up_while_copying_leaves_nothing(base, tmp_path, monkeyp
     assert_refused(tmp_path, "convert", base, tmp_path / "out", *SPEC, "--weights", "copy", says="no space left for")
 
 
+def test_file_that_cannot_be_written_is_told_by_its_place_in_the_output(base, tmp_path, monkeypatch):
+    real = Path.write_bytes
+
+    def refuse(path, content):
+        if path.name == "modeling_looped.py":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    says = f"cannot write {tmp_path / 'out'}: Permission denied ({tmp_path / 'out' / 'modeling_looped.py'})"
+    assert_refused(tmp_path, "convert", base, tmp_path / "out", *SPEC, says=says)
+    monkeypatch.chdir(tmp_path)
+    says = f"cannot write out: Permission denied ({Path('out') / 'modeling_looped.py'})"
+    assert_refused(tmp_path, "convert", base, "out", *SPEC, says=says)
+
+
 def test_interrupt_leaves_nothing_and_exits_with_130(base, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -484,7 +508,7 @@ def test_output_that_appears_meanwhile_is_left_alone(base, tmp_path, monkeypatch
 @pytest.mark.parametrize("command", [["inspect"], ["verify"], ["restore"]], ids=str)
 def test_directory_that_is_no_export_is_refused(base, tmp_path, command):
     out = [tmp_path / "out"] if command == ["restore"] else []
-    assert_refused(tmp_path, *command, base, *out, says="is not a LoopExport export")
+    assert_refused(tmp_path, *command, base, *out, says="it has no loopexport.json; give a directory that `loopexport")
     assert_refused(tmp_path, *command, tmp_path / "none", *out, says="no directory")
 
 

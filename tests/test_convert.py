@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_writes_exactly_these_files_and_nothing_foreign(base, tmp_path):
     assert set(tree(out)) == expected
     manifest = json.loads((out / "loopexport.json").read_text())
     assert manifest["left_behind"] == [".env", "modeling_foreign.py", "original/params.json", "pytorch_model.bin"]
+
+
+def test_readme_says_how_much_a_loop_adds_to_the_bases_files(base, tmp_path):
+    out = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=3).root
+    sizes, carried = ({name: (root / name).stat().st_size for name in tree(root)} for root in (out, base))
+    added = sum(sizes.values()) - sum(size for name, size in carried.items() if name in sizes)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    said = int(re.search(r"A loop adds about (\d+) kB", readme)[1])
+    assert said == pytest.approx(added / 1000, rel=0.1)
 
 
 def test_template_is_copied_byte_for_byte_and_depends_on_torch_and_transformers_only(export_dir):

@@ -45,6 +45,13 @@ def test_dense_layers_are_read_as_often_as_they_run(tiny_base):
     assert (found.base_bytes_read, found.bytes_read) == (FP32 * found.base_params_read, FP32 * found.params_read)
 
 
+@pytest.mark.parametrize(("rule", "per_step"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize("mode", ["block", "layer"])
+def test_layers_run_are_those_of_the_formula(tiny_base, rule, per_step, mode):
+    found = cost(tiny_base("llama"), rule=rule, steps=4, mode=mode)
+    assert found.layer_evaluations == 6 + (per_step * 4 - 1) * 3  # L + (E K - 1) w
+
+
 def test_embedding_is_read_whole_where_it_is_the_head(tiny_base):
     layer = ATTENTION_WITH_GQA + 3 * 64 * 96 + 2 * 64 + 64 + 2 * 32  # biases of q, k and v
     assert cost(tiny_base("qwen2")).base_params_read == 6 * layer + 131 * 64 + 64

@@ -103,10 +103,33 @@ def test_preset_on_another_kind_of_model_warns_and_scales_nothing(make_base):
     plan = loopexport.plan_convert(str(base), preset="qwen3-4b-mmlu-pro")
     assert plan.spec.span == (15, 19)
     said = " | ".join(plan.warnings)
-    assert "was measured on qwen3 with 36 layers, and this is llama with 40: its span is used as it is" in said
+    assert "was measured on qwen3 with 36 layers, and this is llama with 40: its span 15:19 is used as it is" in said
     assert "unproven" in said
-    with pytest.raises(loopexport.LoopExportError, match="span 15:19 ends outside the model, which has 12 layers"):
-        loopexport.plan_convert(str(make_base("small", "llama", 12)), preset="qwen3-4b-mmlu-pro")
+    assert "used as it is" not in warnings(base, preset="qwen3-4b-mmlu-pro", span="17:21")
+
+
+def test_span_of_a_preset_that_does_not_fit_is_told_with_what_to_do(make_base):
+    small = str(make_base("small", "llama", 12))
+    with pytest.raises(
+        loopexport.LoopExportError, match="span 15:19 ends outside the model, which has 12 layers"
+    ) as it:
+        loopexport.plan_convert(small, preset="qwen3-4b-mmlu-pro")
+    assert "of preset qwen3-4b-mmlu-pro, for qwen3 with 36 layers: give one for this model with --span" in str(it.value)
+    assert loopexport.plan_convert(small, preset="qwen3-4b-mmlu-pro", span="5:9").spec.span == (5, 9)
+    with pytest.raises(loopexport.LoopExportError, match="span 11:13 ends outside") as it:
+        loopexport.plan_convert(small, preset="qwen3-4b-mmlu-pro", span="11:13")
+    assert "preset" not in str(it.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"kv": "shared"}, {"rule": "ema"}, {"decode": "bypass"}, {"damping": 1.0}], ids=str
+)
+def test_card_of_other_settings_claims_nothing_that_was_published(make_base, tmp_path, changes):
+    base = make_base("Qwen3-4B-Instruct", "qwen3", 36)
+    root = loopexport.convert(str(base), tmp_path / "out", preset="qwen3-4b-mmlu-pro", **changes).root
+    card = (root / "README.md").read_text()
+    assert "No gain was measured for this export" in card
+    assert "MMLU" not in card
 
 
 def test_changed_preset_is_no_longer_the_published_cell(make_base):
@@ -130,7 +153,10 @@ def test_flags_and_spec_file_override_a_preset(make_base, tmp_path):
     [
         ("qwen3-4b-mmlu", "did you mean qwen3-4b-mmlu-pro?"),
         ("nothing", "there are qwen3-4b-mmlu-pro, "),
-        ("moonlight-16b-a3b-openbookqa", "has no cell: span and steps were not published with it; give --span"),
+        (
+            "moonlight-16b-a3b-openbookqa",
+            "span and steps were not published with it; leave --preset out, and give --span",
+        ),
     ],
 )
 def test_unknown_and_unpublished_presets_are_refused(make_base, name, says):

@@ -7,6 +7,8 @@ import sys
 
 from openai import OpenAI
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 url, question = sys.argv[1:]
 client = OpenAI(base_url=url, api_key="none")
 answer = client.chat.completions.create(

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # Serve an export with vLLM, ask it one question, stop. LoopExport need not be installed.
 #
-#     examples/serve_vllm/serve.sh DIRECTORY QUESTION [OPTION...]        with the `python` that has vLLM on the PATH
+#     examples/serve_vllm/serve.sh demo/SmolLM2-135M-Instruct-looped "What is the capital of France?" --dtype float32
 #
-# OPTIONs go to vLLM: --tensor-parallel-size 2, --dtype float32, --port 8001.
+# What follows the question goes to vLLM, such as --tensor-parallel-size 2 or --port 8001. The `python` that has vLLM has to
+# be on the PATH.
 set -euo pipefail
+
+if [ $# -lt 2 ]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
 
 directory=$1
 question=$2
