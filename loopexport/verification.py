@@ -14,6 +14,7 @@ from .checkpoint import CONFIG
 from .errors import ExportError
 from .export import BASE_FOLDER, Export, open_export
 from .integrity import Check, check_files, foreign_code
+from .onnx.staleness import check_loops
 from .serving import check_serving
 from .spec import LoopSpec, make_spec
 from .weights import Progress
@@ -62,7 +63,9 @@ def verify(
     """
     export = open_export(root)
     checks = check_files(export, full=full, progress=progress)
-    if files_only or any(check.passed is False for check in checks):
+    is_whole = all(check.passed is not False for check in checks)
+    checks += check_loops(export)
+    if files_only or not is_whole:
         return checks
     if not trust_remote_code:
         _check_known_code(export)
