@@ -14,6 +14,7 @@ from test_loading import write_tokenizer
 from test_onnx import exporting, graph, traced  # noqa: F401
 from test_verify import checks, edit_config
 from tiny import SPAN, save_tiny
+from transformers import AutoTokenizer
 
 import loopexport
 from loopexport.integrity import Check
@@ -21,7 +22,8 @@ from loopexport.json_text import json_text
 from loopexport.manifest import OnnxRecord
 from loopexport.onnx import OnnxModel
 from loopexport.onnx.check import _compare, make_scenarios
-from loopexport.onnx.run import Sampling
+from loopexport.onnx.placing import Placing, placing
+from loopexport.onnx.run import Sampling, _load_tokenizer
 
 VOCAB = 300  # as many as the tokenizer has
 
@@ -176,6 +178,45 @@ def test_run_that_is_stopped_leaves_the_earlier_one(export, one_trace, monkeypat
     assert tree(export) == before
 
 
+def contents(root):
+    return {path.name: path.read_text() for path in root.iterdir()}
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_files_are_placed_all_or_none(monkeypatch, tmp_path, can_link):
+    def refuse(*arguments, **options):
+        raise OSError("no links here")
+
+    if not can_link:
+        monkeypatch.setattr("os.link", refuse)
+    (tmp_path / "old").write_text("old")
+    files = Placing(tmp_path)
+    for name in ("old", "new"):
+        files.write(name, b"new")
+    files.partial("half").write_text("ha")
+    files.end()
+    assert contents(tmp_path) == {"old": "old"}
+    with placing(tmp_path) as files:
+        for name in ("old", "new"):
+            files.write(name, b"new")
+        files.keep()
+    assert contents(tmp_path) == {"old": "new", "new": "new"}
+
+
+def test_placing_that_is_stopped_between_two_steps_leaves_no_second_name(monkeypatch, tmp_path):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    (tmp_path / "old").write_text("old")
+    files = Placing(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            files.write("old", b"new")
+    files.end()
+    assert contents(tmp_path) == {"old": "old"}
+
+
 @pytest.mark.parametrize("kind", ["inside", "a file", "above"])
 def test_out_that_cannot_be_is_told(export, kind, tmp_path):
     (tmp_path / "file").write_text("mine")
@@ -241,6 +282,17 @@ def test_manifest_with_a_difference_that_is_no_number_is_written_as_json(made):
 
 
 # Running.
+
+
+@pytest.mark.parametrize("tokenizer_class", [None, "LlamaTokenizerFast", "Qwen2TokenizerFast"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_tokenizer_without_code_of_the_directory_is_the_bases(tiny_base, tmp_path, family, tokenizer_class):
+    base = shutil.copytree(tiny_base(family), tmp_path / "base")
+    write_tokenizer(base, tokenizer_class)
+    out = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=2, weights="hardlink").root
+    ours, theirs = _load_tokenizer(out), AutoTokenizer.from_pretrained(base)
+    assert type(ours) is type(theirs)
+    assert ours("it is 12345, isn't it").input_ids == theirs("it is 12345, isn't it").input_ids
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ class Placing:
     def __init__(self, root: Path):
         self._root = root
         self._partial: list[Path] = []
-        self._moved: list[Path] = []
+        self._moved: list[tuple[Path, bool]] = []  # and whether there was an older one
         self._kept = False
 
     def partial(self, name: str) -> Path:
@@ -37,9 +37,10 @@ class Placing:
         """Give a file that was written its name; the older one of that name stays for the case that others fail."""
         path = self._root / name
         with written(path):
+            _aside(path).unlink(missing_ok=True)  # of a run that was killed
+            self._moved.append((path, path.exists()))
             if path.exists():
                 _set_aside(path)
-            self._moved.append(path)
             self.partial(name).replace(path)
 
     def write(self, name: str, content: bytes) -> None:
@@ -56,13 +57,12 @@ class Placing:
         """Remove what is not to stay, and put back what was there before unless the new files are kept."""
         for path in self._partial:
             path.unlink(missing_ok=True)
-        for path in self._moved:
-            if self._kept:
-                _aside(path).unlink(missing_ok=True)
-            elif _aside(path).exists():
+        for path, is_older in self._moved:
+            if not self._kept and _aside(path).exists():
                 _aside(path).replace(path)
-            else:
+            elif not self._kept and not is_older:
                 path.unlink(missing_ok=True)
+            _aside(path).unlink(missing_ok=True)  # also of one that was two names of a file, which replace leaves
 
 
 @contextmanager
@@ -90,7 +90,6 @@ def _aside(path: Path) -> Path:
 
 def _set_aside(path: Path) -> None:
     """Keep a file under another name; by its own too, where the file system can, so that it is never missing."""
-    _aside(path).unlink(missing_ok=True)
     try:
         os.link(path, _aside(path), follow_symlinks=False)
     except (OSError, NotImplementedError):
