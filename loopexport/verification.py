@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
             model = _load_base(export, dtype)
             logits = model(tokens, use_cache=False).logits
             difference = _largest_difference(_decode(model, tokens), logits)
-            return _BaseRun(dtype, logits, difference / logits.abs().max().item())
+            return _BaseRun(dtype, logits, difference / (logits.abs().max().item() or 1.0))
         except Exception as error:  # whatever a quantiser's library raises: missing kernels, devices, packages, shapes
             failure = error
     raise _BaseDoesNotRunError(f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}")
@@ -163,7 +164,7 @@ def _load_base(export: Export, dtype):
 def _base_config(export: Export):
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
+    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False)
 
 
 def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
@@ -192,8 +193,10 @@ def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec, base_diffe
     """Prefill and single decode steps against one forward over all tokens."""
     full = model(tokens, use_cache=False).logits
     difference = _largest_difference(_decode(model, tokens), full)
-    scale = full.abs().max().item()
+    scale = full.abs().max().item() or 1.0
     detail = f"largest difference {difference:.3g}, {difference / scale:.3g} of the logits' scale"
+    if not math.isfinite(difference):
+        return Check(CACHED_DECODE_IS_FULL, False, detail, difference)
     reason = _why_decode_differs(spec)
     if reason:
         return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; does not hold by design: {reason}", difference)

@@ -275,6 +275,19 @@ def test_logits_that_are_no_numbers_are_a_failure(monkeypatch, both):
         Sampling().choose(broken[:, 0], np.random.default_rng(0))
 
 
+def test_decoding_into_no_numbers_is_a_failure_even_where_it_may_differ(monkeypatch):
+    import torch
+
+    from loopexport import verification
+    from loopexport.spec import make_spec
+
+    broken = torch.full((1, 3, 4), float("nan"))
+    monkeypatch.setattr(verification, "_decode", lambda *_: [broken])
+    spec = make_spec(span=SPAN, steps=2, kv="reference")
+    check = verification._check_cached_decode(lambda *_, **__: SimpleNamespace(logits=broken), None, spec, 0.0)
+    assert check.passed is False
+
+
 def test_manifest_with_a_difference_that_is_no_number_is_written_as_json(made):
     manifest = loopexport.open_export(made).manifest
     manifest.onnx["model.onnx"] = OnnxRecord(1, difference=float("nan"))

@@ -163,7 +163,7 @@ def native_config(export: Export) -> Any:
     """The config of the base, as transformers has it."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
+    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False)
 
 
 def _check_specs(specs: tuple[LoopSpec, ...]) -> None:

@@ -110,7 +110,7 @@ class OnnxModel:
 
     Attributes:
         max_positions: how many tokens the model's table of positions is for; None where it has no such table.
-        vocab_size: number of token ids.
+        vocab_size: number of token ids; None where the graph does not tell.
     """
 
     def __init__(
@@ -127,7 +127,8 @@ class OnnxModel:
         self._is_fused = metadata.get("attention") == "gqa"
         self._recomputed_beyond = int(metadata.get("recomputed_beyond", 0))
         self.max_positions = int(metadata["max_positions"]) if "max_positions" in metadata else None
-        self.vocab_size: int = self.session.get_outputs()[self._outputs.index("logits")].shape[-1]
+        size = self.session.get_outputs()[self._outputs.index("logits")].shape[-1]
+        self.vocab_size: int | None = size if isinstance(size, int) else None
 
     def _find(self, file: str | None) -> Path:
         if file is not None:
@@ -217,9 +218,10 @@ class OnnxModel:
             raise OnnxInputError(
                 f"input_ids of shape {ids.shape} must be whole numbers (batch, seq), one or more of each"
             )
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            wrong = ids.min() if ids.min() < 0 else ids.max()
-            raise OnnxInputError(f"token id {wrong} is not in the model's vocabulary, 0 to {self.vocab_size - 1}")
+        wrong = ids[(ids < 0) | (ids >= (self.vocab_size or np.inf))]
+        if wrong.size:
+            count = self.vocab_size or "unknown"
+            raise OnnxInputError(f"token id {wrong[0]} is not in the model's vocabulary, whose size is {count}")
         return np.ascontiguousarray(ids, dtype=np.int64)
 
     def _check_cache(self, cache: OnnxCache, batch: int) -> None:
@@ -350,7 +352,7 @@ def _load_tokenizer(root: Path):
         raise OnnxError(f"no tokenizer in {root}; the class OnnxModel takes token ids")
     native = root / BASE_FOLDER / CONFIG
     try:  # the looped config would take the directory's code
-        known = {"config": AutoConfig.from_pretrained(native)} if native.is_file() else {}
+        known = {"config": AutoConfig.from_pretrained(native, trust_remote_code=False)} if native.is_file() else {}
         return AutoTokenizer.from_pretrained(root, trust_remote_code=False, **known)
     except Exception as error:  # tokenizers raises bare ones
         raise OnnxError(f"cannot load the tokenizer in {root}: {_one_line(error)}") from None
