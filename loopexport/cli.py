@@ -286,7 +286,8 @@ def onnx(directory, out, steps, dtype, attention, overwrite, dry_run, no_verify,
 def run(directory, prompt, file, provider, max_new_tokens, chat, **sampling) -> None:
     """Answer PROMPT with the ONNX graph in DIRECTORY, by ONNX Runtime."""
     from .onnx.planning import check_installed
-    from .onnx.run import OnnxModel, Sampling
+    from .onnx.run import OnnxModel
+    from .onnx.sampling import Sampling
 
     check_installed()
     choice = Sampling(**sampling)

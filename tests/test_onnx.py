@@ -30,7 +30,7 @@ if int(transformers.__version__.split(".")[0]) < 5:
 from loopexport.onnx import OnnxModel, exporting, plan_onnx  # noqa: E402
 from loopexport.onnx.check import TOLERANCES, Scenario, load_torch, make_scenarios, run_graph, run_torch  # noqa: E402
 from loopexport.onnx.expressible import Expressible  # noqa: E402
-from loopexport.onnx.run import Sampling  # noqa: E402
+from loopexport.onnx.sampling import Sampling  # noqa: E402
 from loopexport.onnx.simplify import optimise  # noqa: E402
 from loopexport.onnx.weights import stored_bytes  # noqa: E402
 

@@ -21,9 +21,10 @@ from loopexport.integrity import Check
 from loopexport.json_text import json_text
 from loopexport.manifest import OnnxRecord
 from loopexport.onnx import OnnxModel
-from loopexport.onnx.check import _compare, make_scenarios
+from loopexport.onnx.check import _compare, _text_tokens, make_scenarios
 from loopexport.onnx.placing import Placing, placing
-from loopexport.onnx.run import Sampling, _load_tokenizer
+from loopexport.onnx.prompts import load_tokenizer
+from loopexport.onnx.sampling import Sampling
 
 VOCAB = 300  # as many as the tokenizer has
 
@@ -303,7 +304,7 @@ def test_tokenizer_without_code_of_the_directory_is_the_bases(tiny_base, tmp_pat
     base = shutil.copytree(tiny_base(family), tmp_path / "base")
     write_tokenizer(base, tokenizer_class)
     out = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=2, weights="hardlink").root
-    ours, theirs = _load_tokenizer(out), AutoTokenizer.from_pretrained(base)
+    ours, theirs = load_tokenizer(out), AutoTokenizer.from_pretrained(base)
     assert type(ours) is type(theirs)
     assert ours("it is 12345, isn't it").input_ids == theirs("it is 12345, isn't it").input_ids
 
@@ -380,6 +381,15 @@ def test_table_of_positions_ends_the_answer(graph):  # noqa: F811
     assert model.generate(prompt, max_new_tokens=50, eos_token_ids=()).shape == (1, 3)
     with pytest.raises(ValueError, match="129 tokens are more than the 128 that the model has positions for"):
         model.generate(np.full((1, 129), 5))
+
+
+def test_graphs_are_compared_on_no_more_text_than_the_model_takes(export):
+    model = SimpleNamespace(root=export, tokenizer=load_tokenizer(export), max_positions=None)
+    whole = _text_tokens(model, VOCAB)
+    model.max_positions = 5
+    assert _text_tokens(model, VOCAB).tolist() == whole[:, :5].tolist()
+    model.max_positions = None
+    assert _text_tokens(model, int(whole.max())) is None  # the tokenizer has more tokens than the model
 
 
 def test_models_without_a_table_of_positions_have_no_such_end(made):

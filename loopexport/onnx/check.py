@@ -122,10 +122,10 @@ def make_scenarios(vocab_size: int, spec: LoopSpec, text: np.ndarray | None = No
 
 
 def _text_tokens(model: OnnxModel, vocab_size: int) -> np.ndarray | None:
-    """Tokens of a text, where there is a tokenizer and the model has an embedding for each."""
+    """Tokens of a text, as many as the model has positions for, where there is a tokenizer that fits the model."""
     if not any((model.root / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    tokens = np.array([model.tokenizer(TEXT).input_ids])
+    tokens = np.array([model.tokenizer(TEXT).input_ids])[:, : model.max_positions]
     return tokens if tokens.size and tokens.max() < vocab_size else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from loopexport import tokenizer as tokenizer_files
 from loopexport.checkpoint import CONFIG, read_json
 from loopexport.errors import CheckpointError, OnnxError, OnnxInputError
-from loopexport.export import BASE_FOLDER
 
 from .names import graph_name
+from .prompts import encode, load_tokenizer, one_line
+from .sampling import Sampling
 from .staleness import refuse_stale
 
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -35,61 +34,6 @@ class OnnxCache:
 
     values: dict[str, Any]
     length: int
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: only the k likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens that together have this probability.
-        seed: of the random numbers; None for another one each time.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise OnnxInputError(f"temperature {self.temperature} must be 0 (greedy) or more, and finite")
-        if self.top_k < 0:
-            raise OnnxInputError(f"top_k {self.top_k} must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise OnnxInputError(f"top_p {self.top_p} must be in (0, 1]")
-        if self.seed is not None and self.seed < 0:
-            raise OnnxInputError(f"seed {self.seed} must be 0 or more")
-
-    def choose(self, logits: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """A token for each row of `(batch, vocab)`.
-
-        Raises:
-            OnnxError: a logit is not a number.
-        """
-        if np.isnan(logits).any():
-            raise OnnxError(
-                "the graph computes logits that are not numbers (NaN); `loopexport onnx --dtype fp32` may help"
-            )
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        return np.array([random.choice(len(row), p=self._probabilities(row)) for row in logits.astype(np.float64)])
-
-    def _probabilities(self, row: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):  # what a tiny temperature makes infinitely less likely than the likeliest
-            row = (row - row.max()) / self.temperature
-        if 0 < self.top_k < len(row):
-            row = np.where(row < np.partition(row, -self.top_k)[-self.top_k], -np.inf, row)
-        weights = np.exp(row)
-        probabilities = weights / weights.sum()
-        if self.top_p < 1:
-            order = np.argsort(-probabilities)
-            before = np.cumsum(probabilities[order]) - probabilities[order]
-            probabilities[order[before >= self.top_p]] = 0
-            probabilities /= probabilities.sum()
-        return probabilities
 
 
 class OnnxModel:
@@ -147,7 +91,7 @@ class OnnxModel:
     @cached_property
     def tokenizer(self):
         """The export's tokenizer, loaded without any code that may lie in the directory."""
-        return _load_tokenizer(self.root)
+        return load_tokenizer(self.root)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -206,7 +150,7 @@ class OnnxModel:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime has no public error class of its own
-            raise OnnxError(f"ONNX Runtime cannot run {self.path}: {_one_line(error)}") from None
+            raise OnnxError(f"ONNX Runtime cannot run {self.path}: {one_line(error)}") from None
         outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         logits = outputs.pop("logits").numpy().astype(np.float32, copy=False)
         values = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
@@ -319,43 +263,7 @@ class OnnxModel:
 
     def encode(self, prompt: str, *, chat: bool | None = None) -> np.ndarray:
         """A prompt as token ids `(1, seq)`."""
-        has_template = getattr(self.tokenizer, "chat_template", None) is not None
-        if chat and not has_template:
-            raise OnnxError(f"the tokenizer in {self.root} has no chat template; use --no-chat")
-        if has_template and chat is not False:
-            ids = self.tokenizer(self._in_template(prompt), add_special_tokens=False).input_ids
-        else:
-            ids = self.tokenizer(prompt).input_ids
-        if not ids:
-            raise OnnxInputError("the prompt is empty: there is no token to go on from")
-        return np.array([ids])
-
-    def _in_template(self, prompt: str) -> str:
-        message = [{"role": "user", "content": prompt}]
-        try:
-            return self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # whatever a template does in Jinja
-            raise OnnxError(f"the chat template in {self.root} fails: {_one_line(error)}; use --no-chat") from None
-
-
-def _load_tokenizer(root: Path):
-    """The tokenizer in a directory, by the code of transformers alone.
-
-    Raises:
-        OnnxError: there is none, or it needs code of its own, or it is broken.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    content = {"vocab.json", "merges.txt", tokenizer_files.SERIALISED}
-    names = [path.name for path in root.iterdir() if tokenizer_files.FILES.fullmatch(path.name)]
-    if not any(name in content or not name.endswith(".json") for name in names):
-        raise OnnxError(f"no tokenizer in {root}; the class OnnxModel takes token ids")
-    native = root / BASE_FOLDER / CONFIG
-    try:  # the looped config would take the directory's code
-        known = {"config": AutoConfig.from_pretrained(native, trust_remote_code=False)} if native.is_file() else {}
-        return AutoTokenizer.from_pretrained(root, trust_remote_code=False, **known)
-    except Exception as error:  # tokenizers raises bare ones
-        raise OnnxError(f"cannot load the tokenizer in {root}: {_one_line(error)}") from None
+        return np.array([encode(self.tokenizer, prompt, chat, self.root)])
 
 
 def _read_json(path: Path) -> dict:
@@ -363,10 +271,6 @@ def _read_json(path: Path) -> dict:
         return read_json(path)
     except CheckpointError as error:
         raise OnnxError(str(error)) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _padded_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
