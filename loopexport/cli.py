@@ -16,6 +16,7 @@ import click
 
 from . import __version__
 from .errors import LoopExportError
+from .json_text import json_text
 
 NOTHING_WRITTEN = "Dry run: nothing was written."
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -270,7 +271,7 @@ def onnx(directory, out, steps, dtype, attention, overwrite, dry_run, no_verify,
     if not as_json:
         click.echo("\n".join(onnx_plan_lines(plan)))
     if dry_run:
-        click.echo(json.dumps({**plan.to_dict(), "written": False}, indent=2) if as_json else NOTHING_WRITTEN)
+        _echo_json({**plan.to_dict(), "written": False}) if as_json else click.echo(NOTHING_WRITTEN)
         return
     outcome = apply(plan, verify=not no_verify, say=functools.partial(click.echo, err=True))
     if as_json:
@@ -295,10 +296,13 @@ def onnx(directory, out, steps, dtype, attention, overwrite, dry_run, no_verify,
 def run(directory, prompt, file, provider, max_new_tokens, chat, **sampling) -> None:
     """Answer PROMPT with the ONNX graph in DIRECTORY, by ONNX Runtime."""
     from .onnx.planning import check_installed
-    from .onnx.run import OnnxModel, Sampling
+    from .onnx.run import OnnxModel
+    from .onnx.sampling import Sampling
 
     check_installed()
     choice = Sampling(**sampling)
+    if choice.temperature == 0 and (choice.top_k or choice.top_p < 1):
+        _note("--top-k and --top-p choose among tokens that --temperature draws; without it the answer is greedy")
     model = OnnxModel(directory, file, provider=provider)
     for piece in model.stream_text(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=choice):
         click.echo(piece, nl=False)
@@ -460,4 +464,4 @@ def _echo_line(text: str, err: bool = False) -> None:
 
 
 def _echo_json(values: dict) -> None:
-    click.echo(json.dumps(values, indent=2))
+    click.echo(json_text(values), nl=False)

@@ -8,6 +8,7 @@ LoopExportError
 ├── OutputError         the output cannot be written where it was asked for
 ├── ExportError         a directory is not an export, or is a damaged one
 └── OnnxError           the model cannot be exported to ONNX, or its ONNX files cannot be run
+    └── OnnxInputError  a graph is asked to run what it cannot; a ValueError too
 """
 
 from __future__ import annotations
@@ -43,3 +44,7 @@ class ExportError(LoopExportError):
 
 class OnnxError(LoopExportError):
     """A model cannot be exported to, or run with, ONNX."""
+
+
+class OnnxInputError(OnnxError, ValueError):
+    """What a graph is to run, or how its tokens are to be chosen, is not possible."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from . import tokenizer
 from .checkpoint import CARD, CONFIG, file_names, read_config
 from .errors import CheckpointError, ExportError
 from .export import BASE_FOLDER, Export, looped_config, template_bytes
 from .manifest import FileRecord, OnnxRecord
 from .safetensors_header import read_header
-from .spec import make_spec
 from .templates import FILES as TEMPLATES
+from .templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
 from .weights import Progress, digests_of, sha256_of, xxh3_of
 
 WITHOUT_WEIGHTS = (
@@ -22,6 +23,8 @@ WITHOUT_WEIGHTS = (
 
 # Files that a user may edit: the card freely, the config in its loop fields.
 EDITABLE = (CARD, CONFIG)
+
+CUSTOM_GENERATE = "custom_generate/generate.py"
 
 UNKNOWN_DIGEST = "size and header (no digest is known of weights that were linked, not copied)"
 
@@ -95,11 +98,22 @@ def check_config(export: Export) -> Check:
 
 
 def foreign_code(export: Export) -> str | None:
-    """Name of the first file of code that is not the installed LoopExport's own, if there is one."""
+    """What of an export is, or asks for, code that is not the installed LoopExport's own; None where nothing does.
+
+    transformers, told to trust a directory, runs what `auto_map` names, and `custom_generate` beside that.
+    """
     for name in TEMPLATES:
         path = export.root / name
         if not path.is_file() or path.read_bytes() != template_bytes(name):
             return name
+    if os.path.lexists(export.root / CUSTOM_GENERATE):
+        return CUSTOM_GENERATE
+    family = str(export.config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX)
+    if export.config.get("auto_map") != auto_map(family):
+        return f"the auto_map of {CONFIG}"
+    path = export.root / tokenizer.CONFIG
+    if path.is_file() and tokenizer.foreign_class(path.read_bytes()) is not None:
+        return f"the auto_map of {tokenizer.CONFIG}"
     return None
 
 
@@ -209,8 +223,7 @@ def check_onnx(
         changed = _onnx_changed(export.root / file, record, full, progress)
         if changed:
             return Check(name, False, f"{file} has changed ({changed})")
-    stale = stale_graphs(export)
-    return Check(name, True, f"{len(export.manifest.onnx)} compared{f'; {stale}' if stale else ''}")
+    return Check(name, True, f"{len(export.manifest.onnx)} compared")
 
 
 def _onnx_changed(path: Path, record: OnnxRecord, full: bool, progress: Progress) -> str:
@@ -221,12 +234,4 @@ def _onnx_changed(path: Path, record: OnnxRecord, full: bool, progress: Progress
         return "sha256"
     if full and record.xxh3_128 is not None and xxh3_of(path, progress) != record.xxh3_128:
         return "xxh3_128"
-    return ""
-
-
-def stale_graphs(export: Export) -> str:
-    """What to tell of graphs that hold another loop than the config has now; empty where there are none."""
-    for file, record in export.manifest.onnx.items():
-        if record.spec is not None and make_spec(**record.spec) != replace(export.spec, steps=record.steps or 1):
-            return f"the loop was edited since {file} was made, which still runs the older one"
     return ""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from .checkpoint import MANIFEST, Origin, read_json
 from .errors import CheckpointError, ExportError, SpecError
+from .json_text import json_text
 from .spec import LoopSpec, make_spec
 
 FORMAT = 1
@@ -86,7 +86,7 @@ class Manifest:
             values[group] = {name: _without_none(record) for name, record in sorted(values[group].items())}
         if not self.onnx:
             del values["onnx"]
-        return json.dumps(values, indent=2) + "\n"  # in ASCII: names of files need not be text
+        return json_text(values)  # in ASCII: names of files need not be text
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -20,10 +20,10 @@ from .checkpoint import CARD, INDEX, SINGLE_FILE
 from .contents import export_card, is_card_edited
 from .errors import PushError
 from .export import Export, open_export
-from .integrity import stale_graphs
 from .licence import licence_warnings
 from .manifest import MANIFEST, FileRecord
 from .onnx.names import graph_name
+from .onnx.staleness import stale_graphs
 from .outgoing import Outgoing, collect
 from .remote import MAIN, CopyRefusedError, Target, commit, connect, look_at, prepare
 from .transfers import (
@@ -244,7 +244,7 @@ def _about_content(export: Export, outgoing: Outgoing, card: bytes, target: Targ
     metadata = read_metadata(card.decode("utf-8", errors="replace"))
     names = [*outgoing.files, *outgoing.large]
     return [
-        *([f"{stale}; `loopexport onnx {export.root}` makes it anew"] if stale else []),
+        *([stale] if stale else []),
         *licence_warnings(metadata, names, target.repo_id.rsplit("/", 1)[-1]),
     ]
 

@@ -84,12 +84,20 @@ def onnx_plan_lines(plan: OnnxPlan) -> list[str]:
     )
     return [
         f"Graphs   {graphs}",
-        f"Loop     {describe_layers(plan.export.spec)}, kv {plan.export.spec.kv}, {describe_rule(plan.export.spec)}",
+        f"Loop     {describe_layers(plan.export.spec)}, kv {plan.export.spec.kv}",
+        *(f"         K = {spec.steps}: {_graph_text(spec)}" for spec in plan.specs),
         f"Compute  {plan.dtype}, attention {plan.attention}",
         f"Weights  {written}",
         f"Output   {plan.out or plan.export.root}",
         *(f"Note     {warning}" for warning in plan.warnings),
     ]
+
+
+def _graph_text(spec: LoopSpec) -> str:
+    """What a graph's own K makes of the loop."""
+    if spec.is_identity:
+        return "the base"
+    return f"{describe_rule(spec)}, {spec.evaluations} evaluations of the span"
 
 
 def onnx_outcome_lines(plan: OnnxPlan, outcome: OnnxOutcome) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from .checkpoint import CONFIG
 from .errors import ExportError
 from .export import BASE_FOLDER, Export, open_export
 from .integrity import Check, check_files, foreign_code
+from .onnx.staleness import check_loops
 from .serving import check_serving
 from .spec import LoopSpec, make_spec
 from .weights import Progress
@@ -62,7 +64,9 @@ def verify(
     """
     export = open_export(root)
     checks = check_files(export, full=full, progress=progress)
-    if files_only or any(check.passed is False for check in checks):
+    is_whole = all(check.passed is not False for check in checks)
+    checks += check_loops(export)
+    if files_only or not is_whole:
         return checks
     if not trust_remote_code:
         _check_known_code(export)
@@ -137,7 +141,7 @@ def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
             model = _load_base(export, dtype)
             logits = model(tokens, use_cache=False).logits
             difference = _largest_difference(_decode(model, tokens), logits)
-            return _BaseRun(dtype, logits, difference / logits.abs().max().item())
+            return _BaseRun(dtype, logits, difference / (logits.abs().max().item() or 1.0))
         except Exception as error:  # whatever a quantiser's library raises: missing kernels, devices, packages, shapes
             failure = error
     raise _BaseDoesNotRunError(f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}")
@@ -160,7 +164,7 @@ def _load_base(export: Export, dtype):
 def _base_config(export: Export):
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
+    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False)
 
 
 def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
@@ -189,8 +193,10 @@ def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec, base_diffe
     """Prefill and single decode steps against one forward over all tokens."""
     full = model(tokens, use_cache=False).logits
     difference = _largest_difference(_decode(model, tokens), full)
-    scale = full.abs().max().item()
+    scale = full.abs().max().item() or 1.0
     detail = f"largest difference {difference:.3g}, {difference / scale:.3g} of the logits' scale"
+    if not math.isfinite(difference):
+        return Check(CACHED_DECODE_IS_FULL, False, detail, difference)
     reason = _why_decode_differs(spec)
     if reason:
         return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; does not hold by design: {reason}", difference)

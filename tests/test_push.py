@@ -431,7 +431,7 @@ LEAKS = {
     ),
     "foreign tokenizer code": (
         lambda root: write_listed(root, "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a.B", null]}}'),
-        "tokenizer_config.json asks for foreign code",
+        "the auto_map of tokenizer_config.json is not the installed LoopExport's",
     ),
     "template": (lambda root: flip_last_byte(root / "modeling_looped.py"), "modeling_looped.py has changed"),
     "forged template": (

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +15,24 @@ from loopexport.contents import export_card, is_card_edited
 from loopexport.errors import OnnxError, OutputError
 from loopexport.export import Export, open_export
 from loopexport.integrity import Check
+from loopexport.json_text import json_text
 from loopexport.manifest import MANIFEST, FileRecord, OnnxRecord
-from loopexport.spec import LoopSpec
+from loopexport.spec import LoopSpec, make_spec
 from loopexport.staging import staged
 from loopexport.weights import place, settle_method, xxh3_of
 
-from .genai import genai_config
+from .genai import genai_config, genai_graph
 from .names import GENAI_CONFIG
+from .placing import Placing, placing, written
 from .planning import OnnxPlan, native_config, plan_onnx
+from .positions import max_positions
+from .staleness import difference
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from .skeleton import Skeleton
     from .trace import Traced
-
-PARTIAL = ".partial"
 
 Say = Callable[[str], object]
 
@@ -90,30 +91,28 @@ def _apply_in(plan: OnnxPlan, root: Path, verify: bool, say: Say) -> OnnxOutcome
     export = open_export(root)
     say("tracing the model")
     skeleton, traced = trace_export(export, plan.dtype, plan.attention)
-    with _partial_files(root) as partial:
+    with placing(root) as files:
         layout: dict = {}
         records: dict[str, OnnxRecord] = {}
         checks: dict[str, list[Check]] = {}
         if plan.data is not None:
             say(f"writing {plan.data}")
-            layout, records[plan.data] = _write_data(plan, export, skeleton, traced, partial(plan.data))
+            layout, records[plan.data] = _write_data(plan, export, skeleton, traced, files)
         for name, spec in plan.graphs.items():
             say(f"unrolling {name}")
             model = build_graph(plan, export, skeleton, traced, spec, layout)
-            _save(model, partial(name))
+            _save(model, files.partial(name))
             if verify:
                 say(f"verifying {name}")
-                checks[name] = _verify(plan, root, spec, partial(name))
-            records[name] = _graph_record(plan, model, spec, partial(name), checks.get(name))
+                checks[name] = _verify(plan, root, spec, files.partial(name))
+            records[name] = _graph_record(plan, model, spec, files.partial(name), checks.get(name))
         if any(check.passed is False for each in checks.values() for check in each):
-            if plan.data is not None and plan.data not in export.manifest.onnx:
-                (root / plan.data).unlink()
             return OnnxOutcome(root, checks, written=False)
-        _write_genai_config(plan, export, traced, partial, records)
-        for name in records:
-            if name != plan.data:
-                partial(name).replace(root / name)
-    _record_files(export.root, records, say)
+        for name in plan.graphs:
+            files.move_in(name)
+        records |= _write_genai_config(plan, export, traced, files, say)
+        _record_files(root, records, files, say)
+        files.keep()
     return OnnxOutcome(root, checks, written=True)
 
 
@@ -172,6 +171,9 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     limit = recomputed_beyond(skeleton.model)
     if limit is not None:
         model.metadata_props["recomputed_beyond"] = str(limit)
+    positions = max_positions(traced.model.graph, skeleton.model.config)
+    if positions is not None:
+        model.metadata_props["max_positions"] = str(positions)
     model.metadata_props.update({f"loop_{key}": json.dumps(value) for key, value in _loop_fields(spec).items()})
     return model
 
@@ -183,11 +185,11 @@ def _loop_fields(spec: LoopSpec) -> dict[str, Any]:
 def _save(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
-    with _written(path):
+    with written(path):
         ir.save(model, path, format="protobuf")
 
 
-def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, partial: Path):
+def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: Placing):
     """Put the data file in place, unless it is there: its bytes follow from the checkpoint and the dtype alone."""
     from loopexport.progress import byte_progress
 
@@ -197,15 +199,15 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, partial: Path)
     path = export.root / plan.data
     layout, size = file_layout(traced.model, skeleton.recipes)
     known = export.manifest.onnx.get(plan.data)
-    if known is not None and path.is_file() and xxh3_of(path) == known.xxh3_128:
+    if known is not None and path.is_file() and path.stat().st_size == size and xxh3_of(path) == known.xxh3_128:
         return layout, known
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise OutputError(f"{path.parent} has {free:,} bytes free where {size:,} are needed; free some or use --out")
     dtypes: Any = {value.name: value.dtype for value in traced.model.graph.inputs}
-    with _written(path), byte_progress(f"writing {plan.data}", size) as advance:
-        write_file(partial, layout, skeleton.recipes, export.base, dtypes, advance)
-        partial.replace(path)
+    with written(path), byte_progress(f"writing {plan.data}", size) as advance:
+        write_file(files.partial(plan.data), layout, skeleton.recipes, export.base, dtypes, advance)
+    files.move_in(plan.data)
     return layout, OnnxRecord(path.stat().st_size, xxh3_128=xxh3_of(path))
 
 
@@ -234,18 +236,45 @@ def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: lis
     )
 
 
-def _write_genai_config(plan: OnnxPlan, export: Export, traced, partial, records: dict[str, OnnxRecord]) -> None:
-    own = next((name for name, spec in plan.graphs.items() if spec.steps == export.spec.steps), next(iter(plan.graphs)))
-    config = genai_config(export, own, traced.model.graph, plan.graphs[own], plan.attention)
+def _write_genai_config(plan: OnnxPlan, export: Export, traced, files: Placing, say: Say) -> dict[str, OnnxRecord]:
+    """Write the config for onnxruntime-genai, and its record, unless it names a graph that is as good."""
+    name, spec, attention = _genai_graph(plan, export)
+    if name not in plan.graphs and genai_graph(export.root) == name:
+        return {}
+    config = genai_config(export, name, traced.model.graph, spec, attention)
     if config is None:
-        return
-    content = (json.dumps(config, indent=2) + "\n").encode()
-    with _written(partial(GENAI_CONFIG)):
-        partial(GENAI_CONFIG).write_bytes(content)
-    records[GENAI_CONFIG] = OnnxRecord(len(content), hashlib.sha256(content).hexdigest())
+        return {}
+    if spec.steps != export.spec.steps:
+        say(
+            f"{GENAI_CONFIG} names {name}, K = {spec.steps}: there is no graph of the export's own K, "
+            f"{export.spec.steps}, which `loopexport onnx {plan.out or export.root}` makes"
+        )
+    content = json_text(config).encode()
+    files.write(GENAI_CONFIG, content)
+    return {GENAI_CONFIG: OnnxRecord(len(content), hashlib.sha256(content).hexdigest())}
 
 
-def _record_files(root: Path, records: dict[str, OnnxRecord], say: Say) -> None:
+def _genai_graph(plan: OnnxPlan, export: Export) -> tuple[str, LoopSpec, str]:
+    """The graph that onnxruntime-genai is to run, its loop and attention: of the export's own K wherever there is one.
+
+    One of this run comes first, then the one that is named already, then any other.
+    """
+    graphs = {name: (spec, plan.attention) for name, spec in plan.graphs.items()}
+    for name, record in export.manifest.onnx.items():
+        if record.spec is not None and name not in graphs and (export.root / name).is_file():
+            spec = make_spec(**record.spec)
+            if not difference(name, spec, export.spec):
+                graphs[name] = spec, record.attention or "portable"
+    named = genai_graph(export.root)
+    ranks = {
+        name: (spec.steps != export.spec.steps, name not in plan.graphs, name != named)
+        for name, (spec, _) in graphs.items()
+    }
+    best = min(graphs, key=ranks.__getitem__)
+    return best, *graphs[best]
+
+
+def _record_files(root: Path, records: dict[str, OnnxRecord], files: Placing, say: Say) -> None:
     """Enter the files into the manifest, and the graphs into a card that nobody has edited."""
     export = open_export(root)
     manifest = replace(export.manifest, onnx={**export.manifest.onnx, **records})
@@ -255,15 +284,8 @@ def _record_files(root: Path, records: dict[str, OnnxRecord], say: Say) -> None:
     else:
         record = FileRecord(len(card), hashlib.sha256(card).hexdigest())
         manifest = replace(manifest, files={**manifest.files, CARD: record})
-        _replace_file(root / CARD, card)
-    _replace_file(root / MANIFEST, manifest.to_json().encode())
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    with _written(path):
-        partial.write_bytes(content)
-        partial.replace(path)
+        files.write(CARD, card)
+    files.write(MANIFEST, manifest.to_json().encode())
 
 
 def _copy_export(export: Export, target: Path) -> None:
@@ -277,30 +299,6 @@ def _copy_export(export: Export, target: Path) -> None:
     for shard in shards:
         place(shard.path, target / shard.name, method)
     (target / MANIFEST).write_text(replace(manifest, weights_method=method).to_json(), encoding="utf-8")
-
-
-@contextmanager
-def _partial_files(root: Path) -> Iterator[Callable[[str], Path]]:
-    """A function from names to files being written, which are gone when the block ends unless they were moved in."""
-    made: list[Path] = []
-
-    def partial(name: str) -> Path:
-        made.append(root / f".{name}{PARTIAL}")
-        return made[-1]
-
-    try:
-        yield partial
-    finally:
-        for path in made:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _failure(checks: dict[str, list[Check]]) -> str:

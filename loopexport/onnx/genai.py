@@ -5,10 +5,15 @@ Source: onnxruntime-genai 0.18, `src/config.h` and its model builder.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loopexport.checkpoint import read_json
+from loopexport.errors import CheckpointError
 from loopexport.export import Export
 from loopexport.spec import LoopSpec
+
+from .names import GENAI_CONFIG
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,9 +70,16 @@ def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpe
     }
 
 
-def _generation_config(export: Export) -> dict:
-    from loopexport.checkpoint import read_json
+def genai_graph(root: Path) -> str | None:
+    """The graph that the config in a directory names; None where there is none that can be read."""
+    try:
+        config = read_json(root / GENAI_CONFIG)
+        return str(config["model"]["decoder"]["filename"])
+    except (CheckpointError, KeyError, TypeError):
+        return None
 
+
+def _generation_config(export: Export) -> dict:
     path = export.root / "generation_config.json"
     return read_json(path) if path.is_file() else {}
 

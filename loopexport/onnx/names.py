@@ -22,3 +22,9 @@ def graph_name(steps: int, own_steps: int, variant: str = "") -> str:
 def data_name(dtype: str) -> str:
     """Name of the one data file of all graphs in a dtype."""
     return f"model_{dtype}{DATA_SUFFIX}"
+
+
+def steps_in_name(name: str) -> int | None:
+    """The K that the name of a graph tells, as `graph_name` gives it; None where it tells none."""
+    match = re.match(r"\.?model_k(\d{1,10})[_.]", name)
+    return int(match[1]) if match else None

@@ -15,8 +15,9 @@ from loopexport.checkpoint import CONFIG
 from loopexport.errors import OnnxError, OutputError, SpecError
 from loopexport.export import BASE_FOLDER, Export, is_export, open_export
 from loopexport.families import onnx_outcome
+from loopexport.integrity import foreign_code
 from loopexport.spec import LoopSpec
-from loopexport.staging import check_output
+from loopexport.staging import check_output, output_path
 
 from .limits import check_memory, check_spec
 from .names import DTYPES, data_name, graph_name
@@ -103,6 +104,7 @@ def plan_onnx(
     """
     check_installed()
     export = open_export(root)
+    _check_code(export)
     if export.lacking:
         raise OnnxError(
             f"{export.lacking[0]} is not in {export.root}, and a graph is made from the weights: convert with them"
@@ -119,6 +121,8 @@ def plan_onnx(
     _check_specs(specs)
     check_memory(native_config(export))
     target = _checked_out(export, out, overwrite)
+    if chosen == stored and target is None:
+        _check_real_shards(export)
     warnings = tuple(_warnings(export, chosen, attention))
     return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, overwrite, warnings)
 
@@ -159,7 +163,7 @@ def native_config(export: Export) -> Any:
     """The config of the base, as transformers has it."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG)
+    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False)
 
 
 def _check_specs(specs: tuple[LoopSpec, ...]) -> None:
@@ -167,12 +171,32 @@ def _check_specs(specs: tuple[LoopSpec, ...]) -> None:
         check_spec(spec)
 
 
+def _check_code(export: Export) -> None:
+    name = foreign_code(export)
+    if name is not None:
+        raise OnnxError(
+            f"{name} in {export.root} is not the installed LoopExport's, and no other code is run for a graph; "
+            "convert the base again with this version"
+        )
+
+
+def _check_real_shards(export: Export) -> None:
+    """ONNX Runtime reads no weights through a link out of the directory, such as those of the Hub's cache are."""
+    root = export.root.resolve()
+    for shard in export.base.shards:
+        if root not in shard.path.parents:  # which has its links resolved
+            raise OnnxError(
+                f"{shard.name} in {export.root} is a link out of it, which ONNX Runtime refuses to follow: use --out "
+                "COPY, or a --dtype other than the stored one, for which the weights are written once more"
+            )
+
+
 def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Path | None:
-    if out is None or Path(out).expanduser().resolve() == export.root.resolve():
+    path = None if out is None else output_path(out)
+    if path is None or path.resolve() == export.root.resolve():
         if not os.access(export.root, os.W_OK | os.X_OK):
             raise OutputError(f"cannot write into {export.root}; use --out for a copy elsewhere")
         return None
-    path = Path(out).expanduser()
     check_output(path, export.root, overwrite=overwrite, is_replaceable=is_export)
     return path
 

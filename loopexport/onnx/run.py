@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from loopexport.errors import OnnxError
+from loopexport.checkpoint import CONFIG, read_json
+from loopexport.errors import CheckpointError, OnnxError, OnnxInputError
 
 from .names import graph_name
+from .prompts import encode, load_tokenizer, one_line
+from .sampling import Sampling
+from .staleness import refuse_stale
 
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -32,50 +36,6 @@ class OnnxCache:
     length: int
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: only the k likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens that together have this probability.
-        seed: of the random numbers; None for another one each time.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise OnnxError(f"temperature {self.temperature} must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise OnnxError(f"top_k {self.top_k} must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise OnnxError(f"top_p {self.top_p} must be in (0, 1]")
-
-    def choose(self, logits: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """A token for each row of `(batch, vocab)`."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        return np.array([random.choice(len(row), p=self._probabilities(row)) for row in logits.astype(np.float64)])
-
-    def _probabilities(self, row: np.ndarray) -> np.ndarray:
-        row = row / self.temperature
-        if 0 < self.top_k < len(row):
-            row = np.where(row < np.partition(row, -self.top_k)[-self.top_k], -np.inf, row)
-        weights = np.exp(row - row.max())
-        probabilities = weights / weights.sum()
-        if self.top_p < 1:
-            order = np.argsort(-probabilities)
-            before = np.cumsum(probabilities[order]) - probabilities[order]
-            probabilities[order[before >= self.top_p]] = 0
-            probabilities /= probabilities.sum()
-        return probabilities
-
-
 class OnnxModel:
     """A graph in a session.
 
@@ -90,7 +50,11 @@ class OnnxModel:
         threads: for the CPU; None leaves it to ONNX Runtime.
 
     Raises:
-        OnnxError: there is no graph, or ONNX Runtime cannot run it.
+        OnnxError: there is no graph, it is of another loop than the config beside it, or ONNX Runtime cannot run it.
+
+    Attributes:
+        max_positions: how many tokens the model's table of positions is for; None where it has no such table.
+        vocab_size: number of token ids; None where the graph does not tell.
     """
 
     def __init__(
@@ -103,8 +67,12 @@ class OnnxModel:
         self._inputs = {each.name: each for each in self.session.get_inputs()}
         self._outputs = [each.name for each in self.session.get_outputs()]
         metadata = self.session.get_modelmeta().custom_metadata_map
+        refuse_stale(self.path, metadata)
         self._is_fused = metadata.get("attention") == "gqa"
         self._recomputed_beyond = int(metadata.get("recomputed_beyond", 0))
+        self.max_positions = int(metadata["max_positions"]) if "max_positions" in metadata else None
+        size = self.session.get_outputs()[self._outputs.index("logits")].shape[-1]
+        self.vocab_size: int | None = size if isinstance(size, int) else None
 
     def _find(self, file: str | None) -> Path:
         if file is not None:
@@ -122,22 +90,15 @@ class OnnxModel:
 
     @cached_property
     def tokenizer(self):
-        """The export's tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.root, trust_remote_code=True)
-        except (OSError, ValueError) as error:
-            raise OnnxError(f"no tokenizer in {self.root}: {' '.join(str(error).split())[:200]}") from None
+        """The export's tokenizer, loaded without any code that may lie in the directory."""
+        return load_tokenizer(self.root)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer, as the export's configs name them."""
-        from loopexport.checkpoint import read_json
-
-        for name in ("generation_config.json", "config.json"):
+        for name in ("generation_config.json", CONFIG):
             if (self.root / name).is_file():
-                value = read_json(self.root / name).get("eos_token_id")
+                value = _read_json(self.root / name).get("eos_token_id")
                 if value is not None:
                     return tuple(value) if isinstance(value, list) else (value,)
         return ()
@@ -160,12 +121,20 @@ class OnnxModel:
             input_ids: `(batch, seq)`.
             attention_mask: `(batch, cached + seq)`, 0 for padding; None for no padding.
             cache: of the tokens before; None for none. It is not changed.
+
+        Raises:
+            OnnxInputError: these do not fit each other, or the graph; the message says what does.
         """
-        input_ids = np.ascontiguousarray(input_ids, dtype=np.int64)
+        input_ids = self._checked_ids(input_ids)
         batch, length = input_ids.shape
         cache = cache or self.empty_cache(batch)
         total = cache.length + length
-        mask = np.ones((batch, total), np.int64) if attention_mask is None else attention_mask.astype(np.int64)
+        mask = _checked_mask(attention_mask, (batch, total))
+        self._check_cache(cache, batch)
+        if self.max_positions is not None and total > self.max_positions:
+            raise OnnxInputError(
+                f"{total} tokens are more than the {self.max_positions} that the model has positions for"
+            )
         if self._is_fused:
             _check_fused(mask, cache.length, length)
         positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
@@ -178,11 +147,38 @@ class OnnxModel:
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, "cpu" if name == "logits" else self.provider)
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime has no public error class of its own
+            raise OnnxError(f"ONNX Runtime cannot run {self.path}: {one_line(error)}") from None
         outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         logits = outputs.pop("logits").numpy().astype(np.float32, copy=False)
         values = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
         return logits, OnnxCache(values, total)
+
+    def _checked_ids(self, input_ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
+            raise OnnxInputError(
+                f"input_ids of shape {ids.shape} must be whole numbers (batch, seq), one or more of each"
+            )
+        wrong = ids[(ids < 0) | (ids >= (self.vocab_size or np.inf))]
+        if wrong.size:
+            count = self.vocab_size or "unknown"
+            raise OnnxInputError(f"token id {wrong[0]} is not in the model's vocabulary, whose size is {count}")
+        return np.ascontiguousarray(ids, dtype=np.int64)
+
+    def _check_cache(self, cache: OnnxCache, batch: int) -> None:
+        names = {name for name in self._inputs if name.startswith("past_key_values.")}
+        if cache.values.keys() != names:
+            raise OnnxInputError(
+                f"the cache is of another graph, with {len(cache.values)} inputs instead of {len(names)}"
+            )
+        cached = next(iter(cache.values.values())).shape()[0]
+        if cached != batch:
+            raise OnnxInputError(
+                f"the cache is of a batch of {cached}, input_ids of one of {batch}; they must be equal"
+            )
 
     def stream(
         self,
@@ -198,14 +194,29 @@ class OnnxModel:
         Args:
             input_ids: `(batch, seq)`; prompts of different lengths are padded left or right, told by the mask.
             attention_mask: `(batch, seq)`, 0 for padding.
-            max_new_tokens: where to stop at the latest.
+            max_new_tokens: where to stop at the latest; a table of positions that is used up stops earlier.
             sampling: how tokens are chosen; None is greedily.
             eos_token_ids: tokens that end a row; None for those of the export's configs.
+
+        Raises:
+            OnnxInputError: there is nothing to go on with, or not what the graph takes; the message says what it does.
         """
-        sampling = sampling or Sampling()
-        random = np.random.default_rng(sampling.seed)
+        if max_new_tokens < 1:
+            raise OnnxInputError(f"max_new_tokens {max_new_tokens} must be 1 or more")
+        ids = self._checked_ids(input_ids)
+        mask = _checked_mask(attention_mask, ids.shape)
+        empty = np.flatnonzero(~mask.any(axis=1))
+        if empty.size:
+            raise OnnxInputError(f"row {empty[0]} of attention_mask is all padding, with no token to go on from")
+        if self.max_positions is not None:  # the last new token is not run, and needs no position
+            max_new_tokens = min(max_new_tokens, max(1, self.max_positions - ids.shape[1] + 1))
         ends = np.array(self.eos_token_ids if eos_token_ids is None else eos_token_ids, dtype=np.int64)
-        ids, mask = _padded_left(input_ids, attention_mask)
+        return self._stream(*_padded_left(ids, mask), max_new_tokens, sampling or Sampling(), ends)
+
+    def _stream(
+        self, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int, sampling: Sampling, ends: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        random = np.random.default_rng(sampling.seed)
         cache, tokens, ended = None, None, np.zeros(len(ids), bool)
         all_ids = ids
         for _ in range(max_new_tokens):
@@ -236,13 +247,15 @@ class OnnxModel:
         """
         ids = self.encode(prompt, chat=chat)
         tokens: list[int] = []
-        shown = ""
+        shown = text = ""
         for token in self.stream(ids, **options):
             tokens.append(int(token[0]))
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             if not text.endswith("\ufffd"):  # the first bytes of a character that is not whole yet
                 yield text[len(shown) :]
                 shown = text
+        if len(text) > len(shown):  # a character that never became whole
+            yield text[len(shown) :]
 
     def answer(self, prompt: str, **options) -> str:
         """The continuation of a prompt; the options are those of `stream_text`."""
@@ -250,25 +263,31 @@ class OnnxModel:
 
     def encode(self, prompt: str, *, chat: bool | None = None) -> np.ndarray:
         """A prompt as token ids `(1, seq)`."""
-        has_template = getattr(self.tokenizer, "chat_template", None) is not None
-        if chat and not has_template:
-            raise OnnxError(f"the tokenizer in {self.root} has no chat template; use --no-chat")
-        if has_template and chat is not False:
-            message = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-            return np.array([self.tokenizer(text, add_special_tokens=False).input_ids])
-        return np.array([self.tokenizer(prompt).input_ids])
+        return np.array([encode(self.tokenizer, prompt, chat, self.root)])
 
 
-def _padded_left(ids: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _read_json(path: Path) -> dict:
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise OnnxError(str(error)) from None
+
+
+def _padded_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows shifted so that padding comes first: the next token then follows the last of every row."""
-    ids = np.asarray(ids, dtype=np.int64)
-    mask = np.ones_like(ids) if mask is None else np.asarray(mask, dtype=np.int64)
-    if mask.shape != ids.shape:
-        raise OnnxError(f"attention_mask {mask.shape} must have the shape of input_ids, {ids.shape}")
     shifts = [int(np.argmax(row[::-1])) for row in mask]
     pairs = [(np.roll(row, by), np.roll(own, by)) for row, own, by in zip(ids, mask, shifts, strict=True)]
     return np.stack([row for row, _ in pairs]), np.stack([own for _, own in pairs])
+
+
+def _checked_mask(mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    if mask is None:
+        return np.ones(shape, np.int64)
+    if np.shape(mask) != shape:
+        raise OnnxInputError(f"attention_mask {np.shape(mask)} must have the shape {shape}, cached tokens included")
+    if not np.isin(mask, (0, 1)).all():
+        raise OnnxInputError("attention_mask must be of 0, for padding, and 1")
+    return np.asarray(mask).astype(np.int64)
 
 
 def _check_fused(mask: np.ndarray, past: int, length: int) -> None:
@@ -299,7 +318,7 @@ def _session(path: Path, providers: list[str], threads: int | None):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised as well
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
@@ -308,6 +327,8 @@ def _session(path: Path, providers: list[str], threads: int | None):
         reason = " ".join(str(error).split())[:300]
         if "bfloat16" in reason or "NOT_IMPLEMENTED" in reason:
             reason += "; a graph in bf16 runs on CUDA only: `loopexport onnx --dtype fp32` makes one for the CPU"
+        if "escapes model directory" in reason:
+            reason = f"its weights are links out of {path.parent}; `cp -rL` makes a directory of files"
         raise OnnxError(f"ONNX Runtime cannot run {path}: {reason}") from None
 
 

@@ -1,0 +1,58 @@
+"""How many positions a graph has, where the model looks them up in a table instead of computing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+
+# Inputs that positions are worked out of.
+_SOURCES = ("position_ids", "attention_mask", "past_key_values.")
+# What changes the shape of its first input alone.
+_RESHAPING = ("Reshape", "Expand", "Unsqueeze", "Squeeze")
+
+
+def max_positions(graph: ir.Graph, config: Any) -> int | None:
+    """The number of tokens for which every table of positions has a row; None where there is no such table.
+
+    Args:
+        graph: of a native model, as `trace` makes it.
+        config: its config object of transformers; some tables have rows before that of the first position.
+    """
+    rows = [size for node in graph for size in _table_rows(node)]
+    declared = getattr(config, "max_position_embeddings", None)
+    return min([*rows, *([declared] if declared is not None else [])]) if rows else None
+
+
+def _table_rows(node: ir.Node) -> Iterator[int]:
+    """Rows of the table that a node reads at positions; nothing of all other nodes."""
+    if node.op_type not in ("Gather", "GatherND") or node.attributes.get_int("axis", 0) != 0:
+        return
+    table, indices = node.inputs
+    if table is None or indices is None or table.shape is None or table.shape.rank() != 2 or _is_int(table):
+        return
+    if isinstance(table.shape[0], int) and table.producer() is None and _is_position(indices):
+        yield table.shape[0]
+
+
+def _is_position(value: ir.Value) -> bool:
+    """Whether whole numbers derive from positions, by whole numbers alone, and not from tokens."""
+    waiting, seen, found = [value], set(), False
+    while waiting:
+        each = waiting.pop()
+        producer = each.producer()
+        if producer is None and each.name == "input_ids":
+            return False
+        found = found or (producer is None and str(each.name).startswith(_SOURCES))
+        if producer is None or id(each) in seen or not (_is_int(each) or each.dtype is None):
+            continue
+        seen.add(id(each))
+        sources = producer.inputs[:1] if producer.op_type in _RESHAPING else producer.inputs
+        is_size = producer.op_type == "Shape"  # those of tokens are no tokens
+        waiting += [source for source in sources if source is not None and not (is_size and source.name == "input_ids")]
+    return found
+
+
+def _is_int(value: ir.Value) -> bool:
+    return value.dtype in (ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL)
