@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from .manifest import OnnxRecord
 from .onnx.names import GENAI_CONFIG, graph_name
 from .spec import LoopSpec, make_spec
-from .templates.configuration_looped import vllm_context, vllm_refusal
+from .templates.configuration_looped import VLLM_EAGER, vllm_context, vllm_refusal
 
 # Lines of the examples that are other ones on the Hub.
 LOCAL_PATH = 'path = "."  # this directory, or its Hub id\n'
@@ -65,7 +65,9 @@ def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) 
     if is_quantised or vllm_refusal(family, spec, config):
         return ""
     context = vllm_context(config)
-    return _VLLM.format(options="" if context is None else f" --max-model-len {context}")
+    length = "" if context is None else f" --max-model-len {context}"
+    eager = " --enforce-eager" if family in VLLM_EAGER and not spec.is_identity else ""
+    return _VLLM.format(options=length + eager)
 
 
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:

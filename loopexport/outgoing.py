@@ -23,6 +23,7 @@ from .integrity import EDITABLE, check_config, check_onnx, check_small_files, fo
 from .manifest import MANIFEST
 from .onnx.names import DATA_SUFFIX
 from .onnx.names import FILES as ONNX_FILES
+from .onnx.staleness import stale_graphs
 from .templates import FILES as TEMPLATES
 from .tokenizer import FILES as TOKENIZER_FILES
 
@@ -140,6 +141,9 @@ def _check_onnx(export: Export) -> None:
     check = check_onnx(export, needs_weights=False)
     if check.passed is False:
         raise PushError(f"{export.root} is not what was written: {check.detail}; {again}")
+    stale = stale_graphs(export)
+    if stale:
+        raise PushError(stale)
 
 
 def _may_leave(name: str, export: Export) -> bool:

@@ -23,7 +23,6 @@ from .export import Export, open_export
 from .licence import licence_warnings
 from .manifest import MANIFEST, FileRecord
 from .onnx.names import graph_name
-from .onnx.staleness import stale_graphs
 from .outgoing import Outgoing, collect
 from .remote import MAIN, CopyRefusedError, Target, commit, connect, look_at, prepare
 from .transfers import (
@@ -156,7 +155,7 @@ def plan_push(
         target=target,
         transfers=(*transfers, *deletions(target, {transfer.name for transfer in transfers})),
         staying=outgoing.staying,
-        notices=(*about_card, *about_weights, *_about_content(export, outgoing, files[CARD], target)),
+        notices=(*about_card, *about_weights, *_about_licence(outgoing, files[CARD], target)),
         private=private,
         create_pr=create_pr,
         message=commit_message or f"Upload {export.manifest.base.name}, looped by LoopExport {__version__}",
@@ -238,15 +237,10 @@ def _check_options(repo_id: str, revision: str | None, create_pr: bool) -> None:
         raise PushError(f"--create-pr proposes a change of {MAIN}; leave out --revision {revision}")
 
 
-def _about_content(export: Export, outgoing: Outgoing, card: bytes, target: Target) -> list[str]:
-    """What the user should know of what is published."""
-    stale = stale_graphs(export)
+def _about_licence(outgoing: Outgoing, card: bytes, target: Target) -> list[str]:
     metadata = read_metadata(card.decode("utf-8", errors="replace"))
     names = [*outgoing.files, *outgoing.large]
-    return [
-        *([stale] if stale else []),
-        *licence_warnings(metadata, names, target.repo_id.rsplit("/", 1)[-1]),
-    ]
+    return licence_warnings(metadata, names, target.repo_id.rsplit("/", 1)[-1])
 
 
 def _check_foreign_weights(export: Export, target: Target) -> None:

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 # Start of the sha256 of modeling_looped.py. transformers 5 tells local code apart by this file alone: without it, two
 # exports of one directory name with different modeling code would share, in one process, whichever was loaded first.
-MODELING_DIGEST = "92f675b6bef85474"
+MODELING_DIGEST = "7d9ec7e9f445930d"
 
 MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")
@@ -244,6 +244,9 @@ VLLM_FAMILIES = (
 # Those of them whose experts vLLM computes itself, whatever activation the config names.
 VLLM_EXPERTS = ("glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
 
+# Those of which torch.compile was found to compute loops wrongly there, where --enforce-eager gives the right tokens.
+VLLM_EAGER = ("glm4_moe",)
+
 
 def vllm_refusal(family: str, spec: LoopSpec, config: dict) -> str | None:
     """Why vLLM is not to serve a loop on a model, and what to do; None where it gives the tokens of transformers.
@@ -290,10 +293,12 @@ def vllm_context(config: dict) -> int | None:
     Rotary embeddings of types longrope and dynamic follow the largest position of a forward, which at vLLM holds the
     tokens of many requests.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(parameters, dict):
+        return None
     by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
     limits = [_rope_limit(each, config) for each in by_layer_type or [parameters]]
-    return min((limit for limit in limits if limit is not None), default=None)
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
 def _rope_limit(parameters: dict, config: dict) -> int | None:
@@ -303,7 +308,7 @@ def _rope_limit(parameters: dict, config: dict) -> int | None:
     if rope_type in ("longrope", "su"):
         name = "original_max_position_embeddings"
         return parameters.get(name) or config.get(name) or trained
-    return trained if "dynamic" in rope_type else None
+    return trained if "dynamic" in str(rope_type) else None
 
 
 FIELDS = tuple(field.name for field in fields(LoopSpec))

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_looped import (
     CLASS_PREFIX,
+    VLLM_EAGER,
     LoopSpec,
     base_model_type,
     looped_config_class,
@@ -781,10 +782,10 @@ def _check_vllm(config, spec: LoopSpec) -> None:
     """
     # Not an import statement: transformers would demand vLLM of whoever loads this file.
     engine = import_module("vllm.config").get_current_vllm_config()
-    values = config.to_dict()
-    refusals = [vllm_refusal(base_model_type(config.model_type), spec, values), _refused_length(engine, values)]
+    family, values = base_model_type(config.model_type), config.to_dict()
+    refusals = [vllm_refusal(family, spec, values), _refused_length(engine, values)]
     if not spec.is_identity:
-        refusals += _refused_settings(engine)
+        refusals += _refused_settings(engine, family)
     for refusal in refusals:
         if refusal is not None:
             raise ValueError(_not_on_vllm(refusal))
@@ -800,7 +801,7 @@ def _refused_length(engine, config: dict) -> str | None:
     )
 
 
-def _refused_settings(engine):
+def _refused_settings(engine, family: str):
     """Why not, for each setting of an engine under which a loop is not served."""
     parallel = engine.parallel_config
     refusals = (
@@ -812,6 +813,10 @@ def _refused_settings(engine):
         (engine.speculative_config is not None, "speculative decoding was not tried; leave --speculative-config out"),
         (engine.lora_config is not None, "adapters were not tried; leave --enable-lora out, or merge them first"),
         (parallel.enable_expert_parallel, "expert parallelism was not tried; leave --enable-expert-parallel out"),
+        (
+            family in VLLM_EAGER and not engine.model_config.enforce_eager,
+            f"torch.compile was found to compute loops of {family} wrongly there; add --enforce-eager",
+        ),
     )
     return [reason for holds, reason in refusals if holds]
 

@@ -585,6 +585,11 @@ def write_graph(root, data="model_fp16.onnx_data"):
     write_onnx(root, "genai_config.json", b"{}")
 
 
+def edit_loop(root, steps):
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({**config, "loop_steps": steps}))
+
+
 ONNX_LEAKS = {
     "graph": (lambda root: flip_last_byte(root / "model_fp16.onnx"), r"model_fp16.onnx has changed \(sha256\)"),
     "missing graph": (lambda root: (root / "model_fp16.onnx").unlink(), "model_fp16.onnx is missing"),
@@ -592,6 +597,7 @@ ONNX_LEAKS = {
     "missing data": (lambda root: (root / "model_fp16.onnx_data").unlink(), "model_fp16.onnx_data is missing"),
     "config": (lambda root: flip_last_byte(root / "genai_config.json"), "genai_config.json has changed"),
     "token": (lambda root: write_onnx(root, "model.onnx", f"x {TOKEN}".encode()), "model.onnx holds what looks like"),
+    "edited loop": (lambda root: edit_loop(root, 2), r"another loop \(loop_steps 3 -> 2\): run `loopexport onnx"),
     "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx', which is no name of one"),
     "foreign data": (
         lambda root: write_graph(root, "secret.txt"),

@@ -116,6 +116,13 @@ def test_settings_that_were_not_tried_are_refused_while_the_model_is_built(expor
         Engine(export_dir("qwen3_moe"), monkeypatch, **changes)
 
 
+def test_a_family_that_compiles_wrongly_is_served_eagerly_alone(export_dir, monkeypatch):
+    with pytest.raises(ValueError, match="add --enforce-eager"):
+        Engine(export_dir("glm4_moe"), monkeypatch, enforce_eager=False)
+    Engine(export_dir("glm4_moe", steps=1), monkeypatch, enforce_eager=False)
+    assert "--trust-remote-code --enforce-eager\n" in (export_dir("glm4_moe") / "README.md").read_text()
+
+
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 FACTORS = [1.0 + 0.1 * index for index in range(8)]
 LONGROPE = {
@@ -149,6 +156,8 @@ def test_models_that_vllm_computes_otherwise_are_refused(tmp_path, monkeypatch, 
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 9}, 9),
         ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 5, "max_position_embeddings": 9}, 5),
+        ({"rope_scaling": {"type": ["dynamic"]}, "max_position_embeddings": "wide"}, None),
+        ({"rope_scaling": True}, None),
         ({"rope_parameters": {"a": {"rope_type": "default"}, "b": LONGROPE}, "max_position_embeddings": 99}, 64),
     ],
 )

@@ -90,7 +90,9 @@ def settings(**changes):
     parallel = {"pipeline_parallel_size": 1, "enable_expert_parallel": False}
     parallel |= {name: changes.pop(name) for name in parallel.keys() & changes.keys()}
     others = {"quant_config": None, "speculative_config": None, "lora_config": None}
-    others["model_config"] = SimpleNamespace(max_model_len=changes.pop("max_model_len", 128))
+    model = {"max_model_len": 128, "enforce_eager": True}
+    model |= {name: changes.pop(name) for name in model.keys() & changes.keys()}
+    others["model_config"] = SimpleNamespace(**model)
     return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **{**others, **changes})
 
 
