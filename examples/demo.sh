@@ -28,8 +28,14 @@ run loopexport convert "$base" "$looped" --span 13:17 --steps 3 --overwrite
 run loopexport inspect "$looped"
 run loopexport verify "$looped"
 run python "$here/answer.py" "$base" "$question"
-run python "$here/answer.py" "$looped" "$question"
+run python "$here/answer.py" "$looped" "$question" | tee "$work/answer.txt"
 run loopexport onnx "$looped"
-run loopexport run "$looped" "$question"
+run loopexport run "$looped" "$question" | tee "$work/answer-onnx.txt"
+# Both files begin with the command, and the first answer with the name of the model's class.
+if [ "$(tail -n +3 "$work/answer.txt" | sed '1s/^[^:]*: //')" != "$(tail -n +3 "$work/answer-onnx.txt")" ]; then
+    echo "transformers and ONNX Runtime answer differently" >&2
+    exit 1
+fi
+printf '\nONNX Runtime gives the answer of transformers.\n'
 printf '\nThe looped model is in %s. Models this small gained nothing from looping in reproductions:\n' "$looped"
 printf 'this shows that the tool works, not that looping helps.\n'

@@ -224,6 +224,10 @@ def verify(directory, full, as_json, **options) -> None:
     from .report import check_lines
     from .verification import verify as run_verify
 
+    if options["files_only"] and options["runtime"] == "vllm":
+        raise click.UsageError(
+            "--files-only loads no model, and --runtime vllm compares what models answer; leave one out"
+        )
     total = sum(record.size for record in open_export(directory).manifest.weights.values()) if full else 0
     with _progress("hashing weights", total) as advance:
         checks = run_verify(directory, full=full, progress=advance, **options)

@@ -155,7 +155,7 @@ def plan_push(
         target=target,
         transfers=(*transfers, *deletions(target, {transfer.name for transfer in transfers})),
         staying=outgoing.staying,
-        notices=(*about_card, *about_weights, *_about_licence(outgoing, files[CARD], target)),
+        notices=(*about_card, *about_weights, *_about_links(export), *_about_licence(outgoing, files[CARD], target)),
         private=private,
         create_pr=create_pr,
         message=commit_message or f"Upload {export.manifest.base.name}, looped by LoopExport {__version__}",
@@ -199,7 +199,8 @@ def apply(plan: PushPlan, notify: Callable[[str], object] = lambda line: None) -
         PushError: weights that are not here cannot be copied.
         HubError: the Hub refused, or cannot be reached; the same push can simply be made again.
     """
-    if all(transfer.how == THERE for transfer in plan.transfers):
+    is_there = plan.target.has_branch or plan.create_pr
+    if is_there and all(transfer.how == THERE for transfer in plan.transfers):
         return PushResult(plan.url, plan.target.head, plan.transfers)
     prepare(plan.api, plan.target, private=plan.private)
     transfers = plan.transfers
@@ -235,6 +236,16 @@ def _check_options(repo_id: str, revision: str | None, create_pr: bool) -> None:
         raise PushError(f"{repo_id!r} is not an id of a repository, such as me/name: {error}") from None
     if create_pr and revision not in (None, MAIN):
         raise PushError(f"--create-pr proposes a change of {MAIN}; leave out --revision {revision}")
+
+
+def _about_links(export: Export) -> list[str]:
+    """Weights that were linked have a digest only where the base came with one."""
+    unknown = [name for name, record in export.manifest.weights.items() if record.sha256 is record.xxh3_128 is None]
+    if not unknown or export.lacking:
+        return []
+    return [
+        f"no digest is known of {unknown[0]}, which was linked to the base's file: its size and header were compared"
+    ]
 
 
 def _about_licence(outgoing: Outgoing, card: bytes, target: Target) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ import transformers  # noqa: E402
 if int(transformers.__version__.split(".")[0]) < 5:
     pytest.skip("ONNX export needs transformers 5", allow_module_level=True)
 
-from loopexport.onnx import OnnxModel, exporting, plan_onnx  # noqa: E402
+from loopexport.onnx import OnnxModel, exporting, plan_onnx, planning  # noqa: E402
 from loopexport.onnx.check import TOLERANCES, Scenario, load_torch, make_scenarios, run_graph, run_torch  # noqa: E402
 from loopexport.onnx.expressible import Expressible  # noqa: E402
 from loopexport.onnx.sampling import Sampling  # noqa: E402
@@ -113,7 +114,11 @@ def graph(export_dir, traced, tmp_path):
 def largest_difference(root, scenario):
     """Of the logits' scale, between a graph and torch, where tokens are not padding."""
     spec = loopexport.open_export(root).spec
-    ours, theirs = run_graph(OnnxModel(root), scenario), run_torch(load_torch(root, spec.steps), scenario)
+    return _difference(OnnxModel(root), load_torch(root, spec.steps), scenario)
+
+
+def _difference(graph, model, scenario):
+    ours, theirs = run_graph(graph, scenario), run_torch(model, scenario)
     visible = scenario.mask.astype(bool)
     return float(np.abs(ours - theirs)[visible].max() / np.abs(theirs[visible]).max())
 
@@ -132,12 +137,15 @@ def quickly(families, quick=QUICK_FAMILIES):
 
 
 @pytest.mark.parametrize("family", quickly(FAMILIES))
-def test_graph_equals_torch(graph, family):
+def test_graph_equals_torch(graph, plain, family):
     roots = []
     for spec in LOOPS:
         frozen = {"frozen_routing": True} if family in MOE_FAMILIES and "mode" in spec else {}
         roots.append(graph(family, **spec, **frozen))
         assert_equals_torch(roots[-1])
+    for scenario in make_scenarios(VOCAB, loopexport.open_export(roots[0]).spec):
+        difference = _difference(OnnxModel(roots[0]), plain(family), scenario)
+        assert difference <= TOLERANCES["fp32"], f"one step is the base, {scenario.name}: {difference:.3g}"
     tokens = make_scenarios(VOCAB, loopexport.open_export(roots[0]).spec)[0]
     base, looped = (run_graph(OnnxModel(root), tokens) for root in (roots[0], roots[2]))
     assert np.abs(base - looped).max() > 1e-2 * np.abs(base).max(), "the loop is idle, so that equality means nothing"
@@ -636,11 +644,24 @@ def test_quantised_base_is_refused(export):
     assert "the base is quantised; ONNX export takes" in run("onnx", export).stderr
 
 
-def test_missing_graph_and_provider_are_told(export):
+def test_missing_graph_and_provider_are_told(export, graph):
     assert "no ONNX graph in" in run("run", export, "Hello").stderr
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        result = run("run", export, "Hello", "--provider", "cuda")
-        assert result.exit_code == 1
+        result = run("run", graph("llama", steps=2), "Hello", "--provider", "cuda")
+        assert (result.exit_code, "ONNX Runtime has no CUDA here" in result.stderr) == (1, True)
+
+
+def test_graph_tells_nothing_of_where_it_was_made(graph):
+    content = (graph("llama", steps=2) / "model.onnx").read_bytes()
+    assert b"loop_steps" in content, "what else stands in it can be read, then"
+    for trace in (b"site-packages", b'File "', b"pkg.torch", str(Path(loopexport.__file__).parent).encode()):
+        assert trace not in content
+
+
+def test_old_runtimes_that_hold_shared_weights_several_times_are_refused(export, monkeypatch):
+    real = planning.version
+    monkeypatch.setattr(planning, "version", lambda name: "1.22.1" if name == "onnxruntime" else real(name))
+    assert "onnxruntime 1.22.1 holds weights" in run("onnx", export).stderr
 
 
 def test_sampling_keeps_to_what_is_allowed():

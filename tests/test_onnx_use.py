@@ -25,6 +25,7 @@ from loopexport.onnx.check import _compare, _text_tokens, make_scenarios
 from loopexport.onnx.placing import Placing, placing
 from loopexport.onnx.prompts import load_tokenizer
 from loopexport.onnx.sampling import Sampling
+from loopexport.onnx.staleness import refuse_stale
 
 VOCAB = 300  # as many as the tokenizer has
 
@@ -83,6 +84,44 @@ def test_graph_of_a_loop_that_was_edited_since_is_not_run(export):
     edit_config(export, loop_span=[0, 2])
     with pytest.raises(loopexport.LoopExportError, match=r"another loop \(loop_span \[1, 4\] -> \[0, 2\]\)"):
         OnnxModel(export, "model_k2.onnx")
+
+
+def test_the_command_that_is_named_makes_a_stale_graph_anew(export):
+    loopexport.onnx.export_onnx(export, steps=(2,), dtype="fp16", verify=False)
+    edit_config(export, loop_anchor=0.5)
+    for name, options in (
+        ("model_k2.onnx", " --steps 2"),
+        ("model.onnx", ""),
+        ("model_k2_fp16.onnx", " --steps 2 --dtype fp16"),
+    ):
+        says = refused("run", export, "it is", "--file", name)
+        assert f"{name}: the graph was made for another loop" in says
+        assert f"run `loopexport onnx {export}{options}` again" in says
+        assert run("onnx", export, *options.split(), "--no-verify").exit_code == 0
+        assert OnnxModel(export, name).vocab_size == VOCAB
+    assert checks(export, "--files-only")[1] == 0
+
+
+def test_a_graph_that_somebody_deleted_is_forgotten(export):
+    (export / "model_k2.onnx").unlink()
+    assert checks(export, "--files-only")[1] == 1
+    assert run("onnx", export, "--no-verify").exit_code == 0
+    assert checks(export, "--files-only")[1] == 0
+    assert "model_k2.onnx" not in (export / "README.md").read_text()
+
+
+def test_a_step_size_that_is_spelt_out_is_no_other_loop(export):
+    edit_config(export, loop_damping=1 / 3)
+    assert OnnxModel(export).vocab_size == VOCAB
+    edit_config(export, loop_damping=0.5)
+    with pytest.raises(loopexport.LoopExportError, match=r"another loop \(loop_damping null -> 0.5\)"):
+        OnnxModel(export)
+
+
+@pytest.mark.parametrize("fields", [{"loop_steps": "3"}, {"loop_steps": "{"}])
+def test_graph_that_does_not_tell_its_loop_is_not_run(export, fields):
+    with pytest.raises(loopexport.LoopExportError, match=r"model\.onnx does not tell which loop it holds"):
+        refuse_stale(export / "model.onnx", fields)
 
 
 def test_graph_of_a_loop_that_was_edited_since_fails_verification(export):
@@ -322,6 +361,21 @@ def test_tokenizer_without_code_of_the_directory_is_the_bases(tiny_base, tmp_pat
 )
 def test_what_cannot_be_run_is_told_in_one_line(export, options, says):
     assert says in refused("run", export, *options)
+
+
+@pytest.mark.parametrize("ids", ["x", [2, None]])
+def test_end_tokens_that_are_none_are_told_in_one_line(export, ids):
+    (export / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert "which is neither a token id nor a list of them" in refused("run", export, "it is")
+
+
+@pytest.mark.parametrize("logits", [[np.inf, 0, 1], [np.nan, 0, 1], [-np.inf] * 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_token_is_chosen_by_logits_that_are_not_finite(logits, temperature):
+    with pytest.raises(loopexport.LoopExportError, match="not finite numbers"):
+        Sampling(temperature=temperature).choose(np.array([[0.0, 1, 2], logits]), np.random.default_rng(0))
+    masked = np.array([[-np.inf, 0, -np.inf]])
+    assert Sampling(temperature=temperature).choose(masked, np.random.default_rng(0)) == [1]
 
 
 def test_tokenizer_that_is_broken_or_missing_is_told_in_one_line(export):

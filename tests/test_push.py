@@ -204,6 +204,15 @@ def test_private_branch_message_and_bare_name_reach_the_hub(hub, push):
     assert done["url"] == f"{hub.url}/{REPO}/tree/k3"
 
 
+def test_new_branch_of_what_main_holds_already_is_made(hub, push):
+    before = pushed(push("--json"))
+    done = pushed(push("--json", "--revision", "k3"))
+    assert hub.repositories[REPO].refs.keys() == {"main", "k3"}
+    assert hub.repositories[REPO].files("k3").keys() == hub.repositories[REPO].files("main").keys()
+    assert {file["how"] for file in done["files"]} == {"there"}
+    assert pushed(push("--json", "--revision", "k3"))["commit"] == done["commit"], before
+
+
 def test_pull_request_leaves_main_alone_and_needs_no_write_permission(hub, push):
     hub.commit("org/theirs", {".gitattributes": b""})
     before = hub.repositories["org/theirs"].refs["main"]
@@ -233,6 +242,13 @@ def test_no_server_copy_uploads_all_weights_once(hub, push, export):
     assert values["bytes_copied"] == 0
     assert "Note: weights are uploaded, not copied on the Hub: --no-server-copy" in done.stderr
     assert hub.received == {digest: (export / name).stat().st_size for name, digest in weights(export).items()}
+
+
+def test_linked_weights_of_which_no_digest_is_known_are_told(hub, tiny_base, tmp_path):
+    for method, count in (("hardlink", 1), ("copy", 0)):
+        root = loopexport.convert(str(tiny_base()), tmp_path / method, span=SPAN, steps=3, weights=method).root
+        done = loopexport_command(hub, tmp_path / "home", "push", root, REPO, "--dry-run")
+        assert done.stderr.count("no digest is known of model.safetensors, which was linked") == count
 
 
 def test_large_files_are_uploaded_in_the_parts_that_the_hub_asks_for(hub, push, export):

@@ -137,6 +137,11 @@ def test_impossible_edited_loop_is_refused_in_one_line(export):
         assert "steps 0" in result.stderr
 
 
+def test_vllm_is_not_asked_where_only_files_are_checked(export):
+    result = run("verify", export, "--files-only", "--runtime", "vllm")
+    assert (result.exit_code, "leave one out" in result.stderr) == (2, True)
+
+
 def test_misspelt_field_is_told_and_not_passed_over(export):
     edit_config(export, loop_dampng=0.5)
     for command in ("verify", "inspect"):

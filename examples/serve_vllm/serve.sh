@@ -16,11 +16,13 @@ directory=$1
 question=$2
 shift 2
 port=8000
-for ((i = 1; i <= $#; i++)); do
-    if [ "${!i}" = --port ]; then
-        next=$((i + 1))
-        port=${!next}
-    fi
+before=
+for option in "$@"; do
+    case $before:$option in
+    --port:*) port=$option ;;
+    *:--port=*) port=${option#--port=} ;;
+    esac
+    before=$option
 done
 
 python -m vllm.entrypoints.openai.api_server --model "$directory" --served-model-name looped --trust-remote-code "$@" >&2 &

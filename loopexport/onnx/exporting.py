@@ -275,9 +275,10 @@ def _genai_graph(plan: OnnxPlan, export: Export) -> tuple[str, LoopSpec, str]:
 
 
 def _record_files(root: Path, records: dict[str, OnnxRecord], files: Placing, say: Say) -> None:
-    """Enter the files into the manifest, and the graphs into a card that nobody has edited."""
+    """Enter the files into the manifest, without those that are gone, and the graphs into a card nobody has edited."""
     export = open_export(root)
-    manifest = replace(export.manifest, onnx={**export.manifest.onnx, **records})
+    there = {name: record for name, record in export.manifest.onnx.items() if (root / name).is_file()}
+    manifest = replace(export.manifest, onnx={**there, **records})
     card = export_card(replace(export, manifest=manifest)).encode()
     if is_card_edited(export) and (root / CARD).read_bytes() != card:  # equal if the last run was stopped right here
         say(f"{CARD} was edited, and stays as it is: it does not tell of the graphs")

@@ -24,6 +24,18 @@ def data_name(dtype: str) -> str:
     return f"model_{dtype}{DATA_SUFFIX}"
 
 
+def options_for(name: str) -> str:
+    """The options of `loopexport onnx` that make a graph of this name, each after a blank."""
+    parts = name.removesuffix(".onnx").split("_")[1:]
+    return "".join(f" {_option_for(part)}" for part in parts)
+
+
+def _option_for(part: str) -> str:
+    if re.fullmatch(r"k\d+", part):
+        return f"--steps {part[1:]}"
+    return f"--dtype {part}" if part in DTYPES else f"--attention {part}"
+
+
 def steps_in_name(name: str) -> int | None:
     """The K that the name of a graph tells, as `graph_name` gives it; None where it tells none."""
     match = re.match(r"\.?model_k(\d{1,10})[_.]", name)

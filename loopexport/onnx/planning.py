@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -132,12 +133,24 @@ def check_installed() -> None:
     missing = [name for name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
         raise OnnxError(f"{missing[0]} is not installed; `pip install loopexport[onnx]` (or [onnx-cuda]) brings it")
+    release = _release("transformers")
+    if release and release < (5,):
+        raise OnnxError(f"ONNX export needs transformers 5 or newer, not {version('transformers')}")
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        release = _release(name)
+        if release and release < (1, 23):
+            raise OnnxError(
+                f"{name} {version(name)} holds weights that a graph reads several times once for each; install 1.23 or "
+                "newer"
+            )
+
+
+def _release(package: str) -> tuple[int, ...] | None:
+    """Its release, `(major, minor)`; None where it is not installed, or without metadata."""
     try:
-        release = version("transformers")
-    except PackageNotFoundError:  # installed without metadata
-        return
-    if int(release.split(".")[0]) < 5:
-        raise OnnxError(f"ONNX export needs transformers 5 or newer, not {release}")
+        return tuple(int(part) for part in re.findall(r"\d+", version(package))[:2])
+    except PackageNotFoundError:
+        return None
 
 
 def _stored_dtype(export: Export) -> str:

@@ -45,7 +45,7 @@ class OnnxModel:
 
     Args:
         root: a directory with an ONNX export.
-        file: the graph; None for the only one, or that of the export's own K.
+        file: the graph; None for `model.onnx`, which has the export's own K, or for the only one.
         provider: "cuda", "cpu", or "auto" for CUDA where it is available.
         threads: for the CPU; None leaves it to ONNX Runtime.
 
@@ -100,7 +100,7 @@ class OnnxModel:
             if (self.root / name).is_file():
                 value = _read_json(self.root / name).get("eos_token_id")
                 if value is not None:
-                    return tuple(value) if isinstance(value, list) else (value,)
+                    return _token_ids(value, self.root / name)
         return ()
 
     def empty_cache(self, batch: int) -> OnnxCache:
@@ -271,6 +271,13 @@ def _read_json(path: Path) -> dict:
         return read_json(path)
     except CheckpointError as error:
         raise OnnxError(str(error)) from None
+
+
+def _token_ids(value, path: Path) -> tuple[int, ...]:
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(each, int) for each in ids):
+        raise OnnxError(f"{path} has eos_token_id {value!r}, which is neither a token id nor a list of them")
+    return ids
 
 
 def _padded_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

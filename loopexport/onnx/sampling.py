@@ -40,11 +40,11 @@ class Sampling:
         """A token for each row of `(batch, vocab)`.
 
         Raises:
-            OnnxError: a logit is not a number.
+            OnnxError: the largest logit of a row is not a finite number.
         """
-        if np.isnan(logits).any():
+        if not np.isfinite(logits.max(-1)).all():
             raise OnnxError(
-                "the graph computes logits that are not numbers (NaN); `loopexport onnx --dtype fp32` may help"
+                "the graph computes logits that are not finite numbers; `loopexport onnx --dtype fp32` may help"
             )
         if self.temperature == 0:
             return logits.argmax(-1)

@@ -24,7 +24,7 @@ def simplify(model: ir.Model, recipes: Mapping[str, Recipe]) -> None:
     _multiply_tied_heads(model.graph, recipes)
     _name_nodes(model.graph)
     _declare_sizes(model.graph)
-    model.metadata_props.clear()
+    _forget_origins(model)
 
 
 def optimise(model: ir.Model) -> None:
@@ -149,8 +149,18 @@ def _name_nodes(graph: ir.Graph) -> None:
                 value.name = node.name if len(node.outputs) == 1 else f"{node.name}.{number}"
             if value not in graph.outputs:
                 value.shape = None
+
+
+def _forget_origins(model: ir.Model) -> None:
+    """Drop what the trace tells of itself: most of a graph's bytes, and paths of the machine that it was made on."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
+    outputs = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *outputs):
+        value.metadata_props.clear()
 
 
 def _module(node: ir.Node) -> str:

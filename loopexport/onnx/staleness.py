@@ -18,7 +18,7 @@ from loopexport.integrity import Check
 from loopexport.spec import LoopSpec, make_spec
 from loopexport.templates.configuration_looped import FIELD_PREFIX
 
-from .names import steps_in_name
+from .names import options_for, steps_in_name
 
 
 def difference(name: str, made: LoopSpec, now: LoopSpec) -> str:
@@ -32,6 +32,8 @@ def difference(name: str, made: LoopSpec, now: LoopSpec) -> str:
     was, wanted = made.to_config_fields(), now.to_config_fields()
     if steps_in_name(name) == made.steps:
         del was[f"{FIELD_PREFIX}steps"]
+    if (made.steps, made.rule, made.step_size) == (now.steps, now.rule, now.step_size):
+        del was[f"{FIELD_PREFIX}damping"]  # one may leave to the rule what the other says
     changed = [field for field in was if was[field] != wanted[field]]
     return ", ".join(f"{field} {json.dumps(was[field])} -> {json.dumps(wanted[field])}" for field in changed)
 
@@ -47,7 +49,8 @@ def stale_graphs(export: Export) -> str:
 
 def explanation(name: str, root: Path, changed: str) -> str:
     """What to tell of a graph that is stale, and what to do."""
-    return f"{name}: the graph was made for another loop ({changed}): run `loopexport onnx {root}` again"
+    command = f"loopexport onnx {root}{options_for(name)}"
+    return f"{name}: the graph was made for another loop ({changed}): run `{command}` again"
 
 
 def check_loops(export: Export) -> list[Check]:
@@ -70,12 +73,20 @@ def refuse_stale(path: Path, metadata: Mapping[str, str]) -> None:
         OnnxError: it holds another loop than the config beside it.
     """
     now = _loop_beside(path)
-    fields = {key: json.loads(value) for key, value in metadata.items() if key.startswith(FIELD_PREFIX)}
+    fields = {key: value for key, value in metadata.items() if key.startswith(FIELD_PREFIX)}
     if now is None or not fields:
         return
-    changed = difference(path.name, LoopSpec.from_config(SimpleNamespace(**fields)), now)
+    changed = difference(path.name, _loop_of_graph(path, fields), now)
     if changed:
         raise OnnxError(explanation(path.name, path.parent, changed))
+
+
+def _loop_of_graph(path: Path, fields: Mapping[str, str]) -> LoopSpec:
+    try:
+        return LoopSpec.from_config(SimpleNamespace(**{key: json.loads(value) for key, value in fields.items()}))
+    except ValueError as error:  # JSON's own are of that kind
+        again = f"`loopexport onnx {path.parent}{options_for(path.name)}`"
+        raise OnnxError(f"{path.name} does not tell which loop it holds ({error}): run {again} again") from None
 
 
 def _loop_beside(path: Path) -> LoopSpec | None:
