@@ -311,8 +311,6 @@ def test_logits_that_are_no_numbers_are_a_failure(monkeypatch, both):
     monkeypatch.setattr("loopexport.onnx.check.run_graph", lambda *_: broken)
     monkeypatch.setattr("loopexport.onnx.check.run_torch", lambda *_: broken if both else numbers)
     assert _compare(None, None, scenario, 1.0).passed is False
-    with pytest.raises(loopexport.LoopExportError, match="are not numbers"):
-        Sampling().choose(broken[:, 0], np.random.default_rng(0))
 
 
 def test_decoding_into_no_numbers_is_a_failure_even_where_it_may_differ(monkeypatch):
