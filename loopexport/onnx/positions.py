@@ -14,15 +14,17 @@ _RESHAPING = ("Reshape", "Expand", "Unsqueeze", "Squeeze")
 
 
 def max_positions(graph: ir.Graph, config: Any) -> int | None:
-    """The number of tokens for which every table of positions has a row; None where there is no such table.
+    """The number of positions that the config declares, where the graph has a table of them; else None.
 
     Args:
         graph: of a native model, as `trace` makes it.
-        config: its config object of transformers; some tables have rows before that of the first position.
+        config: its config object of transformers. Some tables have rows before that of the first position; those with
+            fewer rows than positions are of something else, such as the types of tokens, which are the same at all.
     """
-    rows = [size for node in graph for size in _table_rows(node)]
     declared = getattr(config, "max_position_embeddings", None)
-    return min([*rows, *([declared] if declared is not None else [])]) if rows else None
+    if declared is None or not any(size >= declared for node in graph for size in _table_rows(node)):
+        return None
+    return declared
 
 
 def _table_rows(node: ir.Node) -> Iterator[int]:
