@@ -240,7 +240,8 @@ def _check_options(repo_id: str, revision: str | None, create_pr: bool) -> None:
 
 def _about_links(export: Export) -> list[str]:
     """Weights that were linked have a digest only where the base came with one."""
-    unknown = [name for name, record in export.manifest.weights.items() if record.sha256 is record.xxh3_128 is None]
+    weights = export.manifest.weights.items()
+    unknown = [name for name, record in weights if record.sha256 is None and record.xxh3_128 is None]
     if not unknown or export.lacking:
         return []
     return [

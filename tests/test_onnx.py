@@ -654,6 +654,21 @@ def test_missing_graph_and_provider_are_told(export, graph):
         assert (result.exit_code, "ONNX Runtime has no CUDA here" in result.stderr) == (1, True)
 
 
+def test_no_tensor_is_the_example_of_two_inputs(export_dir, monkeypatch):
+    """torch would take the inputs for one, without a word."""
+    examples, real = [], torch.export.export
+
+    def export(model, arguments, **options):
+        inputs, past = arguments
+        examples.extend([*inputs.values(), *past])
+        return real(model, arguments, **options)
+
+    monkeypatch.setattr(torch.export, "export", export)
+    exporting.trace_export(loopexport.open_export(export_dir("llama")), "fp32")
+    assert len(examples) > 3
+    assert len({id(each) for each in examples}) == len(examples)
+
+
 def test_graph_tells_nothing_of_where_it_was_made(graph):
     content = (graph("llama", steps=2) / "model.onnx").read_bytes()
     assert b"loop_steps" in content, "what else stands in it can be read, then"

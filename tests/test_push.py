@@ -205,12 +205,12 @@ def test_private_branch_message_and_bare_name_reach_the_hub(hub, push):
 
 
 def test_new_branch_of_what_main_holds_already_is_made(hub, push):
-    before = pushed(push("--json"))
+    pushed(push("--json"))
     done = pushed(push("--json", "--revision", "k3"))
     assert hub.repositories[REPO].refs.keys() == {"main", "k3"}
     assert hub.repositories[REPO].files("k3").keys() == hub.repositories[REPO].files("main").keys()
     assert {file["how"] for file in done["files"]} == {"there"}
-    assert pushed(push("--json", "--revision", "k3"))["commit"] == done["commit"], before
+    assert pushed(push("--json", "--revision", "k3"))["commit"] == done["commit"]
 
 
 def test_pull_request_leaves_main_alone_and_needs_no_write_permission(hub, push):
