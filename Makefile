@@ -40,7 +40,7 @@ test-oldest-matrix: $(OLDEST)/test-ready $(SMOLLM)/README.md
 # Exports served by vLLM, in an environment with nothing of LoopExport; another release: make test-vllm VLLM=0.31.0
 test-vllm: $(VENV)/test-ready $(VLLM_VENV)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath $(VLLM_VENV))/bin/python \
-		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" -k "$(VLLM_CASES)" tests/test_vllm.py
+		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" -k "$(VLLM_CASES)" tests/checks/test_vllm.py
 
 # A few of them on the older release.
 test-vllm-older:
@@ -53,11 +53,11 @@ test-vllm-all:
 
 test-vllm-matrix: $(VENV)/test-ready $(VLLM_VENV)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath $(VLLM_VENV))/bin/python LOOPEXPORT_VLLM_RECORD=1 \
-		$(VENV)/bin/python -m pytest --timeout=3600 tests/test_vllm.py
+		$(VENV)/bin/python -m pytest --timeout=3600 tests/checks/test_vllm.py
 
 # The fuzz tests with that many random inputs each; `make test` draws a fixed, small sample.
 fuzz: $(VENV)/test-ready
-	LOOPEXPORT_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) --timeout=7200 tests/test_fuzz.py
+	LOOPEXPORT_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) --timeout=7200 tests/cli/test_fuzz.py
 
 lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff format --check .

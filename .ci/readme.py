@@ -7,13 +7,13 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from loopexport.cli import main
-from loopexport.describe import describe_span
-from loopexport.families import ONNX, grouped_outcomes, outcomes, releases
-from loopexport.presets import PRESETS, Preset, Result
-from loopexport.report import rule_lines
+from loopexport.base.families import ONNX, grouped_outcomes, outcomes, releases
+from loopexport.cli.commands import main
+from loopexport.cli.text import rule_lines
+from loopexport.loop.presets import PRESETS, Preset, Result
+from loopexport.loop.wording import describe_span
 
-VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "vllm_results"
+VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "vllm"
 
 SETTINGS = ("eager", "tensor parallel 2", "torch.compile")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from measure import interleaved, ratio, run_process
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from checkpoints import write_sparse_checkpoint
+from support.checkpoints import write_sparse_checkpoint
 
-from loopexport.weights import sha256_of
+from loopexport.files.digests import file_sha256
 
 LOOPEXPORT = [sys.executable, "-m", "loopexport"]
 SPEC = ["--span", "12:20", "--steps", "4"]
@@ -81,7 +81,7 @@ def _as_in_the_hub_cache(base: Path, root: Path) -> Path:
     """Links to blobs that are named by their sha256, as the Hub's cache keeps large files."""
     (root / "blobs").mkdir(parents=True)
     for path in base.iterdir():
-        blob = root / "blobs" / sha256_of(path)
+        blob = root / "blobs" / file_sha256(path)
         os.link(path, blob)
         (root / path.name).symlink_to(blob)
     return root

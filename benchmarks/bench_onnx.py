@@ -21,7 +21,7 @@ from pathlib import Path
 from measure import ratio, run_process
 
 import loopexport
-from loopexport.onnx.names import data_name
+from loopexport.export.onnx_files import data_name
 
 MANY = 6
 ENGINE = Path(__file__).with_name("onnx_engine.py")

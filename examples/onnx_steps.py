@@ -9,8 +9,8 @@ import time
 import numpy as np
 
 import loopexport
+from loopexport.export.onnx_files import graph_name
 from loopexport.onnx import OnnxModel, export_onnx
-from loopexport.onnx.names import graph_name
 
 if len(sys.argv) < 3:
     sys.exit(__doc__)

@@ -9,31 +9,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .conversion import ConvertPlan, convert, plan_convert
-    from .errors import LoopExportError
-    from .export import Export, open_export
-    from .publication import PushPlan, PushResult, plan_push, push
-    from .restoration import restore
-    from .spec import LoopSpec
-    from .verification import verify
+from loopexport._version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from loopexport.checks.verification import verify
+    from loopexport.errors import LoopExportError
+    from loopexport.export.conversion import ConvertPlan, convert, plan_convert
+    from loopexport.export.directory import Export, open_export
+    from loopexport.export.restoration import restore
+    from loopexport.hub.publication import PushPlan, PushResult, plan_push, push
+    from loopexport.loop.spec import LoopSpec
 
 _HOMES = {
-    "ConvertPlan": "conversion",
-    "Export": "export",
+    "ConvertPlan": "export.conversion",
+    "Export": "export.directory",
     "LoopExportError": "errors",
-    "LoopSpec": "spec",
-    "PushPlan": "publication",
-    "PushResult": "publication",
-    "convert": "conversion",
-    "open_export": "export",
-    "plan_convert": "conversion",
-    "plan_push": "publication",
-    "push": "publication",
-    "restore": "restoration",
-    "verify": "verification",
+    "LoopSpec": "loop.spec",
+    "PushPlan": "hub.publication",
+    "PushResult": "hub.publication",
+    "convert": "export.conversion",
+    "open_export": "export.directory",
+    "plan_convert": "export.conversion",
+    "plan_push": "hub.publication",
+    "push": "hub.publication",
+    "restore": "export.restoration",
+    "verify": "checks.verification",
 }
 __all__ = [
     "ConvertPlan",
@@ -42,6 +42,7 @@ __all__ = [
     "LoopSpec",
     "PushPlan",
     "PushResult",
+    "__version__",
     "convert",
     "open_export",
     "plan_convert",

@@ -1,5 +1,5 @@
 """`python -m loopexport`."""
 
-from .cli import main
+from loopexport.cli import main
 
 main(prog_name="loopexport")

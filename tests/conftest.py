@@ -14,11 +14,11 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="loopexport-modules-")
 
 import pytest
 import torch
-from tiny import SPAN, save_tiny
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import loopexport
+from support.tiny import SPAN, save_tiny
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # the models are too small for more

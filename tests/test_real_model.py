@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_bitwise, assert_differs
-from test_convert import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loopexport
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from support.commands import run
+from support.compare import assert_bitwise, assert_differs
+from support.paths import EXAMPLES
 
 pytestmark = pytest.mark.skipif(
     "LOOPEXPORT_SMOLLM" not in os.environ, reason="needs SmolLM2; `make test` makes it and sets LOOPEXPORT_SMOLLM"

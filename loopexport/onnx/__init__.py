@@ -6,16 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .exporting import apply, export_onnx
-    from .planning import OnnxPlan, plan_onnx
-    from .run import OnnxModel
+    from .build import apply, export_onnx
+    from .plan import OnnxPlan, plan_onnx
+    from .runtime.model import OnnxModel
 
 _HOMES = {
-    "OnnxModel": "run",
-    "OnnxPlan": "planning",
-    "apply": "exporting",
-    "export_onnx": "exporting",
-    "plan_onnx": "planning",
+    "OnnxModel": "runtime.model",
+    "OnnxPlan": "plan",
+    "apply": "build",
+    "export_onnx": "build",
+    "plan_onnx": "plan",
 }
 __all__ = ["OnnxModel", "OnnxPlan", "apply", "export_onnx", "plan_onnx"]
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from loopexport.errors import OnnxError
-from loopexport.integrity import Check
-from loopexport.manifest import OnnxRecord
-from loopexport.spec import LoopSpec
-
-from .run import OnnxModel
-from .skeleton import quiet_loading
+from loopexport.export.check import Check
+from loopexport.export.manifest import OnnxRecord
+from loopexport.loop.spec import LoopSpec
+from loopexport.onnx.runtime.model import OnnxModel
+from loopexport.onnx.trace.skeleton import quiet_loading
 
 # Largest |graph - torch| allowed, of the largest |torch|; torch computes in fp32.
 TOLERANCES = {"fp32": 5e-5, "fp16": 2e-2, "bf16": 1e-1}
@@ -153,11 +152,11 @@ def run_torch(model, scenario: Scenario) -> np.ndarray:
     """Logits of all tokens, as transformers computes them."""
     from transformers import DynamicCache
 
-    from loopexport.templates.modeling_looped import _cache_argument
+    from loopexport.templates.looped_cache import find_cache_argument
 
     tokens, mask = torch.from_numpy(scenario.tokens), torch.from_numpy(scenario.mask)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    argument = _cache_argument(model)
+    argument = find_cache_argument(model)
     assert argument is not None
     cache, parts, start = DynamicCache(config=model.config), [], 0
     for length in scenario.chunks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loopexport.errors import OnnxError
-from loopexport.spec import LoopSpec
+from loopexport.loop.spec import LoopSpec
 
 
 def check_spec(spec: LoopSpec) -> None:

@@ -1,0 +1,146 @@
+"""Find a base by name: a local directory, or a repository on the Hugging Face Hub, resolved once to a commit."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from loopexport.errors import CheckpointError, HubError
+
+from .checkpoint import CARD, CARRIED, CONFIG, INDEX, Checkpoint, Origin, Shard, open_checkpoint, read_local_shard
+from .safetensors_header import Header, Tensor
+
+
+def find_checkpoint(
+    model: str, revision: str | None = None, *, token: str | None = None, headers_only: bool = False
+) -> Checkpoint:
+    """Open the base named `model`, a directory or a Hub id; Hub files are downloaded into the Hub's own cache.
+
+    `HF_HUB_OFFLINE` and a warm cache are respected; `revision` (a branch, tag or commit) is resolved once. Small files
+    come first and are checked, so that most errors show before gigabytes travel; with `headers_only`, only the headers
+    of the weights are read, which is enough for a plan.
+
+    Raises:
+        CheckpointError: there is no such directory, or it cannot be looped.
+        HubError: the Hub refused or could not be reached.
+    """
+    path = Path(os.path.expanduser(model))
+    if _is_directory(path):
+        if revision is not None:
+            raise CheckpointError(f"--revision goes with a Hub id, but {model} is a local directory")
+        return open_checkpoint(path)
+    if path.exists():
+        raise CheckpointError(f"{model} is a file; give the model's directory{_file_remedy(path)}")
+    if not _is_hub_id(model):
+        raise CheckpointError(
+            f"no directory {model}, and that is no Hub id either; give a model directory, or a Hub id such as org/name"
+        )
+    return _download(model, revision, token, headers_only)
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _file_remedy(path: Path) -> str:
+    return " (a GGUF file has to be converted to a Hugging Face checkpoint first)" if path.suffix == ".gguf" else ""
+
+
+def _is_hub_id(model: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return not model.startswith((".", "~", os.sep))
+
+
+def _download(repo_id: str, revision: str | None, token: str | None, headers_only: bool) -> Checkpoint:
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    api = HfApi(token=token)
+    with _explained(repo_id, revision):
+        if not constants.HF_HUB_OFFLINE:  # fails at once where there is no network; downloads try for half a minute
+            api.model_info(repo_id, revision=revision)
+        # The first file settles which commit the revision stands for; all others are of that commit.
+        root = Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token)).parent
+        origin = Origin(repo_id, revision=root.name)
+        if constants.HF_HUB_OFFLINE:
+            return open_checkpoint(root, origin)
+        info = api.model_info(repo_id, revision=origin.revision, files_metadata=True)
+        siblings = {file.rfilename: file for file in info.siblings or []}
+        for name in siblings:
+            if CARRIED.fullmatch(name) or name in (CARD, INDEX):
+                hf_hub_download(repo_id, name, revision=origin.revision, token=token)
+
+        def fetch_shard(root: Path, name: str) -> Shard:
+            hf_hub_download(repo_id, name, revision=origin.revision, token=token)
+            return read_local_shard(root, name)
+
+        def fetch_header(root: Path, name: str) -> Shard:
+            if name not in siblings or (root / name).exists():
+                return read_local_shard(root, name)
+            metadata = api.parse_safetensors_file_metadata(repo_id, name, revision=origin.revision)
+            return _remote_shard(root, siblings[name], metadata)
+
+        return open_checkpoint(root, origin, set(siblings), fetch_header if headers_only else fetch_shard)
+
+
+def _remote_shard(root: Path, file, metadata) -> Shard:
+    """A shard that is still on the Hub, for a plan: all but the digest of its header is known."""
+    tensors = {
+        name: Tensor(str(each.dtype), tuple(each.shape), each.data_offsets[1] - each.data_offsets[0])
+        for name, each in metadata.tensors.items()
+    }
+    sha256 = file.lfs.sha256 if file.lfs else None
+    return Shard(file.rfilename, root / file.rfilename, file.size, Header(tensors, sha256=""), sha256)
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None):
+    """Turn what the Hub client raises into one line that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise HubError(
+            f"{repo_id} is gated: accept its terms on its page, then log in (`hf auth login`) or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(
+            f"no directory {repo_id}, and no model of that name on the Hub that you can see; a private one needs "
+            "HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise HubError(f"{repo_id} has no revision {revision!r}; leave --revision out for its main branch") from None
+    except errors.LocalEntryNotFoundError as error:
+        raise HubError(_not_cached(repo_id, first_line(error.__cause__ or error))) from None
+    except errors.EntryNotFoundError:
+        raise HubError(f"{repo_id} has no {CONFIG}; is it a transformers model?") from None
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
+        raise HubError(
+            f"no directory {repo_id}, and the Hub could not be asked for a model of that name ({first_line(error)}); "
+            "check the path or the network, or set HF_HUB_OFFLINE=1 to use what is cached"
+        ) from None
+
+
+def _not_cached(repo_id: str, cause: str) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"no directory {repo_id}, and no model of that name is in the Hub's cache; check the path, or unset "
+            "HF_HUB_OFFLINE to ask the Hub"
+        )
+    return f"{repo_id} cannot be fetched ({cause}); check the network and run the same command again"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the client's advice below it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

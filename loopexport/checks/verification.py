@@ -1,0 +1,270 @@
+"""Load an export and hold it to the invariants that its spec promises, printing the largest difference of each."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loopexport.base.checkpoint import CONFIG
+from loopexport.errors import ExportError
+from loopexport.export.check import Check
+from loopexport.export.directory import BASE_FOLDER, Export, open_export
+from loopexport.export.integrity import check_files
+from loopexport.export.own_code import foreign_code
+from loopexport.export.stale_graphs import check_loops
+from loopexport.files.digests import Progress
+from loopexport.loop.spec import LoopSpec, make_spec
+
+from .vllm import check_serving
+
+if TYPE_CHECKING:
+    import torch
+
+TRANSFORMERS, VLLM = RUNTIMES = ("transformers", "vllm")
+
+PROMPT_TOKENS = 16  # prefill, before the decode steps
+DECODE_STEPS = 8
+
+KEYS_LOADED = "every weight is loaded, and no other"
+ONE_STEP_IS_BASE = "steps 1 is bitwise the base model"
+FULL_ANCHOR_IS_BASE = "anchor 1 is bitwise the base model"
+CACHED_DECODE_IS_FULL = "cached decode equals the full forward"
+
+# Largest |a - b| allowed, relative to the largest |b|, where two orders of the same fp32 sums are compared.
+TOLERANCE = 1e-5
+
+
+def verify(
+    root: str | Path,
+    *,
+    full: bool = False,
+    files_only: bool = False,
+    trust_remote_code: bool = False,
+    runtime: str = TRANSFORMERS,
+    progress: Progress = lambda count: None,
+) -> list[Check]:
+    """Check an export's files, then load it (in fp32, on the CPU) and check what it computes, ONNX graphs included.
+
+    A quantised model whose kernels do not take fp32 is loaded in its own dtype. Where the base itself does not run on
+    this machine, or does not hold to an invariant by itself, that check does not apply, and says so.
+
+    Args:
+        root: the export.
+        full: hash all weights.
+        files_only: do not load the model.
+        trust_remote_code: load it even if its modeling code is not that of the installed LoopExport.
+        runtime: one of `RUNTIMES`; with "vllm", its tokens are compared with those of transformers instead.
+        progress: called with the number of weight bytes just hashed.
+
+    Raises:
+        ExportError: `root` is no export, or holds code that is not known.
+    """
+    export = open_export(root)
+    checks = check_files(export, full=full, progress=progress)
+    is_whole = all(check.passed is not False for check in checks)
+    checks += check_loops(export)
+    if files_only or not is_whole:
+        return checks
+    if not trust_remote_code:
+        _check_known_code(export)
+    if runtime == VLLM:
+        return [*checks, check_serving(export)]
+    return checks + _check_model(export)
+
+
+def _check_known_code(export: Export) -> None:
+    name = foreign_code(export)
+    if name is not None:
+        raise ExportError(
+            f"{name} in {export.root} is not the installed LoopExport's; "
+            "read it, then use --trust-remote-code to run it, or --files-only"
+        )
+
+
+class _BaseDoesNotRunError(Exception):
+    """The native model cannot be loaded, or run, on this machine."""
+
+
+@dataclass(frozen=True)
+class _BaseRun:
+    """What the native model computes on the export's weights.
+
+    Attributes:
+        dtype: what it was loaded in, as `from_pretrained` takes it.
+        logits: of a full forward.
+        decode_difference: of its own cached decoding from that, relative to the logits' scale; 0 where it is not in
+            doubt, as with all but quantised models.
+    """
+
+    dtype: Any
+    logits: torch.Tensor
+    decode_difference: float = 0.0
+
+
+def _check_model(export: Export) -> list[Check]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, PROMPT_TOKENS + DECODE_STEPS)
+    tokens = torch.randint(_base_config(export).vocab_size, shape, generator=generator)
+    with torch.no_grad():
+        try:
+            base = _run_base(export, tokens)
+        except _BaseDoesNotRunError as error:
+            names = (KEYS_LOADED, ONE_STEP_IS_BASE, FULL_ANCHOR_IS_BASE, CACHED_DECODE_IS_FULL)
+            return [Check(name, None, f"the base itself does not run on this machine: {error}") for name in names]
+        model, loading = _load(export, base.dtype)
+        return [
+            _check_keys(loading),
+            _check_identity(ONE_STEP_IS_BASE, model, tokens, base.logits, loop_steps=1),
+            _check_identity(FULL_ANCHOR_IS_BASE, model, tokens, base.logits, loop_anchor=1.0),
+            _check_cached_decode(model, tokens, export.spec, base.decode_difference),
+            *_check_graphs(export, model),
+        ]
+
+
+def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
+    """Run the base in fp32; a quantised one that does not run so, in its own dtype.
+
+    Raises:
+        _BaseDoesNotRunError: it is quantised, and runs in neither.
+    """
+    import torch
+
+    if not export.base.quantisation:
+        return _BaseRun(torch.float32, _logits(_load_base(export, torch.float32), tokens))
+    for dtype in (torch.float32, "auto"):
+        try:
+            model = _load_base(export, dtype)
+            logits = model(tokens, use_cache=False).logits
+            difference = _largest_difference(_decode(model, tokens), logits)
+            return _BaseRun(dtype, logits, difference / (logits.abs().max().item() or 1.0))
+        except Exception as error:  # whatever a quantiser's library raises: missing kernels, devices, packages, shapes
+            failure = error
+    raise _BaseDoesNotRunError(f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}")
+
+
+def _load(export: Export, dtype) -> tuple[Any, dict]:
+    from transformers import AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    return load(export.root, trust_remote_code=True, dtype=dtype, output_loading_info=True)
+
+
+def _load_base(export: Export, dtype):
+    """The native model on the export's weights: what `base/config.json` makes of them."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(export.root, config=_base_config(export), dtype=dtype)
+
+
+def _base_config(export: Export):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False)
+
+
+def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(tokens, use_cache=False).logits
+    del model
+    gc.collect()
+    return logits
+
+
+def _check_keys(loading: dict) -> Check:
+    wrong = [key for group in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[group]]
+    detail = f"{len(wrong)} keys, such as {wrong[0]}" if wrong else "none missing, unexpected or mismatched"
+    return Check(KEYS_LOADED, not wrong, detail)
+
+
+def _check_identity(name: str, model, tokens: torch.Tensor, base_logits: torch.Tensor, **fields) -> Check:
+    import torch
+
+    with _config_fields(model.config, **fields):
+        logits = model(tokens, use_cache=False).logits
+    difference = (logits - base_logits).abs().max().item()
+    return Check(name, torch.equal(logits, base_logits), f"largest difference {difference:.3g}", difference)
+
+
+def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec, base_difference: float) -> Check:
+    """Prefill and single decode steps against one forward over all tokens."""
+    full = model(tokens, use_cache=False).logits
+    difference = _largest_difference(_decode(model, tokens), full)
+    scale = full.abs().max().item() or 1.0
+    detail = f"largest difference {difference:.3g}, {difference / scale:.3g} of the logits' scale"
+    if not math.isfinite(difference):
+        return Check(CACHED_DECODE_IS_FULL, False, detail, difference)
+    reason = _why_decode_differs(spec)
+    if reason:
+        return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; does not hold by design: {reason}", difference)
+    holds = difference <= TOLERANCE * scale
+    if not holds and base_difference > TOLERANCE:
+        why = f"it does not hold for the quantised base itself, which is off by {base_difference:.3g} of the scale"
+        return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; {why}", difference)
+    return Check(CACHED_DECODE_IS_FULL, holds, detail, difference)
+
+
+def _check_graphs(export: Export, model) -> list[Check]:
+    """ONNX graphs, each with the loop that it was made for, against the model in torch."""
+    graphs = {name: record for name, record in export.manifest.onnx.items() if record.spec is not None}
+    if graphs and find_spec("onnxruntime") is None:
+        why = "not compared: onnxruntime is not installed; `pip install loopexport[onnx]` brings it"
+        return [Check(f"{name} computes what torch does", None, why) for name in graphs]
+    if not graphs:
+        return []
+    from loopexport.onnx.check import check_recorded
+
+    checks = []
+    for name, record in graphs.items():
+        spec = make_spec(**(record.spec or {}))
+        with _config_fields(model.config, **spec.to_config_fields()):
+            checks.append(check_recorded(export.root / name, record, spec, model))
+    return checks
+
+
+def _decode(model, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of a prefill and of single decode steps."""
+    from loopexport.templates.looped_cache import find_cache_argument
+
+    argument = find_cache_argument(model)
+    name = "past_key_values" if argument is None else argument[0]  # transformers renames it from 5.24 on
+    output = model(tokens[:, :PROMPT_TOKENS], use_cache=True)
+    steps = [output.logits]
+    for position in range(PROMPT_TOKENS, tokens.shape[1]):
+        output = model(tokens[:, position : position + 1], **{name: output[name]}, use_cache=True)
+        steps.append(output.logits)
+    return steps
+
+
+def _largest_difference(parts: list[torch.Tensor], whole: torch.Tensor) -> float:
+    import torch
+
+    return (torch.cat(parts, dim=1) - whole).abs().max().item()
+
+
+def _why_decode_differs(spec: LoopSpec) -> str:
+    if spec.is_identity:
+        return ""
+    if spec.kv == "reference":
+        return "under kv reference an iteration sees the natural K/V of what was cached before"
+    if spec.decode != "full":
+        return f"decode {spec.decode} runs decode steps without the loop"
+    return ""
+
+
+@contextmanager
+def _config_fields(config, **fields) -> Iterator[None]:
+    before = {name: getattr(config, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

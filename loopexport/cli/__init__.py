@@ -1,0 +1,5 @@
+"""The command line: options, commands, and what they print."""
+
+from .commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,244 @@
+"""Plans, exports and checks as lines of text for people."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from loopexport.base.checkpoint import Checkpoint, Origin
+from loopexport.base.families import grouped_outcomes, releases
+from loopexport.export.check import Check
+from loopexport.export.conversion import WITHOUT, ConvertPlan
+from loopexport.export.directory import Export
+from loopexport.export.integrity import WITHOUT_WEIGHTS
+from loopexport.export.small_files import export_notices
+from loopexport.hub.publication import PushPlan, PushResult
+from loopexport.hub.transfers import COPY, DELETE, THERE, UPLOAD
+from loopexport.loop.cost import Cost, dtype_name
+from loopexport.loop.presets import PRESETS, STATUSES, Preset
+from loopexport.loop.spec import RULES, LoopSpec
+from loopexport.loop.wording import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
+
+TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}
+if TYPE_CHECKING:
+    from loopexport.onnx.build import OnnxOutcome
+    from loopexport.onnx.plan import OnnxPlan
+
+MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
+
+
+def plan_lines(plan: ConvertPlan) -> list[str]:
+    """What a conversion will do."""
+    files = _files(len(plan.base.shards))
+    return [
+        *_model_lines(plan.base, plan.spec, plan.cost),
+        f"Weights  {files}, {plan.base.weight_bytes:,} bytes; {_weights_text(plan)}",
+        f"Output   {plan.out}",
+        *([f"Leaves   {', '.join(plan.base.left_behind)}"] if plan.base.left_behind else []),
+        *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def export_lines(export: Export) -> list[str]:
+    """What an export is, where it came from and what it costs."""
+    return [
+        *_model_lines(export.base, export.spec, export.cost),
+        _export_weights_text(export),
+        f"Written  by LoopExport {export.manifest.loopexport}",
+        *([f"Edited   since: {_edits(export)}"] if export.edited else []),
+        *(
+            f"ONNX     {name}: K = {record.steps}, {record.dtype}, attention {record.attention}"
+            for name, record in export.manifest.onnx.items()
+            if record.steps is not None
+        ),
+        *(f"Note     {notice}" for notice in export_notices(export)),
+    ]
+
+
+def _edits(export: Export) -> str:
+    return ", ".join(f"{name} {was} -> {now}" for name, (was, now) in export.edited.items())
+
+
+def check_lines(checks: list[Check]) -> list[str]:
+    """One line for each check."""
+    return [f"{MARKS[check.passed]} {check.name}: {check.detail}" for check in checks]
+
+
+def push_lines(plan: PushPlan, result: PushResult) -> list[str]:
+    """How each file got to the Hub, or would get there, and where it can be seen."""
+    width = max(len(transfer.name) for transfer in result.transfers)
+    totals = f"{result.bytes_by(UPLOAD):,} bytes uploaded, {result.bytes_by(COPY):,} copied on the Hub"
+    return [
+        *(f"{TRAVEL[each.how]:14}  {each.name:{width}}  {each.size:>15,}" for each in result.transfers),
+        *(f"{'stays here':14}  {name}" for name in plan.staying),
+        f"Dry run: nothing was sent. {totals.replace('bytes', 'bytes would be', 1)}"
+        if result.commit is None
+        else f"Pushed to {result.url} as commit {result.commit}: {totals}",
+    ]
+
+
+def onnx_plan_lines(plan: OnnxPlan) -> list[str]:
+    """What an ONNX export will do."""
+    graphs = ", ".join(f"{name} (K = {spec.steps})" for name, spec in plan.graphs.items())
+    written = (
+        f"{plan.data}, about {plan.data_bytes:,} bytes" if plan.data else "the export's own shards, 0 bytes written"
+    )
+    return [
+        f"Graphs   {graphs}",
+        f"Loop     {describe_layers(plan.export.spec)}, kv {plan.export.spec.kv}",
+        *(f"         K = {spec.steps}: {_graph_text(spec)}" for spec in plan.specs),
+        f"Compute  {plan.dtype}, attention {plan.attention}",
+        f"Weights  {written}",
+        f"Output   {plan.out or plan.export.root}",
+        *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def _graph_text(spec: LoopSpec) -> str:
+    """What a graph's own K makes of the loop."""
+    if spec.is_identity:
+        return "the base"
+    return f"{describe_rule(spec)}, {spec.evaluations} evaluations of the span"
+
+
+def onnx_outcome_lines(plan: OnnxPlan, outcome: OnnxOutcome) -> list[str]:
+    """What came of it, with the outcome of each check."""
+    lines = [f"{name}: {line}" for name, checks in outcome.checks.items() for line in check_lines(checks)]
+    names = ", ".join(plan.graphs)
+    return [*lines, f"Wrote {names} to {outcome.root}" if outcome.written else f"{names} not kept: a check failed"]
+
+
+def rule_lines() -> list[str]:
+    """The update rules as a table, and what the letters mean."""
+    width = max(map(len, RULES))
+    lines = [
+        f"{name:{width}}  {rule.evaluations_per_step} per step  {rule.summary}"
+        + (f"  [{', '.join(rule.takes)}]" if rule.takes else "")
+        for name, rule in RULES.items()
+    ]
+    return [*lines, "", "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields it takes]"]
+
+
+def family_lines() -> list[str]:
+    """Families of like outcome, in a block each: statuses by release of transformers and in ONNX, why, and names."""
+    lines = []
+    for (*statuses, onnx), reason, names in grouped_outcomes():
+        by_release = zip(statuses, releases(), strict=True)
+        outcome = ", ".join(f"{status or 'absent'} on {release}" for status, release in by_release)
+        outcome += f", {onnx} in ONNX" if onnx else ""
+        heading = f"{outcome}: {reason}" if reason else outcome
+        lines += [heading, *textwrap.wrap(", ".join(names), 110, initial_indent="  ", subsequent_indent="  ")]
+    return lines
+
+
+def preset_list_lines() -> list[str]:
+    """All presets, a line each, and what their status means."""
+    width = max(len(preset.name) for preset in PRESETS)
+    lines = [f"{preset.name:{width}}  {preset.status:14}  {_cell(preset)}: {_gains(preset)}" for preset in PRESETS]
+    return [*lines, "", *(f"{status}: {meaning}" for status, meaning in STATUSES.items())]
+
+
+def preset_lines(preset: Preset) -> list[str]:
+    """All that is known of one preset."""
+    lines = [
+        f"Preset   {preset.name}: {preset.status}, {STATUSES[preset.status]}",
+        f"Model    {' and '.join(preset.models)}: {preset.model_type}, {preset.num_layers} layers",
+    ]
+    if preset.spec is None:
+        lines.append("Loop     not published")
+    else:
+        lines += [f"Span     {describe_span(preset.spec)}, half-open", *_loop_lines(preset.spec)]
+    return [*lines, *(f"Result   {result}" for result in preset.results)]
+
+
+def _cell(preset: Preset) -> str:
+    model = f"{preset.models[0]}, {preset.num_layers} layers"
+    return model if preset.spec is None else f"{model}, span {describe_span(preset.spec)}, K {preset.spec.steps}"
+
+
+def _gains(preset: Preset) -> str:
+    gains = [f"{result.gain:+.2f}" for result in preset.results if result.gain is not None]
+    return " and ".join(gains) + " points" if gains else "no number published"
+
+
+def _loop_lines(spec: LoopSpec) -> list[str]:
+    return [
+        f"Loop     {spec.steps} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
+        f"         mode {spec.mode}, kv {spec.kv}, decode {describe_decode(spec)}, "
+        f"refinements: {describe_refinements(spec)}",
+    ]
+
+
+def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
+    return [
+        f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, {_size(base)}",
+        f"Span     {describe_span(spec)}, half-open: {describe_layers(spec)} of 0 to {base.num_layers - 1}, "
+        f"depth {_depths(base, spec)}",
+        *_loop_lines(spec),
+        f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
+        f"{cost.multiplier:.2f}x{_unlooped_steps(spec)}",
+        f"         {_weights_read_text(cost)}",
+        f"         {_kv_text(cost)}",
+    ]
+
+
+def _unlooped_steps(spec: LoopSpec) -> str:
+    """Which tokens cost as much as in the base."""
+    if spec.is_identity or spec.decode == "full":
+        return ""
+    return f"; decode steps{' after the first ' + str(spec.first_n) if spec.decode == 'first_n' else ''} as the base"
+
+
+def _depths(base: Checkpoint, spec: LoopSpec) -> str:
+    """The spans as fractions of the depth."""
+    return " and ".join(f"{start / base.num_layers:.2f} to {stop / base.num_layers:.2f}" for start, stop in spec.spans)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def _millions(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e6:,.1f} M"
+
+
+def _size(base: Checkpoint) -> str:
+    if base.quantisation:
+        return f"quantised by {base.quantisation}, {base.weight_bytes:,} bytes"
+    return f"{_millions(base.num_params or None)} parameters, {dtype_name(base)}"
+
+
+def _weights_read_text(cost: Cost) -> str:
+    if cost.bytes_read is None or cost.base_bytes_read is None:
+        return "bytes of weights read a token: unknown"
+    text = f"{cost.bytes_read:,} bytes of weights read a token instead of {cost.base_bytes_read:,}"
+    if cost.params_read is None or cost.base_params_read is None:
+        return text
+    return f"{text} ({_millions(cost.params_read)} parameters instead of {_millions(cost.base_params_read)})"
+
+
+def _kv_text(cost: Cost) -> str:
+    if cost.kv_bytes is None:
+        return "K/V cache bytes a token: the config does not tell"
+    return f"{cost.kv_bytes:,} K/V cache bytes a token instead of {cost.base_kv_bytes:,}"
+
+
+def _weights_text(plan: ConvertPlan) -> str:
+    if plan.weights == "auto":
+        return "reflink where the file system can (no bytes), else a copy"
+    if plan.weights == WITHOUT:
+        return "not taken along: `loopexport push` lets the Hub copy them from the base"
+    return f"{plan.weights}, {plan.max_disk_bytes:,} bytes of disk"
+
+
+def _export_weights_text(export: Export) -> str:
+    files = _files(len(export.manifest.weights))
+    if not export.lacking:
+        return f"Weights  {files} by {export.manifest.weights_method}"
+    size = sum(record.size for record in export.manifest.weights.values())
+    why = WITHOUT_WEIGHTS if export.manifest.weights_method == WITHOUT else "they were removed"
+    return f"Weights  NOT HERE, {files}, {size:,} bytes: {', '.join(export.lacking)}; {why}"
+
+
+def _origin(origin: Origin) -> str:
+    return origin.name if origin.revision is None else f"{origin.name} at {origin.revision[:12]}"

@@ -1,0 +1,248 @@
+"""The model card of an export, as a pure function of what is known about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loopexport.base.checkpoint import Origin
+from loopexport.base.licence import licence_of
+from loopexport.loop.cost import Cost
+from loopexport.loop.presets import STATUSES, Preset
+from loopexport.loop.spec import LoopSpec
+from loopexport.loop.wording import describe_layers, describe_refinements, describe_rule, describe_span, formula
+
+from .card_usage import on_the_hub, onnx_section, transformers_section, vllm_section
+from .manifest import OnnxRecord
+
+# Card metadata that an export inherits from its base.
+INHERITED = ("license", "license_name", "license_link", "language")
+
+KV_MEANING = {
+    "shared": "every iteration attends to the natural pass's keys and values; cached decoding equals a full forward",
+    "per_step": "every pass has its own cache slots, as in a physically unrolled model; cached decoding equals a full "
+    "forward",
+    "reference": "past keys and values of the natural pass, the iterate's own for the current chunk, as the paper's "
+    "authors do; cached decoding does **not** equal a full forward",
+}
+DECODE_MEANING = {
+    "full": "every token loops",
+    "bypass": "only longer chunks (the prompt) loop; single-token decode steps run the base model",
+    "first_n": "the prompt and the first {n} decode steps loop; later ones run the base model",
+}
+
+
+NO_WEIGHTS = """
+> **There are no weights in this directory**, and it cannot be loaded. It was converted with `--weights none`;
+> `loopexport push` completes it on the Hub with the base's own weights.
+"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells of.
+
+    Attributes:
+        base: where the base came from.
+        base_card: the base's own card, whose licence and language are inherited; may be empty.
+        model_type, num_layers: the base's family and depth.
+        spec, cost: the loop and its cost.
+        published: the preset that was measured with this loop on this model, if one was.
+        quantisation: the method that the base is quantised by, if it is.
+        has_tokenizer: whether the export holds the base's tokenizer.
+        has_weights: whether the weights are in the directory that the card is for.
+        onnx: the ONNX files of the export, by name.
+        config: the base's config.
+    """
+
+    base: Origin
+    base_card: str
+    model_type: str
+    num_layers: int
+    spec: LoopSpec
+    cost: Cost
+    published: Preset | None = None
+    quantisation: str | None = None
+    has_tokenizer: bool = True
+    has_weights: bool = True
+    onnx: Mapping[str, OnnxRecord] = field(default_factory=dict)
+    config: dict = field(default_factory=dict)
+
+
+def make_card(facts: CardFacts) -> str:
+    """The README.md of an export: Hub metadata, then what it is, what it costs and how to load it."""
+    inherited = read_metadata(facts.base_card)
+    return _metadata(facts, inherited) + _BODY.format(
+        name=facts.base.name.rsplit("/", 1)[-1],
+        no_weights="" if facts.has_weights else NO_WEIGHTS,
+        base=_base_link(facts.base),
+        quantised=_quantised(facts.quantisation),
+        results=_results(facts.published),
+        use="\n".join(filter(None, _use(facts))),
+        licence=_licence_text(inherited),
+        **_table(facts),
+    )
+
+
+def published_card(card: str, repo_id: str) -> str:
+    """The card of an export as it is right on the Hub: it has its weights there, and an id."""
+    return on_the_hub(card.replace(NO_WEIGHTS, ""), repo_id)
+
+
+def merge_card(ours: str, theirs: str) -> str:
+    """A card that was edited on the Hub, with what it lacks of ours.
+
+    Its text stays, unless there is none; of the metadata, what it says stays, and what it does not say is added.
+    """
+    known, edited = read_metadata(ours), read_metadata(theirs)
+    body = _body(theirs) if _body(theirs).strip() else _body(ours)
+    tags = dict.fromkeys([*_tags(edited), *_tags(known)])
+    merged = {**known, **edited, "tags": list(tags)}
+    return theirs if merged == edited and body == _body(theirs) else _front_matter(merged) + body
+
+
+def _tags(metadata: dict) -> list:
+    tags = metadata.get("tags")
+    return tags if isinstance(tags, list) else []
+
+
+def read_metadata(card: str) -> dict:
+    """The YAML block at the head of a model card; empty where there is none."""
+    from loopexport.files.yaml_text import CardLoader, load_yaml
+
+    match = _HEAD.match(card)
+    try:
+        values = load_yaml(match[1], CardLoader) if match else {}
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _table(facts: CardFacts) -> dict[str, object]:
+    """What the table and the formula say."""
+    spec = facts.spec
+    return {
+        "model_type": facts.model_type,
+        "span": describe_span(spec),
+        "layers": describe_layers(spec),
+        "num_layers": facts.num_layers,
+        "last_layer": facts.num_layers - 1,
+        "steps": spec.steps,
+        "rule": describe_rule(spec),
+        "anchor": f"{spec.anchor:g}",
+        "mode": spec.mode,
+        "refinements": describe_refinements(spec),
+        "kv": spec.kv,
+        "kv_meaning": KV_MEANING[spec.kv],
+        "decode": spec.decode,
+        "decode_meaning": DECODE_MEANING[spec.decode].format(n=spec.first_n),
+        "evaluations": facts.cost.layer_evaluations,
+        "multiplier": f"{facts.cost.multiplier:.2f}",
+        "formula": formula(spec),
+    }
+
+
+def _use(facts: CardFacts) -> list[str]:
+    """How to load it, a section for each runtime that can; an empty one says nothing."""
+    return [
+        transformers_section(facts.spec.steps, "path" if facts.has_tokenizer else f'"{facts.base.name}"'),
+        onnx_section(facts.onnx, facts.num_layers),
+        vllm_section(facts.model_type, facts.spec, facts.config, facts.quantisation is not None),
+    ]
+
+
+def _quantised(method: str | None) -> str:
+    return f" The base is quantised by {method}: loading needs the libraries that it needs." if method else ""
+
+
+def _results(published: Preset | None) -> str:
+    """What was measured for this very cell."""
+    if published is None:
+        return "No gain was measured for this export."
+    lines = "\n".join(f"- {result}" for result in published.results)
+    return f"Published for this cell, {published.status} ({STATUSES[published.status]}):\n\n{lines}"
+
+
+_HEAD = re.compile(r"\ufeff?\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+
+
+def _body(card: str) -> str:
+    """A card without its metadata."""
+    match = _HEAD.match(card)
+    return card[match.end() :] if match else card
+
+
+def _front_matter(values: dict) -> str:
+    import yaml
+
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _licence_text(metadata: dict) -> str:
+    licence = licence_of(metadata)
+    if licence is None:
+        return ""
+    built_with = f"**{licence.built_with}.** " if licence.built_with else ""
+    return (
+        f"\n## Licence\n\n{built_with}{licence.notice.rstrip('.')}.\n\nThe base's files were modified: `config.json` "
+        "and this card are new, modeling code was added, the weights are unchanged.\n"
+    )
+
+
+def _metadata(facts: CardFacts, inherited: dict) -> str:
+    values: dict = {key: inherited[key] for key in INHERITED if key in inherited}
+    if facts.base.revision is not None:  # a local directory's name is no Hub id
+        values["base_model"] = facts.base.name
+        values["base_model_relation"] = "finetune"  # the Hub knows no better word for other code, same weights
+    values |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["custom_code", "looped", "loopexport", *(["onnx"] if facts.onnx else [])],
+    }
+    return _front_matter(values)
+
+
+def _base_link(base: Origin) -> str:
+    if base.revision is None:
+        return f"`{base.name}` (a local checkpoint)"
+    return f"[{base.name}](https://huggingface.co/{base.name}) at commit `{base.revision}`"
+
+
+_BODY = """
+# {name}, looped
+{no_weights}
+{base}, with {layers} of its {num_layers} applied {steps} times over, without any training
+([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). The weights are the base model's, byte for
+byte, stored once; only the forward differs.{quantised}
+
+**Gains are not guaranteed.** Published gains are a few points on some tasks for some models; other spans, tasks and
+models lost, and models under 3B parameters gained nothing in reproductions. Compare it with the base on your own task
+before you rely on it. {results}
+
+| | |
+| --- | --- |
+| family | `{model_type}` |
+| span | `{span}`, half-open: {layers} of 0 to {last_layer} |
+| steps K | {steps} |
+| update rule | {rule} |
+| anchor (beta) | {anchor} |
+| mode | `{mode}` |
+| refinements | {refinements} |
+| K/V policy | `{kv}`: {kv_meaning} |
+| decoding | `{decode}`: {decode_meaning} |
+| cost | {evaluations} layer evaluations a token instead of {num_layers}: {multiplier}x |
+
+With x the hidden states that enter the span and g one run through it (in layer mode, through each of its layers in
+turn):
+
+```
+{formula}
+```
+
+## Use
+
+{use}
+Made with LoopExport; `loopexport.json` records the base and a digest of every
+file, `base/` holds the originals of the files that differ.
+{licence}"""

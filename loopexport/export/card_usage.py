@@ -1,0 +1,161 @@
+"""How an export is loaded, for its card: a section for each runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loopexport.loop.spec import LoopSpec, make_spec
+from loopexport.templates.looped_vllm_limits import VLLM_EAGER, vllm_context, vllm_refusal
+
+from .manifest import OnnxRecord
+from .onnx_files import GENAI_CONFIG, graph_name
+
+# Lines of the examples that are other ones on the Hub.
+LOCAL_PATH = 'path = "."  # this directory, or its Hub id\n'
+LOCAL_SNAPSHOT = '\npath = "."  # this directory, or what snapshot_download gives for its Hub id\n'
+LOCAL_ID = 'const id = "NAMESPACE/NAME";  // on the Hub\n'
+
+
+def on_the_hub(card: str, repo_id: str) -> str:
+    """A card with its examples as they are right for a repository."""
+    snapshot = f'from huggingface_hub import snapshot_download\n\npath = snapshot_download("{repo_id}")\n'
+    lines = {
+        LOCAL_PATH: f'path = "{repo_id}"\n',
+        LOCAL_SNAPSHOT: snapshot,
+        LOCAL_ID: f'const id = "{repo_id}";\n',
+    }
+    for local, published in lines.items():
+        card = card.replace(local, published)
+    return card
+
+
+def transformers_section(steps: int, tokenizer: str) -> str:
+    """The section for transformers; `tokenizer` is what its tokenizer is loaded from, in Python."""
+    return f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{LOCAL_PATH}tokenizer = AutoTokenizer.from_pretrained({tokenizer}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+model.config.loop_steps = {steps}  # may be changed at any time; 1 is the base model
+```
+"""
+
+
+def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
+    """The section for ONNX Runtime and what is built on it; empty without graphs.
+
+    Args:
+        files: the ONNX files of the export, by name.
+        num_layers: of the base.
+    """
+    graphs = {name: record for name, record in files.items() if record.steps is not None}
+    if not graphs:
+        return ""
+    name = graph_name(1, 1) if graph_name(1, 1) in graphs else min(graphs)
+    parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=name)]
+    if GENAI_CONFIG in files:  # else the cache is not of one shape, which the others take for granted
+        parts += [_GENAI, _OPTIMUM.format(name=name)]
+        if graphs[name].attention == "portable":  # the fused kind ends Node by a segmentation fault
+            parts.append(_transformers_js(name, graphs[name], num_layers))
+    return "\n".join(parts)
+
+
+def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) -> str:
+    """The section for vLLM; empty where it refuses to serve the loop, or was not tried."""
+    if is_quantised or vllm_refusal(family, spec, config):
+        return ""
+    context = vllm_context(config)
+    length = "" if context is None else f" --max-model-len {context}"
+    eager = " --enforce-eager" if family in VLLM_EAGER and not spec.is_identity else ""
+    return _VLLM.format(options=length + eager)
+
+
+def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
+    rows = [
+        f"| `{name}` | {record.steps} | {record.dtype} | {record.attention} | {_data_text(record)} |"
+        for name, record in sorted(graphs.items())
+    ]
+    return "\n".join([_GRAPHS, *rows, ""])
+
+
+def _data_text(record: OnnxRecord) -> str:
+    names = record.data or ()
+    return f"`{names[0]}`" if len(names) == 1 else f"{len(names)} `.safetensors` files"
+
+
+def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
+    num_slots = num_layers + make_spec(**(record.spec or {})).extra_kv_slots
+    slots = f"config.num_hidden_layers = {num_slots};  // slots of the cache\n" if num_slots != num_layers else ""
+    data = ", ".join(f'"{each}"' for each in record.data or ())
+    return _TRANSFORMERS_JS.format(id=LOCAL_ID, slots=slots, data=data, stem=name.removesuffix(".onnx"))
+
+
+_VLLM = """\
+### vLLM
+
+vLLM's Transformers backend serves this directory or repository by the code in it, also with `--tensor-parallel-size`:
+
+```sh
+python -m vllm.entrypoints.openai.api_server --model PATH_OR_ID --trust-remote-code{options}
+```
+
+The greedy tokens of tiny models of this family were those of transformers, on the CPU in fp32, with vLLM 0.32.
+"""
+
+_GRAPHS = """\
+### ONNX Runtime
+
+The loop is unrolled in these graphs, which run without the code of this model. Each reads its weights from files beside
+it, so keep all in one directory. Graphs in bf16 run on CUDA only.
+
+| graph | K | computes in | attention | weights |
+| --- | --- | --- | --- | --- |"""
+
+_RUN = """\
+With LoopExport (`loopexport run DIRECTORY "Hello"` does the same):
+
+```python
+from loopexport.onnx import OnnxModel
+{path}print(OnnxModel(path, "{name}").answer("Hello"))
+```
+"""
+
+_GENAI = """\
+With onnxruntime-genai, which finds the graph by `genai_config.json`:
+
+```python
+import onnxruntime_genai
+
+model = onnxruntime_genai.Model(path)
+```
+"""
+
+_OPTIMUM = """\
+With optimum-onnx, by the base's config, since the loop is in the graph; the last line tells the shape of the cache,
+which is otherwise guessed from the name of the family:
+
+```python
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoConfig
+
+config = AutoConfig.from_pretrained(path, subfolder="base")
+model = ORTModelForCausalLM.from_pretrained(path, config=config, file_name="{name}")
+_, model.num_key_value_heads, _, model.embed_size_per_head = model.input_shapes["past_key_values.0.key"]
+```
+"""
+
+_TRANSFORMERS_JS = """\
+With transformers.js 4, where it knows the base's family; it holds the files with the weights in memory:
+
+```js
+import {{ AutoModelForCausalLM }} from "@huggingface/transformers";
+
+{id}const config = await (await fetch(`https://huggingface.co/${{id}}/resolve/main/base/config.json`)).json();
+{slots}const externalData = [{data}].map((name) => ({{ path: name, data: name }}));
+const model = await AutoModelForCausalLM.from_pretrained(id, {{
+  config, subfolder: "", model_file_name: "{stem}", dtype: "fp32", // fp32: a name without suffix
+  session_options: {{ externalData }},
+}});
+```
+"""

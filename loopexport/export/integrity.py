@@ -1,0 +1,193 @@
+"""Is an export still what was written? Checks on its files alone, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from loopexport.base.checkpoint import CARD, CONFIG, file_names, read_config
+from loopexport.base.safetensors_header import read_header
+from loopexport.errors import CheckpointError, ExportError
+from loopexport.files.digests import Progress, file_digests, file_sha256, file_xxh3
+
+from .check import Check
+from .directory import BASE_FOLDER, Export, looped_config
+from .manifest import FileRecord, OnnxRecord
+from .own_code import code_files
+
+WITHOUT_WEIGHTS = (
+    "converted with --weights none; `loopexport push` completes it on the Hub, `convert` with other weights here"
+)
+
+# Files that a user may edit: the card freely, the config in its loop fields.
+EDITABLE = (CARD, CONFIG)
+
+UNKNOWN_DIGEST = "size and header (no digest is known of weights that were linked, not copied)"
+
+
+def check_files(export: Export, *, full: bool = False, progress: Progress = lambda count: None) -> list[Check]:
+    """Compare an export with its manifest.
+
+    Args:
+        export: what to check.
+        full: hash all weights; otherwise their size and header are compared.
+        progress: called with the number of weight bytes just hashed.
+    """
+    return [
+        check_small_files(export),
+        check_config(export),
+        _check_weights(export, full, progress),
+        _check_records(export),
+        *([check_onnx(export, full=full, progress=progress)] if export.manifest.onnx else []),
+    ]
+
+
+def check_small_files(export: Export) -> Check:
+    """All files but weights, card and config have the recorded digests."""
+    name = "files are as written"
+    records = {name: record for name, record in export.manifest.files.items() if name not in EDITABLE}
+    for file, record in records.items():
+        path = export.root / file
+        if not os.path.isfile(path):
+            return Check(name, False, f"{file} is missing")
+        if file_sha256(path) != record.sha256:
+            return Check(name, False, f"{file} has changed")
+    return Check(name, True, f"{len(records)} compared by sha256")
+
+
+def check_config(export: Export) -> Check:
+    """The config is the base's with our fields added, whatever their values are now."""
+    name = "config is the base's plus the loop"
+    try:
+        base = read_config(export.root / BASE_FOLDER / CONFIG)
+        expected = looped_config(base, export.spec)
+    except CheckpointError as error:
+        return Check(name, False, str(error))
+    # As JSON, where NaN is NaN, and neither true nor 1.0 is 1.
+    expected, actual = ({key: json.dumps(value) for key, value in each.items()} for each in (expected, export.config))
+    changed = sorted(key for key in {*expected, *actual} if expected.get(key) != actual.get(key))
+    if changed:
+        return Check(name, False, f"config.json differs from the base's in {', '.join(changed)}")
+    edited = "" if export.spec == export.manifest.spec else "; the loop was edited since the conversion"
+    return Check(name, True, f"{len(base)} base fields{edited}")
+
+
+def hash_weights(export: Export, name: str, progress: Progress = lambda count: None) -> str:
+    """The sha256 of a weights file, which is compared with all that the manifest knows of it.
+
+    Raises:
+        ExportError: the file is not what was written.
+    """
+    path, record = export.root / name, export.manifest.weights[name]
+    changed, _ = _weights_changed(path, record, full=False, progress=progress)
+    if changed:
+        raise ExportError(f"{name} in {export.root} has changed ({changed}); convert the base again")
+    return _hash(path, record, progress, "convert the base again")
+
+
+def hash_onnx(export: Export, name: str, progress: Progress = lambda count: None) -> str:
+    """The sha256 of an ONNX file, which is compared with what the manifest knows of it.
+
+    Raises:
+        ExportError: the file is not what was written.
+    """
+    remedy = f"`loopexport onnx {export.root}` makes the ONNX files anew"
+    return _hash(export.root / name, export.manifest.onnx[name], progress, remedy)
+
+
+def _hash(path: Path, record: FileRecord | OnnxRecord, progress: Progress, remedy: str) -> str:
+    sha256, xxh3 = file_digests(path, progress)
+    known = {"sha256": (record.sha256, sha256), "xxh3_128": (record.xxh3_128, xxh3)}
+    for kind, (was, now) in known.items():
+        if was not in (None, now):
+            raise ExportError(f"{path.name} in {path.parent} has changed ({kind}); {remedy}")
+    return sha256
+
+
+def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
+    name = "weights are the base's" if full else "weights have the base's sizes and headers"
+    if export.lacking and export.manifest.weights_method == "none":
+        return Check(name, False, f"{export.lacking[0]} is not here: {WITHOUT_WEIGHTS}")
+    depths: dict[str, None] = {}
+    for file, record in export.manifest.weights.items():
+        path = export.root / file
+        if not os.path.isfile(path):
+            return Check(name, False, f"{file} is missing")
+        changed, depth = _weights_changed(path, record, full, progress)
+        if changed:
+            return Check(name, False, f"{file} has changed ({changed})")
+        depths[depth] = None
+    is_proved = not full or UNKNOWN_DIGEST not in depths
+    detail = f"{len(export.manifest.weights)} compared by {' and '.join(depths)}"
+    return Check(name, True if is_proved else None, detail)
+
+
+def _check_records(export: Export) -> Check:
+    """Nothing that belongs to the model lies beside what the manifest knows, and nothing that it needs is unknown."""
+    name = "the manifest knows every file"
+    try:
+        base = export.base
+        originals = {f"{BASE_FOLDER}/{each}" for each in file_names(export.root / BASE_FOLDER)}
+    except CheckpointError as error:
+        return Check(name, False, str(error))
+    needed = {CONFIG, CARD, *code_files(export.root), *base.carried, *originals}
+    unknown = sorted(needed - export.manifest.files.keys())
+    unknown += sorted(({shard.name for shard in base.shards} ^ export.manifest.weights.keys()) - {*export.lacking})
+    if unknown:
+        return Check(name, False, f"{unknown[0]} is not recorded in it, or not part of the model")
+    return Check(name, True, f"{len(needed)} and {len(base.shards)} with weights")
+
+
+def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progress) -> tuple[str, str]:
+    """What differs from the record, or an empty string, and how far the comparison went."""
+    if path.stat().st_size != record.size:
+        return "size", ""
+    try:
+        header_sha256 = read_header(path).sha256
+    except CheckpointError as error:
+        return str(error), ""
+    if record.header_sha256 not in (None, header_sha256):
+        return "header", ""
+    if not full:
+        return "", f"size{' and header' if record.header_sha256 else ''} (--full hashes all)"
+    if record.sha256 is not None:
+        return ("sha256" if file_sha256(path, progress) != record.sha256 else ""), "sha256"
+    if record.xxh3_128 is not None:
+        return ("xxh3_128" if file_xxh3(path, progress) != record.xxh3_128 else ""), "xxh3_128"
+    return "", UNKNOWN_DIGEST
+
+
+def check_onnx(
+    export: Export, *, full: bool = False, needs_weights: bool = True, progress: Progress = lambda count: None
+) -> Check:
+    """Graphs and their data are as written; what they read of the weights is checked with the weights.
+
+    Args:
+        export: what to check.
+        full: hash all data; otherwise its size is compared.
+        needs_weights: whether the weights that the graphs read have to be here.
+        progress: called with the number of bytes of data just hashed.
+    """
+    name = "ONNX files are as written"
+    here = {each for each in {*export.manifest.onnx, *export.manifest.weights} if (export.root / each).is_file()}
+    here |= set() if needs_weights else {*export.manifest.weights}
+    for file, record in export.manifest.onnx.items():
+        missing = sorted({file, *(record.data or ())} - here)
+        if missing:
+            return Check(name, False, f"{missing[0]} is missing" + (f"; {file} needs it" if missing[0] != file else ""))
+        changed = _onnx_changed(export.root / file, record, full, progress)
+        if changed:
+            return Check(name, False, f"{file} has changed ({changed})")
+    return Check(name, True, f"{len(export.manifest.onnx)} compared")
+
+
+def _onnx_changed(path: Path, record: OnnxRecord, full: bool, progress: Progress) -> str:
+    """What differs from the record, or an empty string."""
+    if path.stat().st_size != record.size:
+        return "size"
+    if record.sha256 is not None and file_sha256(path) != record.sha256:
+        return "sha256"
+    if full and record.xxh3_128 is not None and file_xxh3(path, progress) != record.xxh3_128:
+        return "xxh3_128"
+    return ""

@@ -1,0 +1,107 @@
+"""Put a weights file in place without loading it: shared blocks (reflink), a second name (hardlink), or a copy."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from loopexport.errors import OutputError
+
+from .digests import Progress, open_to_read
+
+METHODS = ("auto", "reflink", "hardlink", "copy")
+COPY_CHUNK_BYTES = 16 * 2**20
+
+# What copy_file_range answers where source and target cannot be joined in the kernel.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM}
+
+
+def settle_method(method: str, source: Path, directory: Path) -> str:
+    """The method that "auto" stands for between these two places, reflink where possible, else copy.
+
+    Args:
+        method: one of `METHODS`; all but "auto" stand for themselves.
+        source: a file to be put in place.
+        directory: where to; a file is made there for a moment.
+    """
+    if method != "auto":
+        return method
+    probe = directory / ".reflink-probe"
+    possible = _reflink(source, probe)
+    probe.unlink(missing_ok=True)
+    return "reflink" if possible else "copy"
+
+
+def place(source: Path, target: Path, method: str, progress: Progress = lambda count: None) -> None:
+    """Make `target` hold the bytes of `source`.
+
+    Args:
+        source: a real file, links resolved; it is never written to.
+        target: a path that does not exist.
+        method: "reflink", "hardlink" or "copy", see `settle_method`.
+        progress: called with the number of bytes just copied.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        OutputError: the method is not possible between these two places.
+    """
+    if method == "hardlink":
+        _hardlink(source, target)
+    elif method == "reflink":
+        if not _reflink(source, target):
+            raise OutputError(
+                f"the file system of {target.parent} cannot reflink from {source.parent}; use --weights auto or copy"
+            )
+    else:
+        with open_to_read(source) as reader, target.open("xb", buffering=0) as writer:
+            _copy_bytes(reader, writer, progress)
+
+
+def _hardlink(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise OutputError(
+            f"cannot hardlink {source.name} into {target.parent} ({error.strerror}); use --weights auto or copy"
+        ) from None
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    """Share the blocks of `source` copy-on-write; False where the file system cannot."""
+    import reflink_copy
+
+    try:
+        reflink_copy.reflink(str(source), str(target))
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    target.chmod(0o644)
+    return True
+
+
+def _copy_bytes(reader, writer, progress: Progress) -> None:
+    step = _kernel_copy if hasattr(os, "copy_file_range") else _plain_copy
+    while True:
+        try:
+            count = step(reader, writer)
+        except OSError as error:
+            if step is _plain_copy or error.errno not in _NO_KERNEL_COPY:
+                raise
+            step = _plain_copy  # both files stand where the kernel left them
+            continue
+        if not count:
+            return
+        progress(count)
+
+
+def _kernel_copy(reader, writer) -> int:
+    return os.copy_file_range(reader.fileno(), writer.fileno(), COPY_CHUNK_BYTES)
+
+
+def _plain_copy(reader, writer) -> int:
+    chunk = memoryview(reader.read(COPY_CHUNK_BYTES))
+    count = len(chunk)
+    while chunk:
+        chunk = chunk[writer.write(chunk) :]
+    return count

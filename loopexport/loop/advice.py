@@ -1,0 +1,80 @@
+"""What a user should know before a conversion, in a line each: short, and as the measurements have it."""
+
+from __future__ import annotations
+
+from loopexport.base.checkpoint import Checkpoint
+from loopexport.base.families import newest_outcome
+
+from .presets import Preset, misfit, published_cell
+from .spec import SPEC_KEYS, LoopSpec
+from .wording import describe_span
+
+SMALL_MODEL_PARAMS = 3_000_000_000
+
+
+def notices(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None) -> list[str]:
+    """All that applies to a loop on a base; `preset` is the one that the user asked for."""
+    if spec.is_identity:
+        return ["this spec is the base model itself (steps 1 or anchor 1)"]
+    return [
+        *_gain(base, spec, preset),
+        *_small_model(base),
+        *_cached_decoding(spec),
+        *_routing(base, spec),
+        *_family(base.model_type),
+        *_quantised(base),
+    ]
+
+
+def _gain(base: Checkpoint, spec: LoopSpec, preset: Preset | None) -> list[str]:
+    published = published_cell(base, spec)
+    if published is not None:
+        return [f"published for this cell ({published.status}): {result}" for result in published.results]
+    unproven = ["a gain is unproven for this model and this loop: compare with the base on your own task"]
+    if preset is None:
+        return unproven
+    changed = [name for name in SPEC_KEYS if getattr(preset.spec, name) != getattr(spec, name)]
+    other = misfit(preset, base)
+    if other and "span" not in changed:
+        other += f": its span {describe_span(spec)} is used as it is, not scaled; --span gives another"
+    return [
+        *filter(None, [other]),
+        *([f"this is not the loop of preset {preset.name}, it differs in {', '.join(changed)}"] if changed else []),
+        *unproven,
+    ]
+
+
+def _small_model(base: Checkpoint) -> list[str]:
+    small = 0 < base.num_params < SMALL_MODEL_PARAMS and base.quantisation is None
+    return ["models under 3B parameters gained nothing in reproductions"] if small else []
+
+
+def _cached_decoding(spec: LoopSpec) -> list[str]:
+    if spec.kv != "reference":
+        return []
+    return ["kv reference: cached decoding does not equal a full forward, by design; kv shared does"]
+
+
+def _routing(base: Checkpoint, spec: LoopSpec) -> list[str]:
+    if not base.is_sparse and spec.frozen_routing:
+        return ["frozen routing changes nothing here: the base has no experts to choose from"]
+    if not base.is_sparse or spec.frozen_routing:
+        return []
+    return [
+        "sparse experts without frozen routing: the authors saw 28-37 % of tokens change experts after one iteration; "
+        "--frozen-routing keeps those of the natural pass"
+    ]
+
+
+def _family(model_type: str) -> list[str]:
+    status, reason = newest_outcome(model_type)
+    if status == "works":
+        return []
+    known = {"in part": f"works in part ({reason})", "no span": reason, "untried": f"was not tried ({reason})"}
+    return [f"family {model_type} {known.get(status, 'was never tried')}: `loopexport verify` the result"]
+
+
+def _quantised(base: Checkpoint) -> list[str]:
+    if base.quantisation is None:
+        return []
+    return [f"the base is quantised by {base.quantisation}: the export needs the libraries that the base needs"]

@@ -1,0 +1,107 @@
+"""The loop specification as users write it: flags, keywords or a YAML file.
+
+`LoopSpec` itself, with the meaning and the allowed values of each field, is defined where an exported model needs it:
+in `templates/configuration_looped.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from loopexport.errors import SpecError
+from loopexport.templates.looped_spec import DECODE_MODES, KV_POLICIES, MODES, RULES, LoopSpec
+
+__all__ = ["DECODE_MODES", "KV_POLICIES", "MODES", "RULES", "LoopSpec", "make_spec", "parse_span", "read_spec_file"]
+
+SPEC_KEYS = tuple(field.name for field in fields(LoopSpec))
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """The span written as `START:STOP`, half-open, layers counted from 0.
+
+    Raises:
+        SpecError: it is written otherwise; an inclusive `A-B` is answered with the right spelling.
+    """
+    half_open = re.fullmatch(r"(-?\d{1,9}):(-?\d{1,9})", text.strip())
+    if half_open:
+        return int(half_open[1]), int(half_open[2])
+    inclusive = re.fullmatch(r"(\d{1,9})\s*-\s*(\d{1,9})", text.strip())
+    if inclusive:
+        start, last = int(inclusive[1]), int(inclusive[2])
+        raise SpecError(
+            f"span {text!r} is ambiguous; for layers {start} to {last} write {start}:{last + 1} (half-open)"
+        )
+    raise SpecError(f"span {text!r} is not START:STOP, two layer numbers such as 12:20 (half-open, from 0)")
+
+
+def make_spec(**values) -> LoopSpec:
+    """A checked `LoopSpec`; a span may be a pair or a string for `parse_span`.
+
+    Raises:
+        SpecError: a key is unknown or missing, or a value is not allowed.
+    """
+    _check_keys(values)
+    for key, example in (("span", "12:20"), ("steps", "4")):
+        if values.get(key) is None:
+            raise SpecError(
+                f"the loop spec has no {key}; give one, such as --{key} {example} (in Python {key}=...), or a preset"
+            )
+    values["span"] = _parsed(values["span"])
+    if isinstance(values.get("schedule"), str):
+        values["schedule"] = _parse_numbers(values["schedule"])
+    try:
+        return LoopSpec(**values)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+
+
+def check_first_n(spec: LoopSpec, is_given: bool) -> None:
+    """Raise SpecError where one of `first_n` and decode first_n was given alone; in a config each may be edited."""
+    if spec.decode == "first_n" and not is_given:
+        raise SpecError("decode first_n needs first_n, the number of decode steps that loop, such as 8")
+    if spec.first_n and spec.decode != "first_n":
+        raise SpecError(f"first_n {spec.first_n} goes with decode first_n, not with decode {spec.decode}")
+
+
+def _check_keys(values: dict, known: tuple[str, ...] = SPEC_KEYS) -> None:
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise SpecError(f"unknown key {unknown[0]!r} in the loop spec; the keys are {', '.join(known)}")
+
+
+def _parsed(span):
+    """A span, or several, with all strings parsed."""
+    if isinstance(span, str):
+        return parse_span(span)
+    if isinstance(span, (list, tuple)):
+        return [parse_span(each) if isinstance(each, str) else each for each in span]
+    return span
+
+
+def _parse_numbers(text: str) -> list[float]:
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        raise SpecError(f"schedule {text!r} is not a list of numbers such as 0.5,0.3,0.2") from None
+
+
+def read_spec_file(path: Path) -> dict:
+    """The entries of a YAML spec file; its keys are the fields of `LoopSpec`, and `preset`.
+
+    Raises:
+        SpecError: the file cannot be read, is not a mapping, or has an unknown key.
+    """
+    from loopexport.files.yaml_text import SpecLoader, load_yaml
+
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"), SpecLoader)
+    except OSError as error:
+        raise SpecError(f"cannot read spec file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise SpecError(f"spec file {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise SpecError(f"spec file {path} is not a mapping; write lines such as `span: 12:20` and `steps: 4`")
+    _check_keys(values, (*SPEC_KEYS, "preset"))
+    return values

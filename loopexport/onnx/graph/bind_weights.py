@@ -1,0 +1,189 @@
+"""Where a graph's weights lie: in the export's own shards, or in one file of another dtype that every K shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from loopexport.base.checkpoint import Checkpoint
+from loopexport.errors import OnnxError
+from loopexport.files.digests import Progress
+from loopexport.onnx.trace.skeleton import Recipe
+
+IR_DTYPES = {
+    "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "I64": ir.DataType.INT64,
+}  # fmt: skip
+TORCH_DTYPES = {
+    ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.INT64: torch.int64,
+}  # fmt: skip
+ALIGNMENT = 4096  # of tensors in a file of ours, so that they can be mapped
+
+
+def attach_stored(model: ir.Model, recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> None:
+    """Bind the weight inputs of a graph to the bytes of the checkpoint's shards, in place.
+
+    What the checkpoint stores in pieces, such as experts, is put together by nodes that run once, when a session is
+    made; pieces and nodes are shared by all iterations.
+    """
+    places = {name: (shard.name, each) for shard in checkpoint.shards for name, each in shard.header.tensors.items()}
+    binder = _Binder(model.graph, places)
+    for value in _weight_inputs(model.graph, recipes):
+        model.graph.inputs.remove(value)
+        assert value.name is not None
+        recipe = recipes[value.name]
+        if recipe.stored is not None:
+            value.const_value = _external(recipe.stored, *places[recipe.stored])
+            value.name = value.name if value.name == recipe.stored else recipe.stored
+            model.graph.register_initializer(value)
+        else:
+            value.replace_all_uses_with(binder.build(recipe))
+    model.graph.sort()
+
+
+def attach_file(model: ir.Model, layout: Mapping[str, tuple[int, int]], file_name: str) -> None:
+    """Bind the weight inputs of a graph to a file written by `write_file`, in place."""
+    for value in [value for value in model.graph.inputs if value.name in layout]:
+        model.graph.inputs.remove(value)
+        assert value.name is not None
+        assert value.dtype is not None
+        assert value.shape is not None
+        start, length = layout[value.name]
+        value.const_value = ir.ExternalTensor(file_name, start, length, value.dtype, shape=value.shape, name=value.name)
+        model.graph.register_initializer(value)
+
+
+def stored_bytes(model: ir.Model) -> dict[tuple[str, int], int]:
+    """Bytes of each stretch of an external file that a graph uses, by file and start."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return {
+        (str(tensor.location), tensor.offset or 0): tensor.length or 0
+        for tensor in tensors
+        if isinstance(tensor, ir.ExternalTensor)
+    }
+
+
+def file_layout(model: ir.Model, recipes: Mapping[str, Recipe]) -> tuple[dict[str, tuple[int, int]], int]:
+    """Start and length of each weight of a graph in a file of its own, and the file's size."""
+    layout, end = {}, 0
+    for value in _weight_inputs(model.graph, recipes):
+        assert value.name is not None
+        assert value.dtype is not None
+        assert value.shape is not None
+        length = value.dtype.itemsize * int(np.prod(value.shape.numpy()))
+        layout[value.name] = (end, int(length))
+        end += -(-int(length) // ALIGNMENT) * ALIGNMENT
+    return layout, end
+
+
+def write_file(
+    path: Path,
+    layout: Mapping[str, tuple[int, int]],
+    recipes: Mapping[str, Recipe],
+    checkpoint: Checkpoint,
+    dtypes: Mapping[str, ir.DataType],
+    progress: Progress = lambda count: None,
+) -> None:
+    """Write weights in the dtypes of a graph, one tensor at a time."""
+    from contextlib import ExitStack
+
+    from safetensors import safe_open
+
+    with ExitStack() as stack, path.open("wb") as file:
+        shards: dict[str, Any] = {}
+        for shard in checkpoint.shards:
+            handle = stack.enter_context(safe_open(shard.path, "pt"))
+            shards |= dict.fromkeys(shard.header.tensors, handle)
+        for name, (start, length) in layout.items():
+            value = recipes[name].evaluate(lambda stored: shards[stored].get_tensor(stored))
+            raw = value.to(TORCH_DTYPES[dtypes[name]]).contiguous().reshape(-1).view(torch.uint8)
+            file.seek(start)
+            file.write(raw.numpy().data)
+            progress(length)
+        file.truncate(max(start + length for start, length in layout.values()))
+
+
+def _weight_inputs(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> list[ir.Value]:
+    return [value for value in graph.inputs if value.name in recipes]
+
+
+def _external(name: str, file_name: str, tensor) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        file_name, tensor.start, tensor.nbytes, IR_DTYPES[tensor.dtype], shape=ir.Shape(tensor.shape), name=name
+    )
+
+
+class _Binder:
+    """Builds weights out of stored pieces, as nodes at the head of a graph."""
+
+    def __init__(self, graph: ir.Graph, places: Mapping[str, tuple[str, Any]]):
+        self.graph = graph
+        self.places = places
+        self.built: dict[int, ir.Value] = {}
+
+    def build(self, recipe: Recipe) -> ir.Value:
+        """The value that a recipe makes."""
+        if id(recipe) not in self.built:
+            self.built[id(recipe)] = self._stored(recipe.stored) if recipe.stored else self._made(recipe)
+        return self.built[id(recipe)]
+
+    def _stored(self, name: str) -> ir.Value:
+        if name not in self.graph.initializers:
+            tensor = _external(name, *self.places[name])
+            self.graph.register_initializer(ir.Value(name=name, const_value=tensor))
+        return self.graph.initializers[name]
+
+    def _made(self, recipe: Recipe) -> ir.Value:
+        kind = recipe.function.overloadpacket.__name__
+        builders: dict[str, Any] = {
+            "stack": self._stack, "cat": self._cat, "slice": self._slice, "transpose": self._transpose,
+            "_to_copy": self._cast, "split_with_sizes": self._split,
+        }  # fmt: skip
+        if kind not in builders:
+            raise OnnxError(
+                f"a weight is made of stored ones by {kind}, which cannot point into the shards; use --dtype "
+                "fp32, fp16 or bf16, which writes the weights once more"
+            )
+        return builders[kind](recipe, *recipe.args, **recipe.kwargs)
+
+    def _node(self, kind: str, inputs: list[ir.Value], **attributes) -> ir.Value:
+        node = ir.node(kind, inputs, attributes, name=f"weights/{kind}_{len(self.built)}_{inputs[0].name}")
+        node.outputs[0].name = node.name
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def _ints(self, *numbers: int) -> ir.Value:
+        name = "weights/" + "_".join(map(str, numbers))
+        if name not in self.graph.initializers:
+            self.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(list(numbers), name=name)))
+        return self.graph.initializers[name]
+
+    def _stack(self, recipe, tensors, dim=0) -> ir.Value:
+        rows = [self._node("Unsqueeze", [self.build(each), self._ints(dim)]) for each in tensors]
+        return self._node("Concat", rows, axis=dim)
+
+    def _cat(self, recipe, tensors, dim=0) -> ir.Value:
+        return self._node("Concat", [self.build(each) for each in tensors], axis=dim)
+
+    def _cast(self, recipe, tensor, dtype=None, **kwargs) -> ir.Value:
+        kinds = {own: kind for kind, own in TORCH_DTYPES.items()}
+        return self._node("Cast", [self.build(tensor)], to=kinds[dtype])
+
+    def _transpose(self, recipe, tensor, first, second) -> ir.Value:
+        value = self.build(tensor)
+        order = list(range(recipe.rank))
+        order[first], order[second] = order[second], order[first]
+        return self._node("Transpose", [value], perm=order)
+
+    def _split(self, recipe, tensor, sizes, dim=0) -> ir.Value:
+        start = sum(sizes[: recipe.item])
+        return self._slice(recipe, tensor, dim, start, start + sizes[recipe.item])
+
+    def _slice(self, recipe, tensor, dim=0, start=0, end=None, step=1) -> ir.Value:
+        bounds = [self._ints(number) for number in (start or 0, 2**62 if end is None else end, dim, step)]
+        return self._node("Slice", [self.build(tensor), *bounds])

@@ -1,0 +1,107 @@
+"""An update rule as a small graph, traced from the export's own code, in which each run of a layer is one node."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from loopexport.loop.spec import LoopSpec
+from loopexport.onnx.trace.marks import MARKS
+from loopexport.onnx.trace.simplify import optimise
+from loopexport.onnx.trace.tracer import BATCH, SEQUENCE, translate
+from loopexport.templates.looped_rules import run_loop
+
+RUN_LAYER = "RunLayer"  # the node; attributes `position` in the body and `iteration`, counted from 1
+
+
+def rule_graph(spec: LoopSpec, width: int, hidden_size: int, dtype: torch.dtype) -> ir.Graph:
+    """The loop around one body, as a function of what entered it and of each layer's natural output.
+
+    Args:
+        spec: the loop; which layers it is about does not matter here.
+        width: number of layers in the body.
+        hidden_size, dtype: of the hidden states.
+    """
+    return _traced(replace(spec, span=(0, 1), kv=spec.kv, decode="full", first_n=0), width, hidden_size, dtype)
+
+
+@lru_cache(maxsize=32)
+def _traced(spec: LoopSpec, width: int, hidden_size: int, dtype: torch.dtype) -> ir.Graph:
+    values = [torch.zeros(BATCH, SEQUENCE, hidden_size, dtype=dtype) for _ in range(width + 1)]
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    sizes = [{0: batch, 1: sequence} for _ in values]
+    with torch.no_grad(), _Expressible():
+        program = torch.export.export(_Loop(spec), (values,), dynamic_shapes={"values": sizes}, strict=False)
+        model = translate(program)
+    optimise(model)
+    return model.graph
+
+
+class _Loop(nn.Module):
+    def __init__(self, spec: LoopSpec):
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, values: list[torch.Tensor]):
+        """The output of the loop for `[x, natural output of each layer]`."""
+        return run_loop(values[0], _Body(values[1:]), self.spec)
+
+
+class _Body:
+    """g with a node for each layer, in the shape that `run_loop` expects."""
+
+    def __init__(self, natural_outputs: list[torch.Tensor]):
+        self.natural_outputs = natural_outputs
+        self.natural = natural_outputs[-1]
+        self.count = 0
+
+    def __call__(self, hidden, replace=None):
+        self.count += 1
+        if self.count == 1:
+            return self.natural
+        for position in range(len(self.natural_outputs)):
+            attributes: dict[str, Any] = {"position": position, "iteration": self.count - 1}
+            hidden = torch.onnx.ops.symbolic(
+                f"{MARKS}::{RUN_LAYER}", (hidden,), attributes, dtype=hidden.dtype, shape=hidden.shape, version=1
+            )
+            hidden = hidden if replace is None else replace(position, hidden)
+        return hidden
+
+
+class _Expressible(TorchFunctionMode):
+    """What rule anderson needs and a graph cannot say, said otherwise.
+
+    ONNX cannot solve linear equations: the few of that rule are solved by elimination. It needs no pivots, since the
+    matrix is symmetric and positive definite. And ONNX Runtime (1.32) miscompiles the product of a transposed matrix
+    with another (its MatmulTransposeFusion): these small ones are multiplied and summed.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.linalg.solve:
+            return _eliminate(*args)
+        if func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            return _multiply_and_sum(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _multiply_and_sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if right.dim() == 1:
+        return (left * right).sum(-1)
+    return (left.unsqueeze(-1) * right.unsqueeze(0)).sum(-2)
+
+
+def _eliminate(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    size = matrix.shape[0]
+    rows = [torch.cat([matrix[i], target[i : i + 1]]) for i in range(size)]
+    for i in range(size):
+        rows[i] = rows[i] / rows[i][i]
+        for j in range(size):
+            if j != i:
+                rows[j] = rows[j] - rows[j][i] * rows[i]
+    return torch.stack([row[-1] for row in rows])

@@ -1,0 +1,350 @@
+"""Run an ONNX export with ONNX Runtime: logits, a cache that stays on the device, and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopexport.base.checkpoint import CONFIG, read_json
+from loopexport.errors import CheckpointError, OnnxError, OnnxInputError
+from loopexport.export.onnx_files import graph_name
+from loopexport.export.stale_graphs import refuse_stale
+
+from .prompts import encode, load_tokenizer, one_line
+from .sampling import Sampling
+
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
+
+
+@dataclass
+class OnnxCache:
+    """Keys and values of the tokens so far.
+
+    Attributes:
+        values: ONNX Runtime's own tensors by input name; they lie on the session's device.
+        length: how many positions they hold.
+    """
+
+    values: dict[str, Any]
+    length: int
+
+
+class OnnxModel:
+    """A graph in a session.
+
+    Example:
+        >>> model = OnnxModel("qwen3-4b-looped")  # doctest: +SKIP
+        >>> print(model.answer("What is the capital of France?"))  # doctest: +SKIP
+
+    Args:
+        root: a directory with an ONNX export.
+        file: the graph; None for `model.onnx`, which has the export's own K, or for the only one.
+        provider: "cuda", "cpu", or "auto" for CUDA where it is available.
+        threads: for the CPU; None leaves it to ONNX Runtime.
+
+    Raises:
+        OnnxError: there is no graph, it is of another loop than the config beside it, or ONNX Runtime cannot run it.
+
+    Attributes:
+        max_positions: how many tokens the model's table of positions is for; None where it has no such table.
+        vocab_size: number of token ids; None where the graph does not tell.
+    """
+
+    def __init__(
+        self, root: str | Path, file: str | None = None, *, provider: str = "auto", threads: int | None = None
+    ):
+        self.root = Path(root).expanduser()
+        self.path = self._find(file)
+        self.provider = _chosen_provider(provider)
+        self.session = _session(self.path, PROVIDERS[self.provider], threads)
+        self._inputs = {each.name: each for each in self.session.get_inputs()}
+        self._outputs = [each.name for each in self.session.get_outputs()]
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        refuse_stale(self.path, metadata)
+        self._is_fused = metadata.get("attention") == "gqa"
+        self._recomputed_beyond = int(metadata.get("recomputed_beyond", 0))
+        self.max_positions = int(metadata["max_positions"]) if "max_positions" in metadata else None
+        size = self.session.get_outputs()[self._outputs.index("logits")].shape[-1]
+        self.vocab_size: int | None = size if isinstance(size, int) else None
+
+    def _find(self, file: str | None) -> Path:
+        if file is not None:
+            path = self.root / file
+            if path.is_file():
+                return path
+            raise OnnxError(f"no {file} in {self.root}; there are {_listed(self.root)}")
+        graphs = sorted(path.name for path in self.root.glob("*.onnx") if not path.name.startswith("."))
+        own = graph_name(1, 1)
+        if own in graphs or len(graphs) == 1:
+            return self.root / (own if own in graphs else graphs[0])
+        if not graphs:
+            raise OnnxError(f"no ONNX graph in {self.root}; `loopexport onnx {self.root}` makes one")
+        raise OnnxError(f"{self.root} has several graphs, choose one: {', '.join(graphs)}")
+
+    @cached_property
+    def tokenizer(self):
+        """The export's tokenizer, loaded without any code that may lie in the directory."""
+        return load_tokenizer(self.root)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer, as the export's configs name them."""
+        for name in ("generation_config.json", CONFIG):
+            if (self.root / name).is_file():
+                value = _read_json(self.root / name).get("eos_token_id")
+                if value is not None:
+                    return _token_ids(value, self.root / name)
+        return ()
+
+    def empty_cache(self, batch: int) -> OnnxCache:
+        """A cache that holds nothing yet."""
+        values = {}
+        for name, each in self._inputs.items():
+            if name.startswith("past_key_values."):
+                shape = [batch, each.shape[1], 0, each.shape[3]]
+                values[name] = _empty(shape, each.type, self.provider)
+        return OnnxCache(values, 0)
+
+    def forward(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, cache: OnnxCache | None = None
+    ) -> tuple[np.ndarray, OnnxCache]:
+        """Logits `(batch, seq, vocab)` in fp32 of the next tokens, and the cache with them in it.
+
+        Args:
+            input_ids: `(batch, seq)`.
+            attention_mask: `(batch, cached + seq)`, 0 for padding; None for no padding.
+            cache: of the tokens before; None for none. It is not changed.
+
+        Raises:
+            OnnxInputError: these do not fit each other, or the graph; the message says what does.
+        """
+        input_ids = self._checked_ids(input_ids)
+        batch, length = input_ids.shape
+        cache = cache or self.empty_cache(batch)
+        total = cache.length + length
+        mask = _checked_mask(attention_mask, (batch, total))
+        self._check_cache(cache, batch)
+        if self.max_positions is not None and total > self.max_positions:
+            raise OnnxInputError(
+                f"{total} tokens are more than the {self.max_positions} that the model has positions for"
+            )
+        if self._is_fused:
+            _check_fused(mask, cache.length, length)
+        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
+        feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name, value in cache.values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else self.provider)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime has no public error class of its own
+            raise OnnxError(f"ONNX Runtime cannot run {self.path}: {one_line(error)}") from None
+        outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        logits = outputs.pop("logits").numpy().astype(np.float32, copy=False)
+        values = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
+        return logits, OnnxCache(values, total)
+
+    def _checked_ids(self, input_ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
+            raise OnnxInputError(
+                f"input_ids of shape {ids.shape} must be whole numbers (batch, seq), one or more of each"
+            )
+        wrong = ids[(ids < 0) | (ids >= (self.vocab_size or np.inf))]
+        if wrong.size:
+            count = self.vocab_size or "unknown"
+            raise OnnxInputError(f"token id {wrong[0]} is not in the model's vocabulary, whose size is {count}")
+        return np.ascontiguousarray(ids, dtype=np.int64)
+
+    def _check_cache(self, cache: OnnxCache, batch: int) -> None:
+        names = {name for name in self._inputs if name.startswith("past_key_values.")}
+        if cache.values.keys() != names:
+            raise OnnxInputError(
+                f"the cache is of another graph, with {len(cache.values)} inputs instead of {len(names)}"
+            )
+        cached = next(iter(cache.values.values())).shape()[0]
+        if cached != batch:
+            raise OnnxInputError(
+                f"the cache is of a batch of {cached}, input_ids of one of {batch}; they must be equal"
+            )
+
+    def stream(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Generate, a token for each row at a time, `(batch,)`; a row that has ended goes on with its last token.
+
+        Args:
+            input_ids: `(batch, seq)`; prompts of different lengths are padded left or right, told by the mask.
+            attention_mask: `(batch, seq)`, 0 for padding.
+            max_new_tokens: where to stop at the latest; a table of positions that is used up stops earlier.
+            sampling: how tokens are chosen; None is greedily.
+            eos_token_ids: tokens that end a row; None for those of the export's configs.
+
+        Raises:
+            OnnxInputError: there is nothing to go on with, or not what the graph takes; the message says what it does.
+        """
+        if max_new_tokens < 1:
+            raise OnnxInputError(f"max_new_tokens {max_new_tokens} must be 1 or more")
+        ids = self._checked_ids(input_ids)
+        mask = _checked_mask(attention_mask, ids.shape)
+        empty = np.flatnonzero(~mask.any(axis=1))
+        if empty.size:
+            raise OnnxInputError(f"row {empty[0]} of attention_mask is all padding, with no token to go on from")
+        if self.max_positions is not None:  # the last new token is not run, and needs no position
+            max_new_tokens = min(max_new_tokens, max(1, self.max_positions - ids.shape[1] + 1))
+        ends = np.array(self.eos_token_ids if eos_token_ids is None else eos_token_ids, dtype=np.int64)
+        return self._stream(*_padded_left(ids, mask), max_new_tokens, sampling or Sampling(), ends)
+
+    def _stream(
+        self, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int, sampling: Sampling, ends: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        random = np.random.default_rng(sampling.seed)
+        cache, tokens, ended = None, None, np.zeros(len(ids), bool)
+        all_ids = ids
+        for _ in range(max_new_tokens):
+            if cache is not None and cache.length <= self._recomputed_beyond < all_ids.shape[1]:
+                ids, cache = all_ids, None  # the cached keys are of other frequencies than what follows
+            logits, cache = self.forward(ids, mask, cache)
+            chosen = sampling.choose(logits[:, -1], random)
+            tokens = chosen if tokens is None else np.where(ended, tokens, chosen)
+            yield tokens
+            ended |= np.isin(tokens, ends)
+            if ended.all():
+                return
+            ids = tokens[:, None]
+            all_ids = np.concatenate([all_ids, ids], axis=1)
+            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+
+    def generate(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, **options) -> np.ndarray:
+        """The new tokens `(batch, new)`; the options are those of `stream`."""
+        return np.stack(list(self.stream(input_ids, attention_mask, **options)), axis=1)
+
+    def stream_text(self, prompt: str, *, chat: bool | None = None, **options) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece.
+
+        Args:
+            prompt: a question, or text to go on with.
+            chat: whether to put it into the chat template; None does where there is one.
+            **options: those of `stream`.
+        """
+        ids = self.encode(prompt, chat=chat)
+        tokens: list[int] = []
+        shown = text = ""
+        for token in self.stream(ids, **options):
+            tokens.append(int(token[0]))
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # the first bytes of a character that is not whole yet
+                yield text[len(shown) :]
+                shown = text
+        if len(text) > len(shown):  # a character that never became whole
+            yield text[len(shown) :]
+
+    def answer(self, prompt: str, **options) -> str:
+        """The continuation of a prompt; the options are those of `stream_text`."""
+        return "".join(self.stream_text(prompt, **options))
+
+    def encode(self, prompt: str, *, chat: bool | None = None) -> np.ndarray:
+        """A prompt as token ids `(1, seq)`."""
+        return np.array([encode(self.tokenizer, prompt, chat, self.root)])
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return read_json(path)
+    except CheckpointError as error:
+        raise OnnxError(str(error)) from None
+
+
+def _token_ids(value, path: Path) -> tuple[int, ...]:
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(each, int) for each in ids):
+        raise OnnxError(f"{path} has eos_token_id {value!r}, which is neither a token id nor a list of them")
+    return ids
+
+
+def _padded_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows shifted so that padding comes first: the next token then follows the last of every row."""
+    shifts = [int(np.argmax(row[::-1])) for row in mask]
+    pairs = [(np.roll(row, by), np.roll(own, by)) for row, own, by in zip(ids, mask, shifts, strict=True)]
+    return np.stack([row for row, _ in pairs]), np.stack([own for _, own in pairs])
+
+
+def _checked_mask(mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    if mask is None:
+        return np.ones(shape, np.int64)
+    if np.shape(mask) != shape:
+        raise OnnxInputError(f"attention_mask {np.shape(mask)} must have the shape {shape}, cached tokens included")
+    if not np.isin(mask, (0, 1)).all():
+        raise OnnxInputError("attention_mask must be of 0, for padding, and 1")
+    return np.asarray(mask).astype(np.int64)
+
+
+def _check_fused(mask: np.ndarray, past: int, length: int) -> None:
+    """Raise OnnxError where GroupQueryAttention would compute something else without a word."""
+    if not mask.all():
+        raise OnnxError("a graph of attention gqa takes no padded batch; use one of --attention portable")
+    if len(mask) > 1 and past and length > 1:
+        raise OnnxError(
+            f"a graph of attention gqa takes {length} tokens on a cache for one prompt only, not {len(mask)}; run them "
+            "one by one, or use a graph of --attention portable"
+        )
+
+
+def _chosen_provider(provider: str) -> str:
+    import onnxruntime
+
+    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if provider == "auto":
+        return "cuda" if has_cuda else "cpu"
+    if provider not in PROVIDERS:
+        raise OnnxError(f"provider {provider!r} must be one of auto, {', '.join(PROVIDERS)}")
+    if provider == "cuda" and not has_cuda:
+        raise OnnxError("ONNX Runtime has no CUDA here; install loopexport[onnx-cuda], or use --provider cpu")
+    return provider
+
+
+def _session(path: Path, providers: list[str], threads: int | None):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised as well
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime has no public error class of its own
+        reason = " ".join(str(error).split())[:300]
+        if "bfloat16" in reason or "NOT_IMPLEMENTED" in reason:
+            reason += "; a graph in bf16 runs on CUDA only: `loopexport onnx --dtype fp32` makes one for the CPU"
+        if "escapes model directory" in reason:
+            reason = f"its weights are links out of {path.parent}; `cp -rL` makes a directory of files"
+        raise OnnxError(f"ONNX Runtime cannot run {path}: {reason}") from None
+
+
+def _empty(shape: list[int], type_name: str, device: str):
+    import onnxruntime
+
+    create = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+    return create(shape, _NUMPY.get(type_name, _BFLOAT16), device, 0)
+
+
+def _listed(root: Path) -> str:
+    return ", ".join(sorted(path.name for path in root.glob("*.onnx"))) or "none"

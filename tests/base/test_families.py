@@ -1,0 +1,108 @@
+"""Every causal language model of the installed transformers: exact, or refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import loopexport
+from loopexport.base import families
+from support.family_walk import RELEASE, check_exact, save_tiny_family, walk
+from support.paths import EXAMPLES
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_every_family_comes_out_as_recorded(family, tmp_path, monkeypatch):
+    """`walk` itself fails where an export is not exact; a release that is not recorded has only that to pass."""
+    recorded = families.outcomes().get(family, {}).get(RELEASE)
+    monkeypatch.setattr(families, "outcomes", dict)
+    outcome = walk(family, tmp_path)
+    assert recorded is None or outcome.status == recorded.partition(": ")[0], str(outcome)
+
+
+def test_layers_that_reuse_keys_of_another_layer_are_exact(tmp_path):
+    """Gemma 3n and 4: two of six layers read what earlier ones stored; the span holds layers of both kinds."""
+    if "gemma4_text" not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip("gemma4_text came with transformers 5")
+    base = save_tiny_family("gemma4_text", tmp_path / "base")
+    check_exact(base, (3, 5), tmp_path)
+    check_exact(base, (4, 6), tmp_path)
+    for kv in ("shared", "per_step", "reference"):
+        out = loopexport.convert(str(base), tmp_path / kv, span=(3, 5), steps=2, kv=kv, decode="first_n", first_n=1)
+        model = AutoModelForCausalLM.from_pretrained(out.root, trust_remote_code=True)
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
+
+
+def test_iterations_place_tokens_where_the_natural_pass_did(tmp_path):
+    """Llama 4 scales queries by a position that it takes from the cache's length, which grows in the natural pass."""
+    base = save_tiny_family("llama4_text", tmp_path / "base", floor_scale=2, attn_scale=1.0)
+    check_exact(base, (2, 5), tmp_path)  # layer 3 is one of those that do
+
+
+@pytest.fixture
+def hybrid(tmp_path):
+    """A base of linear attention with full attention in layers 3 and up, by the interval that real configs give."""
+    return save_tiny_family("qwen3_next", tmp_path / "hybrid")
+
+
+def test_recurrent_layers_are_refused_and_a_span_around_them_is_not(hybrid, tmp_path):
+    with pytest.raises(loopexport.LoopExportError, match="layer 2 is of type linear_attention; only layers"):
+        loopexport.plan_convert(str(hybrid), span=(2, 4), steps=2)
+    assert loopexport.convert(str(hybrid), tmp_path / "out", span=(3, 4), steps=2)
+
+
+def test_recurrent_layers_are_seen_where_the_config_does_not_tell(hybrid):
+    path = hybrid / "config.json"
+    config = json.loads(path.read_text())
+    del config["layer_types"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(loopexport.LoopExportError, match=r"layer 2 keeps more .*linear_attn"):
+        loopexport.plan_convert(str(hybrid), span=(2, 4), steps=2)
+    assert loopexport.plan_convert(str(hybrid), span=(3, 4), steps=2)
+
+
+def test_run_time_change_to_a_recurrent_layer_is_refused(hybrid, tmp_path):
+    out = loopexport.convert(str(hybrid), tmp_path / "out", span=(3, 4), steps=2).root
+    with pytest.raises(ValueError, match="layer 2 is of type linear_attention"):
+        AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, loop_span=[2, 4])
+
+
+def test_family_that_the_walk_saw_refused_is_refused_by_convert(tiny_base, tmp_path):
+    with pytest.raises(
+        loopexport.LoopExportError, match="family 'xlnet' cannot be looped: a layer of it takes no K/V cache"
+    ):
+        families.check_family({"model_type": "xlnet", "architectures": ["XLNetForCausalLM"], "n_layer": 4})
+
+
+def test_reasons_are_plain_sentences():
+    for family in families.outcomes():
+        status, reason = families.newest_outcome(family)
+        assert (status == "works") == (not reason)
+        assert not re.search(r"['`]\w+['`]|\b(object|attribute|operand|validator|\w*Error|negative)\b", reason), reason
+
+
+def test_language_model_of_a_multimodal_checkpoint_is_refused_then_taken_out(tmp_path):
+    text = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 32, "patch_size": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(loopexport.LoopExportError, match=r"multimodal; take its language model out \(examples/"):
+        loopexport.plan_convert(str(tmp_path / "whole"), span=(1, 3), steps=2)
+    command = [sys.executable, str(EXAMPLES / "language_model.py"), str(tmp_path / "whole"), str(tmp_path / "text")]
+    subprocess.run(command, check=True, capture_output=True)
+    out = loopexport.convert(str(tmp_path / "text"), tmp_path / "out", span=(1, 3), steps=2).root
+    looped = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, loop_steps=1).eval()
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(looped(tokens).logits, whole(input_ids=tokens).logits)

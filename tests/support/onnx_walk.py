@@ -1,0 +1,122 @@
+"""Walk the families that can be looped: which can be exported to ONNX, and does each graph equal torch?
+
+The bases are those of `family_walk`, with windows and chunks so small that they matter at the compared lengths.
+`python tests/onnx_walk.py` writes the outcomes into `loopexport/families.json`, beside those of the conversion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+import loopexport
+import loopexport.onnx
+from loopexport.base import families
+from support.family_walk import RELEASE, STEPS, Outcome, WrongError, _one_line, save_tiny_family, tiny_config
+
+SPANS = ((2, 4), *((start, start + 1) for start in range(6)))
+# Set wherever a family's config has a field of that name, and says that it is in use.
+WINDOWS = {"sliding_window": 4, "attention_chunk_size": 4, "window_size": 4, "floor_scale": 3}
+SWITCHES = {"use_sliding_window": True, "max_window_layers": 3}
+SPECIAL = {"lfm2": {"layer_types": ["conv", "full_attention"] * 3}}  # the layers that published checkpoints have
+
+
+def walk_onnx(family: str, directory: Path, **overrides) -> tuple[Outcome, float]:
+    """Convert and export one family.
+
+    Args:
+        family: its `model_type`.
+        directory: where to write; must be empty.
+        **overrides: fields of the tiny config.
+
+    Returns:
+        What came of it ("works" or "refused"), and the largest difference from torch, of the logits' scale.
+
+    Raises:
+        WrongError: a graph was made that does not equal torch.
+    """
+    base = save_tiny_family(family, directory / "base", **{**_windows(family), **overrides})
+    root = _convert(base, directory / "out")
+    try:
+        plan = loopexport.onnx.plan_onnx(root)
+        outcome = loopexport.onnx.apply(plan)
+    except loopexport.LoopExportError as error:
+        return Outcome("refused", _one_line(error).rpartition(" to ONNX: ")[2]), 0.0
+    checks = [check for each in outcome.checks.values() for check in each]
+    for check in checks:
+        if not check.passed:
+            raise WrongError(f"{check.name}: {check.detail}")
+    return Outcome("works"), max(check.difference or 0.0 for check in checks)
+
+
+def _windows(family: str) -> dict:
+    """What makes windows matter at the compared lengths; a field that is None is one that published configs set."""
+    config = tiny_config(family)
+    windows = {name: size for name, size in WINDOWS.items() if hasattr(config, name)}
+    switches = {name: value for name, value in SWITCHES.items() if hasattr(config, name)}
+    return {**windows, **switches, **SPECIAL.get(family, {})}
+
+
+def _convert(base: Path, out: Path) -> Path:
+    """An export of the first span that can be looped."""
+    refusals = []
+    for span in SPANS:
+        try:
+            return loopexport.convert(str(base), out, span=span, steps=STEPS, weights="hardlink").root
+        except loopexport.LoopExportError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def walked_families() -> list[str]:
+    """Those that can be looped on the installed release, wholly or in part."""
+    recorded = {family: record.get(RELEASE, "") for family, record in families.outcomes().items()}
+    return [family for family, outcome in recorded.items() if outcome.partition(":")[0] in ("works", "in part")]
+
+
+def _walked(family: str) -> tuple[str, str]:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            outcome, difference = walk_onnx(family, Path(directory))
+        except Exception as error:  # shown, and never recorded
+            outcome, difference = Outcome("wrong", f"{type(error).__name__}: {_one_line(error)}"), 0.0
+    print(f"{family}: {outcome} ({difference:.2g}, {time.monotonic() - start:.0f} s)", flush=True)
+    return family, str(outcome)
+
+
+def main() -> None:
+    """Put the outcomes into `loopexport/families.json`, each as it comes, but for those that are wrong."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("families", nargs="*", help="only these")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    wrong = []
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=20) as pool:
+        for family, outcome in pool.imap_unordered(_walked, options.families or walked_families()):
+            if outcome.startswith("wrong"):
+                wrong.append(family)
+            else:
+                _record(family, outcome)
+    if wrong:
+        raise SystemExit(f"wrong: {', '.join(wrong)}")
+
+
+def _record(family: str, outcome: str) -> None:
+    recorded = json.loads(families.FILE.read_text())
+    recorded[family][families.ONNX] = outcome
+    families.FILE.write_text(json.dumps(recorded, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""How looped layers meet vLLM's attention, without vLLM: whatever it cuts a prompt into, logits are transformers'.
+
+`vllm_double.py` stands in for the engine. That the engine is as the double has it is for `test_vllm.py` to show.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import loopexport
+from loopexport.templates.looped_spec import LoopSpec
+from loopexport.templates.looped_vllm_limits import VLLM_FAMILIES, vllm_context, vllm_refusal
+from support.compare import TOLERANCE, assert_close, assert_differs
+from support.loaded_code import code_beside
+from support.tiny import FAMILIES, SPAN, save_tiny, tiny_tokens
+from support.vllm_double import SEAMS, Engine
+
+if transformers.__version__.startswith("4."):
+    pytest.skip("vLLM runs models of transformers 5", allow_module_level=True)
+
+PROMPTS = [tiny_tokens(1, length, seed=length) for length in (19, 11)]
+# The prompts whole; cut; and token by token once they have met, as a running engine would.
+CUTS = {
+    "whole": [[(0, 19)], [(1, 11)]],
+    "chunked": [[(0, 7)], [(0, 5), (1, 4)], [(1, 6), (0, 6)], [(0, 1), (1, 1)]],
+    "decoding": [[(0, 16), (1, 8)], *[[(0, 1), (1, 1)]] * 3],
+}
+POLICIES = ("shared", "per_step")
+SERVED = [
+    (family, kv)
+    for family in VLLM_FAMILIES
+    for kv in POLICIES
+    if vllm_refusal(family, LoopSpec(span=SPAN, steps=3, kv=kv), {}) is None
+]
+
+
+def by_transformers(model):
+    with torch.no_grad():
+        return [model(prompt, use_cache=False).logits for prompt in PROMPTS]
+
+
+def largest_difference(ours, theirs):
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+@pytest.mark.parametrize(("family", "kv"), SERVED)
+def test_however_prompts_are_cut_logits_are_those_of_transformers(
+    looped, plain, export_dir, monkeypatch, family, kv, seam
+):
+    theirs = by_transformers(looped(family, kv=kv))
+    for cut in CUTS.values():
+        ours = Engine(export_dir(family, kv=kv), monkeypatch, seam).logits(PROMPTS, cut)
+        for each, expected in zip(ours, theirs, strict=True):
+            assert_close(each, expected)
+    assert_differs(theirs[0], by_transformers(plain(family))[0])
+
+
+def test_every_family_that_is_served_is_tried_here():
+    assert set(VLLM_FAMILIES) <= set(FAMILIES)
+
+
+LOOPS = [
+    {"mode": "layer", "anchor": 0.5, "norm_interpolation": True},
+    {"span": ((0, 2), (3, 5)), "rule": "midpoint"},
+    {"rule": "rk4", "steps": 2},
+]
+
+
+@pytest.mark.parametrize("kv", POLICIES)
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: ",".join(loop))
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe"])
+def test_other_loops_are_served_as_they_are(looped, export_dir, monkeypatch, family, loop, kv):
+    theirs = by_transformers(looped(family, kv=kv, **loop))
+    ours = Engine(export_dir(family, kv=kv, **loop), monkeypatch).logits(PROMPTS, CUTS["chunked"])
+    for each, expected in zip(ours, theirs, strict=True):
+        assert_close(each, expected)
+
+
+def writes_always(stand_in, attention, writes):
+    stand_in.attention, stand_in.writes, stand_in.count = attention, True, 0
+
+
+def attention_of_the_layer(seam, module, index, slot, instances):
+    return module.attn
+
+
+@pytest.mark.parametrize(("kv", "cut"), [("shared", "chunked"), ("shared", "decoding"), ("per_step", "chunked")])
+def test_a_broken_stand_in_would_be_seen(looped, export_dir, monkeypatch, kv, cut):
+    theirs = by_transformers(looped("llama", kv=kv))
+    engine = Engine(export_dir("llama", kv=kv), monkeypatch)
+    code = code_beside(engine.model, "looped_vllm")
+    if kv == "shared":
+        monkeypatch.setattr(code.VllmAttention, "__init__", writes_always)
+    else:
+        monkeypatch.setattr(code.VllmSeam, "_attention", attention_of_the_layer)
+    assert largest_difference(engine.logits(PROMPTS, CUTS[cut]), theirs) > 1000 * TOLERANCE
+
+
+REFUSALS = [
+    ({"pipeline_parallel_size": 2}, "each stage of a pipeline would loop its part"),
+    ({"quant_config": object()}, "quantised models were not tried"),
+    ({"speculative_config": object()}, "speculative decoding was not tried"),
+    ({"lora_config": object()}, "adapters were not tried"),
+    ({"enable_expert_parallel": True}, "expert parallelism was not tried"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), REFUSALS, ids=lambda value: None if isinstance(value, str) else next(iter(value))
+)
+def test_settings_that_were_not_tried_are_refused_while_the_model_is_built(export_dir, monkeypatch, changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        Engine(export_dir("qwen3_moe"), monkeypatch, **changes)
+
+
+def test_a_family_that_compiles_wrongly_is_served_eagerly_alone(export_dir, monkeypatch):
+    with pytest.raises(ValueError, match="add --enforce-eager"):
+        Engine(export_dir("glm4_moe"), monkeypatch, enforce_eager=False)
+    Engine(export_dir("glm4_moe", steps=1), monkeypatch, enforce_eager=False)
+    assert "--trust-remote-code --enforce-eager\n" in (export_dir("glm4_moe") / "README.md").read_text()
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+FACTORS = [1.0 + 0.1 * index for index in range(8)]
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+    "short_factor": FACTORS, "long_factor": [3 * each for each in FACTORS],
+}  # fmt: skip
+MODELS = [
+    ("llama", {"max_position_embeddings": 64, "rope_parameters": DYNAMIC}, "add --max-model-len 64"),
+    ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}, "add --max-model-len 64"),
+    ("qwen3_moe", {"hidden_act": "gelu"}, "whatever hidden_act says \\(gelu\\)"),
+    ("mixtral", {"num_experts_per_tok": 1}, "weighs a single expert"),
+]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("family", "fields", "reason"), MODELS, ids=["dynamic", "longrope", "gelu", "one expert"])
+def test_models_that_vllm_computes_otherwise_are_refused(tmp_path, monkeypatch, family, fields, reason, steps):
+    root = loopexport.convert(
+        str(save_tiny(family, tmp_path / "base", **fields)), tmp_path / "out", span=SPAN, steps=steps
+    ).root
+    with pytest.raises(ValueError, match=reason):
+        Engine(root, monkeypatch)
+    if "rope_parameters" in fields:
+        Engine(root, monkeypatch, max_model_len=64)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 9}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 9}, 9),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 5, "max_position_embeddings": 9}, 5),
+        ({"rope_scaling": {"type": ["dynamic"]}, "max_position_embeddings": "wide"}, None),
+        ({"rope_scaling": True}, None),
+        ({"rope_parameters": {"a": {"rope_type": "default"}, "b": LONGROPE}, "max_position_embeddings": 99}, 64),
+    ],
+)
+def test_context_within_which_rotary_frequencies_stay_is_read_from_old_and_new_configs(config, length):
+    assert vllm_context(config) == length
+
+
+def test_scale_of_logits_is_told_where_vllm_looks_for_it(export_dir, monkeypatch):
+    assert Engine(export_dir("granite"), monkeypatch).model.config.logit_scale == 0.5
+
+
+def test_a_loop_of_one_step_is_served_whatever_the_settings(export_dir, plain, monkeypatch):
+    engine = Engine(export_dir("qwen3_moe", steps=1), monkeypatch, enable_expert_parallel=True, lora_config=object())
+    for ours, theirs in zip(engine.logits(PROMPTS, CUTS["chunked"]), by_transformers(plain("qwen3_moe")), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_attention_layers_that_are_not_found_are_told(export_dir, monkeypatch):
+    engine = Engine(export_dir("llama"), monkeypatch, seam="elsewhere")
+    with pytest.raises(ValueError, match="this release keeps its attention layers elsewhere"):
+        engine.logits(PROMPTS, CUTS["whole"])
+
+
+def test_sinks_that_the_engine_drops_are_told(export_dir, monkeypatch):
+    engine = Engine(export_dir("gpt_oss"), monkeypatch, sinks=False)
+    with pytest.raises(ValueError, match="this release drops the attention sinks"):
+        engine.logits(PROMPTS, CUTS["whole"])
+
+
+def test_a_layer_that_asks_its_attention_twice_is_told(export_dir, monkeypatch):
+    engine = Engine(export_dir("llama"), monkeypatch)
+    attention = type(engine.model.model.layers[SPAN[0]].self_attn)
+    once = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: [once(*args, **kwargs) for _ in range(2)][1])
+    with pytest.raises(ValueError, match="asked its attention 2 times a pass, not once"):
+        engine.logits(PROMPTS, CUTS["whole"])
