@@ -9,6 +9,9 @@ import pytest
 import transformers
 
 import loopexport
+from support.made_onnx import VOCAB
+from support.tiny import SPAN, save_tiny
+from support.tokenizers import write_tokenizer
 
 HAS_ONNX = all(find_spec(name) for name in ("onnxruntime", "onnxscript", "onnx_ir"))
 if not HAS_ONNX or int(transformers.__version__.split(".")[0]) < 5:
@@ -48,3 +51,45 @@ def graph(export_dir, traced, tmp_path):
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def made_traces():
+    """Traces of the base of `made` by kind."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def one_trace(made_traces):
+    """Traces of the base of `made`, made once for each dtype."""
+    from loopexport.onnx import build
+
+    real = build.trace_export
+
+    def trace(export, *kind):
+        if kind not in made_traces:
+            made_traces[kind] = real(export, *kind)
+        return made_traces[kind]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "trace_export", trace)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(one_trace, tmp_path_factory):
+    """An export with a tokenizer, `model.onnx` of its own K, 3, and `model_k2.onnx`."""
+    import loopexport.onnx
+
+    root = tmp_path_factory.mktemp("made")
+    base = save_tiny("llama", root / "base", vocab_size=VOCAB)
+    write_tokenizer(base, "PreTrainedTokenizerFast")
+    out = loopexport.convert(str(base), root / "out", span=SPAN, steps=3, weights="copy").root
+    loopexport.onnx.export_onnx(out, steps=(2, 3), verify=False)
+    return out
+
+
+@pytest.fixture
+def export(made, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(made, tmp_path / "export")

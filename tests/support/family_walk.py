@@ -2,8 +2,8 @@
 
 Each family gets a tiny random base, which is converted, loaded and held to what holds for every family: no missing or
 unexpected keys, one step is bitwise the base, a full forward under `per_step` is the replay of the base's own layers by
-hand, cached decoding equals a full forward. `python tests/family_walk.py` writes the outcomes into
-`loopexport/families.json`, which the README's table and the refusals of `convert` come from.
+hand, cached decoding equals a full forward. `python -m support.family_walk` writes the outcomes into
+`loopexport/base/families.json`, which the README's table and the refusals of `convert` come from.
 """
 
 from __future__ import annotations
@@ -343,7 +343,7 @@ def walk_all() -> dict[str, str]:
 
 
 def main() -> None:
-    """Put the installed release's outcomes beside those of others in `loopexport/families.json`."""
+    """Put the installed release's outcomes beside those of others in `loopexport/base/families.json`."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)

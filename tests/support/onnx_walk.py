@@ -1,7 +1,7 @@
 """Walk the families that can be looped: which can be exported to ONNX, and does each graph equal torch?
 
 The bases are those of `family_walk`, with windows and chunks so small that they matter at the compared lengths.
-`python tests/onnx_walk.py` writes the outcomes into `loopexport/families.json`, beside those of the conversion.
+`python -m support.onnx_walk` writes the outcomes into `loopexport/base/families.json`, beside those of the conversion.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _walked(family: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Put the outcomes into `loopexport/families.json`, each as it comes, but for those that are wrong."""
+    """Put the outcomes into `loopexport/base/families.json`, each as it comes, but for those that are wrong."""
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", help="only these")
     parser.add_argument("--processes", type=int, default=2)

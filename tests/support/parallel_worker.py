@@ -1,6 +1,6 @@
 """One of the processes among which models are split: loads them, runs them, and keeps what the first process gets.
 
-    torchrun --nproc-per-node 2 tests/parallel_worker.py JOBS.json OUT
+    torchrun --nproc-per-node 2 tests/support/parallel_worker.py JOBS.json OUT
 
 A job says `name`, `directory`, `how` (a parallelism: tp, ep or pp) and `options` of `from_pretrained`. Its logits, of a
 full forward and of cached decoding, go to `OUT/name.pt`, and why it was refused to `OUT/name.txt`.
