@@ -103,9 +103,10 @@ def test_unreadable_file_of_the_base_is_named_by_the_dry_run_too(base, tmp_path,
 
 
 def test_source_that_turns_unreadable_is_not_taken_for_the_output(tmp_path):
-    from loopexport.files.placement import place, xxh3_of
+    from loopexport.files.digests import file_xxh3
+    from loopexport.files.placement import place
 
-    for read in (lambda: place(tmp_path / "none", tmp_path / "out", "copy"), lambda: xxh3_of(tmp_path / "none")):
+    for read in (lambda: place(tmp_path / "none", tmp_path / "out", "copy"), lambda: file_xxh3(tmp_path / "none")):
         with pytest.raises(loopexport.errors.CheckpointError, match=r"cannot read .*none: No such file"):
             read()
     assert not (tmp_path / "out").exists()

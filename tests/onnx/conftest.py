@@ -10,8 +10,8 @@ import transformers
 
 import loopexport
 from support.made_onnx import VOCAB
+from support.small_tokenizer import write_tokenizer
 from support.tiny import SPAN, save_tiny
-from support.tokenizers import write_tokenizer
 
 HAS_ONNX = all(find_spec(name) for name in ("onnxruntime", "onnxscript", "onnx_ir"))
 if not HAS_ONNX or int(transformers.__version__.split(".")[0]) < 5:

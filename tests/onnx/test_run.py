@@ -20,8 +20,8 @@ from loopexport.onnx.runtime.prompts import load_tokenizer
 from loopexport.onnx.runtime.sampling import Sampling
 from support.commands import run
 from support.made_onnx import VOCAB, refused
+from support.small_tokenizer import write_tokenizer
 from support.tiny import SPAN
-from support.tokenizers import write_tokenizer
 
 
 def test_json_never_holds_what_is_no_number():
