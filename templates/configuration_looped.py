@@ -6,14 +6,23 @@ Copied byte for byte into every exported directory, so it needs `transformers` a
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 
-from .looped_spec import FIELD_PREFIX, LoopSpec, as_json
+_DIGEST_BEFORE = globals().get("CODE_DIGEST")  # None unless this file is run again in the module that it has made
 
 # Start of the sha256 of all other files that are copied along. transformers 5 tells local code apart by this file
 # alone: without it, two exports of one directory name with different code would share, in one process, whichever was
 # loaded first.
 CODE_DIGEST = "620e065324e8812d"
+
+if _DIGEST_BEFORE not in (None, CODE_DIGEST):
+    # transformers 4 copies the code of exports of one directory name to one place, and runs a changed file again, but
+    # not the files that it imports: forget those of the other version.
+    for _name in [each for each in sys.modules if each.startswith(f"{__name__.rpartition('.')[0]}.looped_")]:
+        del sys.modules[_name]
+
+from .looped_spec import FIELD_PREFIX, LoopSpec, as_json  # noqa: E402
 
 MODEL_TYPE_PREFIX = "looped_"
 CLASS_PREFIX = "Looped"
