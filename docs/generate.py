@@ -17,20 +17,43 @@ from click.testing import CliRunner
 from loopexport.base.families import ONNX, grouped_outcomes, outcomes, releases
 from loopexport.cli.commands import main
 from loopexport.cli.text import rule_lines
-from loopexport.loop.presets import PRESETS, Preset, Result
+from loopexport.loop.presets import PRESETS, STATUSES, Preset, Result
 from loopexport.loop.wording import describe_span
 
 VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "vllm"
 
 SETTINGS = ("eager", "tensor parallel 2", "torch.compile")
+COST_POINTS = Path(__file__).parent / "pictures" / "data" / "cost.json"
 
-STATUSES = ("works", "in part", "no span", "refused", "untried")
+OUTCOMES = ("works", "in part", "no span", "refused", "untried")
 
 
 def presets() -> str:
     """The published cells."""
     rows = [(f"`{preset.name}`", preset.models[0], _cell(preset), preset.status, _gains(preset)) for preset in PRESETS]
     return _table(("preset", "measured on", "span of depth, K", "status", "points against the base"), rows)
+
+
+def preset_statuses() -> str:
+    """What the statuses of presets mean."""
+    return _table(("status", "meaning"), [(status, meaning) for status, meaning in STATUSES.items()])
+
+
+def cost_points() -> str:
+    """The measured points of the picture of costs."""
+    data = json.loads(COST_POINTS.read_text())
+    width, layers = data["span"][1] - data["span"][0], data["layers"]
+    rows = [
+        (
+            str(each["steps"]),
+            f"{1 + (each['steps'] - 1) * width / layers:.2f}x",
+            f"{each['prefill']:.2f}x",
+            f"{each['decode']:.2f}x",
+        )
+        for each in data["points"]
+    ]
+    heads = ("K", "layer evaluations", f"prefill of {data['prefill_tokens']} tokens")
+    return _table((*heads, f"decoding {data['decode_tokens']} tokens"), rows)
 
 
 def rules() -> str:
@@ -43,7 +66,7 @@ def family_counts() -> str:
     lines = []
     for release in releases():
         statuses = [record[release].partition(": ")[0] for record in outcomes().values() if release in record]
-        counts = ", ".join(f"{statuses.count(status)} {status}" for status in STATUSES)
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in OUTCOMES)
         lines.append(f"- transformers {release}, {len(statuses)} families: {counts}")
     exported = [record[ONNX].partition(": ")[0] for record in outcomes().values() if ONNX in record]
     counts = ", ".join(f"{exported.count(status)} {status}" for status in ("works", "refused"))

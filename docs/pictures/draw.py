@@ -2,8 +2,8 @@
 
     python docs/pictures/draw.py [--check]
 
-Writes `docs/pictures/NAME-light.svg` and `NAME-dark.svg`. With --check it writes nothing, and fails if a checked-in file
-is not what the scripts draw.
+Writes `docs/pictures/NAME-light.svg` and `NAME-dark.svg`. With --check it writes nothing, and fails if a checked-in
+file is not what the scripts draw.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ NAMES = ("loop", "cost", "gains", "runtimes", "terminal")
 
 def pictures() -> dict[Path, str]:
     """The SVG text of every picture, by file."""
-    return {
-        HERE / f"{name}-{theme.name}.svg": import_module(name).draw(theme)  #
-        for name in NAMES
-        for theme in THEMES
-    }
+    return {HERE / f"{name}-{theme.name}.svg": import_module(name).draw(theme) for name in NAMES for theme in THEMES}
 
 
 def main() -> None:
