@@ -21,7 +21,7 @@ def draw(theme: Theme) -> str:
     bottom = TOP + len(rows) * ROW
     canvas = Canvas(980, bottom + 86, theme, LABEL)
     canvas.text(36, 34, "What was published: looped minus base, in percentage points", size=17, weight="600")
-    canvas.text(36, 58, "by others, none measured by LoopExport; all with --kv reference", fill=theme.muted)
+    canvas.text(36, 58, "by others; LoopExport measured none of these", fill=theme.muted)
     _axis(canvas, bottom)
     for number, (preset, result) in enumerate(rows):
         _row(canvas, TOP + number * ROW + ROW / 2, preset, result)
