@@ -18,7 +18,7 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-matrix test-oldest test-oldest-matrix test-vllm test-vllm-older test-vllm-all test-vllm-matrix fuzz lint docs docs-site pictures benchmarks clean
+.PHONY: demo test test-matrix test-oldest test-oldest-matrix test-vllm test-vllm-older test-vllm-all test-vllm-matrix fuzz lint docs docs-site pictures picture-data benchmarks clean
 
 demo: $(VENV)/demo-ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" examples/demo.sh $(DEMO)
@@ -76,6 +76,11 @@ docs-site: $(VENV)/docs-ready
 # The pictures, from their scripts and from data that is checked in.
 pictures: $(VENV)/demo-ready
 	$(VENV)/bin/python docs/pictures/draw.py
+
+# The data of two of them, from the real model: what the commands print, and what K costs. Takes about 15 minutes.
+picture-data: $(VENV)/test-ready $(SMOLLM)/README.md
+	PATH="$(abspath $(VENV))/bin:$$PATH" python docs/pictures/record.py $(DEMO)
+	$(VENV)/bin/python docs/pictures/measure_cost.py $(SMOLLM)
 
 benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_convert.py

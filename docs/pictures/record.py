@@ -2,8 +2,8 @@
 
     python docs/pictures/record.py DIRECTORY
 
-DIRECTORY is a working directory that holds `demo/SmolLM2-135M-Instruct`, which `make demo` builds; `loopexport` and its
-`python` have to be on the PATH. The outputs go to `docs/pictures/data/terminal.json`.
+DIRECTORY is named `demo` and holds `SmolLM2-135M-Instruct`, which `make demo` builds. `loopexport` has to be on the
+PATH. The outputs go to `docs/pictures/data/terminal.json`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ COMMANDS = (
 
 
 def record(directory: Path) -> list[dict]:
-    """Run every command in `directory`, in order, and return the command, its seconds and its lines."""
+    """Run every command beside `directory`, in order, and return the command, its seconds and its lines."""
     entries = []
-    shutil.rmtree(directory / "demo" / "looped", ignore_errors=True)
+    shutil.rmtree(directory / "looped", ignore_errors=True)
     for command in COMMANDS:
         start = time.perf_counter()
-        done = subprocess.run(shlex.split(command), cwd=directory, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(shlex.split(command), cwd=directory.parent, stdout=subprocess.PIPE, text=True, check=True)
         seconds = round(time.perf_counter() - start, 1)
         entries.append({"command": command, "seconds": seconds, "output": done.stdout.splitlines()})
     return entries
 
 
 if __name__ == "__main__":
-    DATA.write_text(json.dumps(record(Path(sys.argv[1])), indent=2, ensure_ascii=False) + "\n")
+    DATA.write_text(json.dumps(record(Path(sys.argv[1]).resolve()), indent=2, ensure_ascii=False) + "\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import loopexport
 import loopexport.onnx
 from loopexport.cli.commands import main
+from support.commands import run
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -121,3 +124,12 @@ def test_every_picture_is_shown_light_and_dark():
     for name in names:
         assert f"pictures/{name}-light.svg" in shown
         assert f"pictures/{name}-dark.svg" in shown
+
+
+@pytest.mark.skipif("LOOPEXPORT_SMOLLM" not in os.environ, reason="needs SmolLM2, see test_real_model.py")
+def test_terminal_picture_shows_what_convert_prints(tmp_path, monkeypatch):
+    recorded = json.loads((PICTURES / "data" / "terminal.json").read_text())[0]
+    _, command, _, *options = shlex.split(recorded["command"])
+    monkeypatch.chdir(tmp_path)
+    printed = run(command, os.environ["LOOPEXPORT_SMOLLM"], *options, "--dry-run").stdout.splitlines()
+    assert printed[:-1] == recorded["output"][:-1], "run `make picture-data pictures`"

@@ -3,7 +3,7 @@
 Each family gets a tiny random base, which is converted, loaded and held to what holds for every family: no missing or
 unexpected keys, one step is bitwise the base, a full forward under `per_step` is the replay of the base's own layers by
 hand, cached decoding equals a full forward. `python -m support.family_walk` writes the outcomes into
-`loopexport/base/families.json`, which the README's table and the refusals of `convert` come from.
+`loopexport/base/families.json`, which `docs/families.md` and the refusals of `convert` come from.
 """
 
 from __future__ import annotations
