@@ -189,7 +189,7 @@ SIGNATURE_WIDTH = 96
 
 
 def _entry(name: str, value) -> str:
-    parts = [f"## {name}"]
+    parts = [f"### {name}"]
     if not (isinstance(value, type) and issubclass(value, Exception)):
         parts.append(f"```python\n{_signature(name, value)}\n```")
     parts.append(_markdown(inspect.getdoc(value) or ""))
