@@ -16,9 +16,8 @@ from pathlib import Path
 from measure import interleaved, ratio, run_process
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from support.checkpoints import write_sparse_checkpoint
-
 from loopexport.files.digests import file_sha256
+from support.checkpoints import write_sparse_checkpoint
 
 LOOPEXPORT = [sys.executable, "-m", "loopexport"]
 SPEC = ["--span", "12:20", "--steps", "4"]

@@ -15,7 +15,7 @@ from loopexport.export.check import Check
 from loopexport.export.manifest import OnnxRecord
 from loopexport.export.stale_graphs import refuse_stale
 from loopexport.files.json_text import json_text
-from loopexport.files.staged_files import Placing, placing
+from loopexport.files.staged_files import StagedFiles, staged_files
 from loopexport.onnx import OnnxModel, build
 from loopexport.onnx.check import _compare, _text_tokens, make_scenarios
 from loopexport.onnx.runtime.prompts import load_tokenizer
@@ -221,32 +221,32 @@ def contents(root):
 
 
 @pytest.mark.parametrize("can_link", [True, False])
-def test_files_are_placed_all_or_none(monkeypatch, tmp_path, can_link):
+def test_staged_files_replace_all_or_none(monkeypatch, tmp_path, can_link):
     def refuse(*arguments, **options):
         raise OSError("no links here")
 
     if not can_link:
         monkeypatch.setattr("os.link", refuse)
     (tmp_path / "old").write_text("old")
-    files = Placing(tmp_path)
+    files = StagedFiles(tmp_path)
     for name in ("old", "new"):
         files.write(name, b"new")
     files.partial("half").write_text("ha")
     files.end()
     assert contents(tmp_path) == {"old": "old"}
-    with placing(tmp_path) as files:
+    with staged_files(tmp_path) as files:
         for name in ("old", "new"):
             files.write(name, b"new")
         files.keep()
     assert contents(tmp_path) == {"old": "new", "new": "new"}
 
 
-def test_placing_that_is_stopped_between_two_steps_leaves_no_second_name(monkeypatch, tmp_path):
+def test_staging_that_is_stopped_between_two_steps_leaves_no_second_name(monkeypatch, tmp_path):
     def stop(*arguments):
         raise KeyboardInterrupt
 
     (tmp_path / "old").write_text("old")
-    files = Placing(tmp_path)
+    files = StagedFiles(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.replace", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -388,7 +388,7 @@ def test_chat_template_that_fails_is_told_in_one_line(export):
 
 def test_tiny_temperature_is_greedy_and_options_without_one_are_told(export):
     greedy = run("run", export, "it is", "--max-new-tokens", "4", "--top-k", "3")
-    assert "Note: --top-k and --top-p choose among tokens that --temperature draws" in greedy.stderr
+    assert "Note: --top-k and --top-p need --temperature" in greedy.stderr
     tiny = run("run", export, "it is", "--max-new-tokens", "4", "--temperature", "1e-320")
     assert tiny.exit_code == 0
     assert tiny.stderr == ""
@@ -406,10 +406,10 @@ def test_tensors_that_do_not_fit_are_value_errors(made):
         "token id -1 is not in": [lambda: model.generate(np.array([[5, -1]]))],
         "must have the shape": [lambda: model.forward(ids, np.ones((2, 2))), lambda: model.generate(ids, np.ones(3)),
                                 lambda: model.forward(ids, np.ones((2, 3)), cache)],
-        "must be of 0, for padding, and 1": [lambda: model.forward(ids, np.full((2, 3), 2))],
+        "must hold 1, and 0 for padding": [lambda: model.forward(ids, np.full((2, 3), 2))],
         "max_new_tokens 0 must be 1": [lambda: model.generate(ids, max_new_tokens=0)],
         "row 1 of attention_mask is all padding": [lambda: model.generate(ids, np.array([[1, 1, 1], [0, 0, 0]]))],
-        "the cache is of a batch of 2, input_ids of one of 1": [lambda: model.forward(ids[:1], cache=cache)],
+        "the cache has a batch of 2, but input_ids has a batch of 1": [lambda: model.forward(ids[:1], cache=cache)],
     }  # fmt: skip
     for says, calls in wrong.items():
         for call in calls:
