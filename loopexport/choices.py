@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-Bounds: TypeAlias = "str | tuple[int, int]"
-Span: TypeAlias = "Bounds | Sequence[Bounds]"
+Bounds: TypeAlias = str | tuple[int, int]
+Span: TypeAlias = Bounds | Sequence[Bounds]
 
 # Fields of the loop. `templates/looped_spec.py` has the same words, because an export must not import LoopExport.
 Mode: TypeAlias = Literal["block", "layer"]

@@ -60,9 +60,10 @@ def one_line(text: object, max_chars: int | None = None) -> str:
 
     Args:
         text: an exception, or text.
-        max_chars: where to cut; None for the whole text.
+        max_chars: where to cut a longer text; None keeps all of it.
     """
-    return " ".join(str(text).split())[:max_chars]
+    line = " ".join(str(text).split())
+    return line if max_chars is None or len(line) <= max_chars else f"{line[:max_chars]} ..."
 
 
 def first_line(error: BaseException) -> str:
