@@ -66,8 +66,8 @@ loop_options = combine(
         LOOP,
         "--kv",
         type=click.Choice(KV_POLICIES),
-        help="Keys and values that an iteration attends to: those of the natural pass, its own, or a mix as in the "
-        "authors' code.  [default: shared]",
+        help="Keys and values that an iteration attends to: from the natural pass (shared), its own (per_step), or a "
+        "mix as in the authors' code (reference).  [default: shared]",
     ),
     option(
         LOOP,
@@ -120,22 +120,22 @@ loop_options = combine(
     ),
 )
 
-weights_option = option(
-    FILES,
-    "--weights",
-    type=click.Choice(get_args(Placement)),
-    default="auto",
-    show_default=True,
-    help="How to put the weights in place; auto is a reflink where the file system can, else a copy.",
-)
-convert_weights_option = option(
-    FILES,
-    "--weights",
-    type=click.Choice(get_args(Weights)),
-    default="auto",
-    show_default=True,
-    help="How to put the weights in place; auto is a reflink where the file system can, else a copy; none leaves the "
-    "weights of a Hub model on the Hub, and `push` copies them there.",
+
+def weights_option(kind, more: str = ""):
+    """`--weights`, with the words of the type `kind`."""
+    return option(
+        FILES,
+        "--weights",
+        type=click.Choice(get_args(kind)),
+        default="auto",
+        show_default=True,
+        help=f"How to put the weights in place; auto is a reflink where the file system can, else a copy{more}.",
+    )
+
+
+restore_weights_option = weights_option(Placement)
+convert_weights_option = weights_option(
+    Weights, "; none leaves the weights of a Hub model on the Hub, and `push` copies them there"
 )
 overwrite_option = option(FILES, "--overwrite", is_flag=True, help="Replace an existing export at OUT.")
 

@@ -19,11 +19,11 @@ from loopexport.loop.presets import PRESETS, STATUSES, Preset
 from loopexport.loop.spec import RULES, LoopSpec
 from loopexport.loop.wording import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
 
-TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}
 if TYPE_CHECKING:
     from loopexport.onnx.build import OnnxOutcome
     from loopexport.onnx.plan import OnnxPlan
 
+TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}
 MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
 
 

@@ -1,4 +1,4 @@
-"""What staged directories and staged files share: the names they have until they are complete, and their errors."""
+"""Shared by staged directories and staged files: temporary names, and errors that name the final output."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def export_onnx(
         root: the export.
         out: where to write a copy of the export with the graphs; None writes them into the export itself.
         steps: one graph for each K; None for the export's own K.
-        dtype: what the graphs compute in. "as-is" is the stored dtype, and needs no new weight file.
+        dtype: the number format of the graphs; "as-is" keeps the stored one and writes no weights.
         attention: "portable", or "gqa": faster, but without padded batches.
         overwrite: replace an existing export at `out`. Graphs in the export itself are always replaced.
         verify: compare each graph with the export in torch, in fp32.

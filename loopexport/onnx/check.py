@@ -45,7 +45,7 @@ def check_graph(root: Path, path: Path, spec: LoopSpec, dtype: str, attention: s
         root: the export, to be loaded in fp32.
         path: the graph, next to its data.
         spec: the graph's loop.
-        dtype: "fp32", "fp16" or "bf16": what the graph computes in. It decides the tolerance.
+        dtype: the number format of the graph, "fp32", "fp16" or "bf16". It decides the tolerance.
         attention: the graph's attention, one of `ATTENTION_LAYOUTS`. "gqa" is compared without padding.
     """
     return compare(OnnxModel(path.parent, path.name), load_torch(root, spec.steps), spec, dtype, attention)
@@ -149,7 +149,7 @@ def run_graph(model: OnnxModel, scenario: Scenario) -> np.ndarray:
 
 
 def run_torch(model, scenario: Scenario) -> np.ndarray:
-    """Logits of all tokens, as transformers computes them."""
+    """Logits of all tokens, from transformers."""
     from transformers import DynamicCache
 
     from loopexport.templates.looped_cache import find_cache_argument

@@ -42,7 +42,7 @@ class OnnxPlan:
         export: the export to unroll.
         out: where to write a copy of the export with the graphs; None writes them into the export itself.
         specs: one loop for each graph.
-        dtype: "fp32", "fp16" or "bf16": what the graphs compute in.
+        dtype: the number format of the graphs: "fp32", "fp16" or "bf16".
         as_is: whether the weights are stored in `dtype`, so that the graphs read the shards.
         attention: one of `ATTENTION_LAYOUTS`.
         overwrite: whether to replace an existing export at `out`.
@@ -127,7 +127,7 @@ def plan_onnx(
         root: the export.
         out: where to write a copy of the export with the graphs; None writes them into the export itself.
         steps: one graph for each K; None for the export's own K.
-        dtype: what the graphs compute in. "as-is" is the stored dtype, and needs no new weight file.
+        dtype: the number format of the graphs; "as-is" keeps the stored one and writes no weights.
         attention: "portable", or "gqa": faster, but without padded batches.
         overwrite: replace an existing export at `out`. Graphs in the export itself are always replaced.
 

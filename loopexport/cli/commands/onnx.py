@@ -26,7 +26,7 @@ from loopexport.cli.progress import ByteBar
     type=click.Choice(get_args(OnnxDtype)),
     default="as-is",
     show_default=True,
-    help="What the graphs compute in. as-is is the stored dtype, and writes no weights.",
+    help="Number format of the graphs; as-is keeps the stored one and writes no weights.",
 )
 @click.option(
     "--attention",
