@@ -21,7 +21,7 @@ from .directory import Export
 from .onnx_files import options_for, steps_in_name
 
 
-def difference(name: str, made: LoopSpec, now: LoopSpec) -> str:
+def loop_change(name: str, made: LoopSpec, now: LoopSpec) -> str:
     """What differs between the loop that a graph was made of and the one of `config.json`; empty where nothing does.
 
     Args:
@@ -41,7 +41,7 @@ def difference(name: str, made: LoopSpec, now: LoopSpec) -> str:
 def stale_graphs(export: Export) -> str:
     """What to tell of the first graph that holds another loop than the export; empty where there is none."""
     for name, record in export.manifest.onnx.items():
-        changed = "" if record.spec is None else difference(name, make_spec(**record.spec), export.spec)
+        changed = "" if record.spec is None else loop_change(name, make_spec(**record.spec), export.spec)
         if changed:
             return explanation(name, export.root, changed)
     return ""
@@ -76,7 +76,7 @@ def refuse_stale(path: Path, metadata: Mapping[str, str]) -> None:
     fields = {key: value for key, value in metadata.items() if key.startswith(FIELD_PREFIX)}
     if now is None or not fields:
         return
-    changed = difference(path.name, _loop_of_graph(path, fields), now)
+    changed = loop_change(path.name, _loop_of_graph(path, fields), now)
     if changed:
         raise OnnxError(explanation(path.name, path.parent, changed))
 

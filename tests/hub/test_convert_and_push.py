@@ -50,7 +50,7 @@ def test_failed_push_after_a_conversion_can_go_on(hub, tmp_path):
     hub.fail("POST", "/commit/", status=500)
     done = loopexport_command(hub, tmp_path / "home", "convert", BASE, tmp_path / "out", *SPEC, "--push", REPO)
     assert done.returncode == 1
-    assert f"`loopexport push {tmp_path / 'out'} {REPO}` goes on with it" in done.stderr
+    assert f"run `loopexport push {tmp_path / 'out'} {REPO}` to continue" in done.stderr
     assert pushed(loopexport_command(hub, tmp_path / "home", "push", tmp_path / "out", REPO, "--json"))["commit"]
 
 

@@ -82,7 +82,7 @@ def test_quota_of_the_object_store_is_told(hub, push):
         (None, REPO, "there is no Hub token; log in (`hf auth login`), set HF_TOKEN, or give --token"),
         (STRANGER_TOKEN, REPO, "you may not write to me/Looped"),
         (STRANGER_TOKEN, "team/there", "you may not write to team/there"),
-        (OWNER_TOKEN, "a/b/c", "'a/b/c' is not an id of a repository"),
+        (OWNER_TOKEN, "a/b/c", "'a/b/c' is not a repository id"),
     ],
 )
 def test_refusals_come_before_any_weight_is_hashed_or_sent(hub, push, token, to, says):

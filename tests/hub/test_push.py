@@ -135,7 +135,7 @@ def test_gitignore_that_cannot_be_overridden_stops_the_push(hub, push):
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "model.onnx"])
 def test_what_would_be_loaded_beside_the_export_stops_the_push(hub, push, name):
     hub.commit(REPO, {name: b"other"})
-    assert_refused(push(), f"{REPO} holds {name} of another model, which would be loaded as part of this one")
+    assert_refused(push(), f"{REPO} holds {name} of another model, and transformers would load it with this one")
     assert writes(hub) == []
 
 

@@ -168,4 +168,4 @@ def test_graphs_are_made_of_weights_that_are_here(weightless):
     pytest.importorskip("onnxscript")
     result = run("onnx", weightless)
     assert result.exit_code == 1
-    assert "and a graph is made from the weights: convert with them" in result.stderr
+    assert "and a graph needs the weights: convert without --weights none" in result.stderr

@@ -17,7 +17,6 @@ import torch
 from transformers.utils import logging
 
 import loopexport
-import loopexport.onnx
 from loopexport.base import families
 from support.family_walk import RELEASE, STEPS, Outcome, WrongError, _one_line, save_tiny_family, tiny_config
 
@@ -45,8 +44,7 @@ def walk_onnx(family: str, directory: Path, **overrides) -> tuple[Outcome, float
     base = save_tiny_family(family, directory / "base", **{**_windows(family), **overrides})
     root = _convert(base, directory / "out")
     try:
-        plan = loopexport.onnx.plan_onnx(root)
-        outcome = loopexport.onnx.apply(plan)
+        outcome = loopexport.plan_onnx(root).apply()
     except loopexport.LoopExportError as error:
         return Outcome("refused", _one_line(error).rpartition(" to ONNX: ")[2]), 0.0
     checks = [check for each in outcome.checks.values() for check in each]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from loopexport.errors import OnnxError
+from loopexport.errors import OnnxError, one_line
 from loopexport.templates.looped_cache import find_cache_argument
 from loopexport.templates.looped_routing import Routers
 from loopexport.templates.modeling_looped import layer_list
@@ -288,7 +288,7 @@ def _family_explained(model: Any) -> Iterator[None]:
 
 def _reason(cause: BaseException) -> str:
     """In plain words, where torch would speak of itself."""
-    text = " ".join(str(cause).split())
+    text = one_line(cause)
     if "Constraints violated" in text:
         return "its code takes different paths for different numbers of tokens, of which a graph holds one"
     if "data-dependent" in text or type(cause).__name__ in _DATA_DEPENDENT:
