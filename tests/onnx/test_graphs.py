@@ -567,7 +567,7 @@ def test_bf16_is_written_but_not_verified_without_cuda(tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--steps", "0"], "steps 0 must be a whole number of 1 or more"),
+        (["--steps", "0"], "steps 0 must be a whole number from 1"),
         (["--steps", "two"], "is not a list of whole numbers such as 2,4,8"),
         (["--dtype", "int8"], "'int8' is not one of"),
     ],
