@@ -24,7 +24,7 @@ import loopexport
 from loopexport import templates
 from loopexport.export.card import read_metadata
 from loopexport.export.small_files import export_card
-from loopexport.hub.allowlist import collect
+from loopexport.hub.allowlist import allowed_files
 from loopexport.hub.transfers import large_transfers
 from support.commands import SPEC, run, sha256, tree
 from support.hub_double import EXPIRED_TOKEN, OWNER_TOKEN, STRANGER_TOKEN, HubDouble
@@ -241,7 +241,7 @@ def test_no_server_copy_uploads_all_weights_once(hub, push, export):
     done = push("--json", "--no-server-copy")
     values = pushed(done)
     assert values["bytes_copied"] == 0
-    assert "Note: weights are uploaded, not copied on the Hub: --no-server-copy" in done.stderr
+    assert "Note: weights are uploaded, not copied by the Hub: --no-server-copy" in done.stderr
     assert hub.received == {digest: (export / name).stat().st_size for name, digest in weights(export).items()}
 
 
@@ -293,7 +293,7 @@ def test_copies_that_fail_one_by_one_fall_back_to_upload(hub, push, export):
 @copies
 def test_trouble_while_copying_is_no_reason_to_upload_gigabytes(hub, push):
     hub.fail("POST", "/lfs-files/duplicate", status=503, times=99)
-    assert_refused(push(), "the Hub is in trouble (503")
+    assert_refused(push(), "the Hub has an error of its own (503")
     assert bytes_received(hub) == 0
 
 
@@ -311,7 +311,7 @@ def test_base_that_cannot_be_read_any_more_means_upload(hub, push):
     del hub.repositories[BASE]
     done = push("--json")
     assert pushed(done)["bytes_copied"] == 0
-    assert f"Note: weights are uploaded, not copied on the Hub: the Hub has no {BASE}" in done.stderr
+    assert f"Note: weights are uploaded, not copied by the Hub: there is no {BASE}" in done.stderr
 
 
 @copies
@@ -416,35 +416,35 @@ def link(root, name, to):
 
 TOKEN = "hf_" + "a1B2" * 8
 LEAKS = {
-    ".env": (lambda root: (root / ".env").write_text("A=1"), ".env looks like a file of secrets"),
-    "key": (lambda root: (root / "base" / "id_rsa").write_text("x"), "base/id_rsa looks like a file of secrets"),
+    ".env": (lambda root: (root / ".env").write_text("A=1"), ".env looks like a file with secrets"),
+    "key": (lambda root: (root / "base" / "id_rsa").write_text("x"), "base/id_rsa looks like a file with secrets"),
     "file link": (lambda root: link(root, "LICENSE.md", "/etc/hostname"), "LICENSE.md is a symbolic link"),
     "folder link": (lambda root: link(root, "more", "/etc"), "more is a symbolic link"),
-    "pickle": (lambda root: (root / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin may run code"),
-    "deep pickle": (lambda root: (root / "base" / "x.pt").write_bytes(b"x"), "base/x.pt may run code"),
-    "licence": (lambda root: (root / "LICENSE.pkl").write_bytes(b"x"), "LICENSE.pkl may run code"),
+    "pickle": (lambda root: (root / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin may be a pickle"),
+    "deep pickle": (lambda root: (root / "base" / "x.pt").write_bytes(b"x"), "base/x.pt may be a pickle"),
+    "licence": (lambda root: (root / "LICENSE.pkl").write_bytes(b"x"), "LICENSE.pkl may be a pickle"),
     "code": (lambda root: (root / "modeling_evil.py").write_text("x"), "modeling_evil.py is code"),
     "listed code": (lambda root: write_listed(root, "evil.py", "x"), "evil.py is code"),
     "pipe": (lambda root: os.mkfifo(root / "pipe"), "pipe is neither a file nor a directory"),
     "token in config": (
         lambda root: write_listed(root, "generation_config.json", json.dumps({"token": TOKEN})),
-        "generation_config.json holds what looks like a secret (hf_a1B...)",
+        "generation_config.json contains something like a secret (hf_a1B...)",
     ),
     "token in card": (
         lambda root: (root / "README.md").write_text(f"export HF_TOKEN={TOKEN}"),
-        "README.md holds what looks like a secret",
+        "README.md contains something like a secret",
     ),
     "absolute path": (
         lambda root: (make_local(root), write_listed(root, "generation_config.json", '{"a": [{"b": "/home/me/x"}]}')),
-        "generation_config.json holds the absolute path '/home/me/x'",
+        "generation_config.json contains the absolute path '/home/me/x'",
     ),
     "absolute Windows path": (
         lambda root: (make_local(root), write_listed(root, "generation_config.json", '{"a": "C:\\\\x"}')),
-        "generation_config.json holds the absolute path",
+        "generation_config.json contains the absolute path",
     ),
     "path in the manifest": (
         lambda root: edit_manifest(root, lambda values: values["left_behind"].append("/home/me/x")),
-        "loopexport.json holds the absolute path",
+        "loopexport.json contains the absolute path",
     ),
     "foreign tokenizer code": (
         lambda root: write_listed(root, "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a.B", null]}}'),
@@ -465,7 +465,7 @@ LEAKS = {
     "short weights": (lambda root: os.truncate(min(root.glob("*.safetensors")), 999), "has changed (size)"),
     "weights elsewhere": (
         lambda root: edit_manifest(root, lambda values: values["weights"].update({"../x.safetensors": {"size": 1}})),
-        "'../x.safetensors' is not the name of a file of an export",
+        "'../x.safetensors' is not a file name inside an export",
     ),
     "missing weights": (
         lambda root: (
@@ -613,12 +613,12 @@ ONNX_LEAKS = {
     "data": (lambda root: flip_last_byte(root / "model_fp16.onnx_data"), r"model_fp16.onnx_data .* \(xxh3_128\)"),
     "missing data": (lambda root: (root / "model_fp16.onnx_data").unlink(), "model_fp16.onnx_data is missing"),
     "config": (lambda root: flip_last_byte(root / "genai_config.json"), "genai_config.json has changed"),
-    "token": (lambda root: write_onnx(root, "model.onnx", f"x {TOKEN}".encode()), "model.onnx holds what looks like"),
+    "token": (lambda root: write_onnx(root, "model.onnx", f"x {TOKEN}".encode()), "model.onnx contains something like"),
     "edited loop": (lambda root: edit_loop(root, 2), r"another loop \(loop_steps 3 -> 2\): run `loopexport onnx"),
-    "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx', which is no name of one"),
+    "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx', which LoopExport never writes"),
     "foreign data": (
         lambda root: write_graph(root, "secret.txt"),
-        "model_fp16.onnx reads secret.txt, which is no part",
+        "model_fp16.onnx reads secret.txt, which is not part",
     ),
 }
 
@@ -633,7 +633,7 @@ def test_onnx_files_that_are_not_as_written_stop_the_push(export, kind):
 
 
 def check_outgoing(export):
-    large_transfers(export, collect(export).large, lambda count: None)
+    large_transfers(export, allowed_files(export).large, lambda count: None)
 
 
 def test_onnx_files_that_are_made_no_more_are_deleted_from_the_hub(hub, push, export):
@@ -780,7 +780,7 @@ def test_weights_that_are_nowhere_to_be_had_stop_the_push(hub, weightless, tmp_p
     if not option:
         hub.fail("POST", "/lfs-files/duplicate", status=403, message="not here")
     done = loopexport_command(hub, tmp_path / "home", "push", weightless, REPO, *option)
-    assert_refused(done, "is not here and cannot be copied on the Hub")
+    assert_refused(done, "is not here and the Hub cannot copy it")
     assert "convert the base again with its weights" in done.stderr
     if REPO in hub.repositories:
         assert list(hub.repositories[REPO].files()) == [".gitattributes"]
@@ -802,18 +802,23 @@ FAILURES = {
         {"status": 429, "headers": {"Retry-After": "7"}},
         "wait 7 s and run the same",
     ),
-    "trouble at the start": ("GET", "/api/models/me/", {"status": 500}, "the Hub is in trouble (500"),
+    "trouble at the start": ("GET", "/api/models/me/", {"status": 500}, "the Hub has an error of its own (500"),
     "no connection": ("GET", "whoami", {"drop": True}, "the connection to the Hub broke"),
     "name taken meanwhile": ("POST", "/repos/create", {"status": 403}, "you may not write to me/Looped"),
-    "preupload fails": ("POST", "/preupload/", {"status": 503}, "the Hub is in trouble (503"),
+    "preupload fails": ("POST", "/preupload/", {"status": 503}, "the Hub has an error of its own (503"),
     "vanished": ("POST", "/preupload/", {"status": 404, "code": "RepoNotFound"}, "the Hub has no me/Looped"),
-    "batch fails": ("POST", "/objects/batch", {"status": 500}, "the Hub is in trouble (500"),
-    "quota": ("POST", "/objects/batch", {"status": 403, "message": "storage limit reached"}, "does not take the files"),
-    "upload fails": ("PUT", SECOND, {"status": 500}, "the Hub is in trouble (500"),
+    "batch fails": ("POST", "/objects/batch", {"status": 500}, "the Hub has an error of its own (500"),
+    "quota": (
+        "POST",
+        "/objects/batch",
+        {"status": 403, "message": "storage limit reached"},
+        "does not accept the files",
+    ),
+    "upload fails": ("PUT", SECOND, {"status": 500}, "the Hub has an error of its own (500"),
     "token expires": ("PUT", SECOND, {"status": 401}, "the Hub does not accept the token"),
     "upload is cut": ("PUT", SECOND, {"drop_after_bytes": 70_000}, "the connection to the Hub broke"),
-    "verify fails": ("POST", rf"{SECOND}/verify", {"status": 500}, "the Hub is in trouble (500"),
-    "commit fails": ("POST", "/commit/", {"status": 500}, "the Hub is in trouble (500"),
+    "verify fails": ("POST", rf"{SECOND}/verify", {"status": 500}, "the Hub has an error of its own (500"),
+    "commit fails": ("POST", "/commit/", {"status": 500}, "the Hub has an error of its own (500"),
     "commit is limited": ("POST", "/commit/", {"status": 429}, "wait a while and run the same command again"),
     "commit conflicts": ("POST", "/commit/", {"status": 409}, "is being changed by someone else"),
     "branch moved": ("POST", "/commit/", {"status": 412}, "is being changed by someone else"),
@@ -848,14 +853,14 @@ def assert_whole_or_untouched(hub, export, is_whole):
 
 def test_quota_of_the_object_store_is_told(hub, push):
     hub.quota_bytes = 1000
-    assert_refused(push("--no-server-copy"), "does not take the files of me/Looped: Private repository storage limit")
+    assert_refused(push("--no-server-copy"), "does not accept the files of me/Looped: Private repository storage limit")
 
 
 @pytest.mark.parametrize(
     ("token", "to", "says"),
     [
         (EXPIRED_TOKEN, REPO, "the Hub does not accept the token"),
-        (None, REPO, "there is no Hub token; log in (`hf auth login`), set HF_TOKEN, or give --token"),
+        (None, REPO, "no Hub token; log in (`hf auth login`), set HF_TOKEN, or give --token"),
         (STRANGER_TOKEN, REPO, "you may not write to me/Looped"),
         (STRANGER_TOKEN, "team/there", "you may not write to team/there"),
         (OWNER_TOKEN, "a/b/c", "'a/b/c' is not an id of a repository"),
@@ -981,9 +986,9 @@ def test_example_publishes_a_preset_without_the_weights_passing_through(hub, tmp
     assert done.returncode == 0, done.stderr
     commit = hub.repositories[REPO].refs["main"]
     assert commit in done.stdout
-    assert "published for this cell (replicated): MMLU-Pro" in done.stdout
+    assert "published for this model and loop (replicated): MMLU-Pro" in done.stdout
     files = hub.repositories[REPO].files()
-    assert b"Published for this cell, replicated" in files["README.md"]
+    assert b"Published for this model and loop, replicated" in files["README.md"]
     assert {name: files[name] for name in weights(base)} == {name: (base / name).read_bytes() for name in weights(base)}
     assert bytes_received(hub) == 0
     ours = load(hub, tmp_path, REPO, commit, tmp_path / "ours.pt")
@@ -997,9 +1002,9 @@ def test_example_publishes_a_preset_without_the_weights_passing_through(hub, tmp
 def test_client_that_cannot_copy_uploads_and_says_so(hub, push, weightless, tmp_path):
     done = push("--json")
     assert pushed(done)["bytes_copied"] == 0
-    assert "this huggingface_hub cannot copy between repositories; version 2 can" in done.stderr
+    assert "this huggingface_hub cannot copy between repositories; install version 2" in done.stderr
     done = loopexport_command(hub, tmp_path / "home", "push", weightless, REPO + "2")
-    assert_refused(done, "is not here and cannot be copied on the Hub (this huggingface_hub cannot copy")
+    assert_refused(done, "is not here and the Hub cannot copy it (this huggingface_hub cannot copy")
 
 
 LOAD = """
