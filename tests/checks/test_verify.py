@@ -127,7 +127,7 @@ def test_misspelt_field_is_told_and_not_passed_over(export):
     for command in ("verify", "inspect"):
         result = run(command, export)
         assert result.exit_code == 1
-        assert "has loop_dampng, which is no field of the loop; did you mean loop_damping?" in result.stderr
+        assert "has loop_dampng, which is not a field of the loop; did you mean loop_damping?" in result.stderr
 
 
 def test_own_card_may_be_edited(export):
@@ -205,7 +205,7 @@ def test_a_full_check_does_not_claim_what_it_cannot_know(tiny_base, tmp_path):
     outcome, status = checks(out, "--files-only", "--full")
     assert status == 0
     assert outcome["weights are the base's"]["passed"] is None
-    assert "no digest is known of weights that were linked" in outcome["weights are the base's"]["detail"]
+    assert "linked weights have no recorded digest" in outcome["weights are the base's"]["detail"]
 
 
 def test_restore_onto_something_says_what_to_do(export, tmp_path):

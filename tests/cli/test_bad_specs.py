@@ -18,14 +18,14 @@ BAD_SPECS = [
     (["--span", "-1:2", "--steps", "2"], "span -1:2 starts before the first layer"),
     (["--span", "1-3", "--steps", "2"], "for layers 1 to 3 write 1:4 (half-open)"),
     (["--span", "one", "--steps", "2"], "span 'one' is not START:STOP"),
-    (["--span", "1:4", "--steps", "0"], "steps 0 must be a whole number of 1 or more"),
+    (["--span", "1:4", "--steps", "0"], "steps 0 must be a whole number from 1"),
     (["--span", "1:4", "--steps", "-3"], "steps -3 must be"),
-    (["--span", "1:4", "--steps", str(10**400)], "2147483647 the most"),
+    (["--span", "1:4", "--steps", str(10**400)], "to 2147483647"),
     (["--span", f"1:{'9' * 5000}", "--steps", "2"], "is not START:STOP"),
     (["--span", "1:4"], "the loop spec has no steps"),
     (["--steps", "2"], "the loop spec has no span; give one, such as --span 12:20"),
     ([*SPEC, "--decode", "first_n"], "decode first_n needs first_n"),
-    ([*SPEC, "--first-n", "2"], "first_n 2 goes with decode first_n, not with decode full"),
+    ([*SPEC, "--first-n", "2"], "first_n 2 needs decode first_n, not full"),
     ([*SPEC, "--damping", "nan"], "damping nan must be a step size in (0, 1]"),
     ([*SPEC, "--damping", "inf"], "damping inf must be"),
     ([*SPEC, "--damping", "0"], "damping 0.0 must be"),
@@ -35,8 +35,8 @@ BAD_SPECS = [
     ([*SPEC, "--anchor", "1.01"], "anchor 1.01 must be"),
     ([*SPEC, "--anchor", "-0.1"], "anchor -0.1 must be"),
     ([*SPEC, "--first-n", "-1"], "first_n -1 must be"),
-    ([*SPEC, "--first-n", str(10**400)], "2147483647 at most"),
-    ([*SPEC, "--revision", "main"], "--revision goes with a Hub id"),
+    ([*SPEC, "--first-n", str(10**400)], "to 2147483647"),
+    ([*SPEC, "--revision", "main"], "--revision needs a Hub id"),
 ]
 
 

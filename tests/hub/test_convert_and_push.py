@@ -68,9 +68,9 @@ def test_example_publishes_a_preset_without_the_weights_passing_through(hub, tmp
     assert done.returncode == 0, done.stderr
     commit = hub.repositories[REPO].refs["main"]
     assert commit in done.stdout
-    assert "published for this cell (replicated): MMLU-Pro" in done.stdout
+    assert "published for this model and loop (replicated): MMLU-Pro" in done.stdout
     files = hub.repositories[REPO].files()
-    assert b"Published for this cell, replicated" in files["README.md"]
+    assert b"Published for this model and loop, replicated" in files["README.md"]
     assert {name: files[name] for name in weights(base)} == {name: (base / name).read_bytes() for name in weights(base)}
     assert bytes_received(hub) == 0
     ours = load(hub, tmp_path, REPO, commit, tmp_path / "ours.pt")

@@ -14,7 +14,7 @@ import transformers
 import xxhash
 
 import loopexport
-from loopexport.hub.allowlist import collect
+from loopexport.hub.allowlist import allowed_files
 from loopexport.hub.transfers import large_transfers
 from support.commands import run, sha256
 from support.damage import flip_last_byte
@@ -56,12 +56,12 @@ ONNX_LEAKS = {
     "data": (lambda root: flip_last_byte(root / "model_fp16.onnx_data"), r"model_fp16.onnx_data .* \(xxh3_128\)"),
     "missing data": (lambda root: (root / "model_fp16.onnx_data").unlink(), "model_fp16.onnx_data is missing"),
     "config": (lambda root: flip_last_byte(root / "genai_config.json"), "genai_config.json has changed"),
-    "token": (lambda root: write_onnx(root, "model.onnx", f"x {TOKEN}".encode()), "model.onnx holds what looks like"),
+    "token": (lambda root: write_onnx(root, "model.onnx", f"x {TOKEN}".encode()), "model.onnx contains something like"),
     "edited loop": (lambda root: edit_loop(root, 2), r"another loop \(loop_steps 3 -> 2\): run `loopexport onnx"),
-    "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx', which is no name of one"),
+    "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx', which LoopExport never writes"),
     "foreign data": (
         lambda root: write_graph(root, "secret.txt"),
-        "model_fp16.onnx reads secret.txt, which is no part",
+        "model_fp16.onnx reads secret.txt, which is not part",
     ),
 }
 
@@ -76,7 +76,7 @@ def test_onnx_files_that_are_not_as_written_stop_the_push(export, kind):
 
 
 def check_outgoing(export):
-    large_transfers(export, collect(export).large, lambda count: None)
+    large_transfers(export, allowed_files(export).large, lambda count: None)
 
 
 def test_onnx_files_that_are_made_no_more_are_deleted_from_the_hub(hub, push, export):

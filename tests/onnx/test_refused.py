@@ -18,7 +18,7 @@ from support.onnx_walk import walk_onnx
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--steps", "0"], "steps 0 must be a whole number of 1 or more"),
+        (["--steps", "0"], "steps 0 must be a whole number from 1"),
         (["--steps", "two"], "is not a list of whole numbers such as 2,4,8"),
         (["--dtype", "int8"], "'int8' is not one of"),
     ],
