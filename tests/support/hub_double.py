@@ -1,7 +1,7 @@
-"""A stand-in for the Hub on the loopback interface, for the real client: repositories, commits, large files, refusals.
+"""A double of the Hub on the loopback interface, for the real client `huggingface_hub`.
 
-It keeps what the real one keeps (commits of named files, branches, pull requests, an object store for large files in
-each repository), answers the requests that `huggingface_hub` sends, and breaks where a test tells it to.
+It has what the real Hub has: repositories with commits, branches and pull requests, and for each repository an object
+store for large files. It answers the client's requests, and fails where a test asks for a failure.
 """
 
 from __future__ import annotations
@@ -21,42 +21,47 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-OWNER_TOKEN = "hf_owner"  # of the user `me`, who may write to `me/...` and `team/...`
-STRANGER_TOKEN = "hf_stranger"  # of a user who may write to neither
+OWNER_TOKEN = "hf_owner"  # the token of user `me`, who may write to `me/...` and `team/...`
+STRANGER_TOKEN = "hf_stranger"  # the token of a user who may write to neither
 EXPIRED_TOKEN = "hf_expired"
 USERS = {OWNER_TOKEN: "me", STRANGER_TOKEN: "stranger"}
 TEAMS = {"me": ["team"]}
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".onnx", ".onnx_data")
-LFS_BYTES = 1_000_000  # larger files are large files whatever they are called
+LFS_BYTES = 1_000_000  # a file of more bytes is a large file, whatever its name
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One file's content, as a regular file of the repository or as a large one in its object store."""
+    """The content of one file.
+
+    Attributes:
+        content: the bytes.
+        is_lfs: whether it is a large file, in the object store, and not a regular file of the repository.
+    """
 
     content: bytes
     is_lfs: bool
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the content: the name of a large file in the object store."""
+        """Digest of the content; the name of a large file in the object store."""
         return hashlib.sha256(self.content).hexdigest()
 
     @property
     def xet_hash(self) -> str:
-        """Another digest, by which the Hub copies large files; here one that is easily told from the sha256."""
+        """The digest by which the Hub copies large files; here the sha256 backwards, to tell the two apart."""
         return self.sha256[::-1]
 
     @cached_property
     def oid(self) -> str:
-        """The git object id: of the content, or of the pointer to it."""
+        """The git object id of the content; for a large file, of the pointer to it."""
         text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
         content = text.encode() if self.is_lfs else self.content
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
-    def describe(self, path: str) -> dict:
-        """The file in a tree listing."""
+    def tree_entry(self, path: str) -> dict:
+        """The file's entry in a tree listing."""
         entry = {"type": "file", "path": path, "size": len(self.content), "oid": self.oid}
         if self.is_lfs:
             entry["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": 134}
@@ -66,7 +71,7 @@ class Blob:
 
 @dataclass
 class Commit:
-    """One state of a repository."""
+    """One state of a repository: all its files by name."""
 
     files: dict[str, Blob]
     title: str
@@ -75,7 +80,15 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A model repository: `refs` by name (branches, `refs/pr/1`), `commits` by id, `objects` by sha256."""
+    """A model repository.
+
+    Attributes:
+        name: such as `me/model`.
+        private: whether only users who may write can read it.
+        commits: by id.
+        refs: commit ids by branch or pull request, such as `main` and `refs/pr/1`.
+        objects: contents of large files by sha256.
+    """
 
     name: str
     private: bool = False
@@ -84,7 +97,7 @@ class Repository:
     objects: dict[str, bytes] = field(default_factory=dict)
 
     def commit(self, files: dict[str, Blob], title: str, ref: str = "main") -> str:
-        """Make a commit on a branch; its id."""
+        """Add a commit to a branch; returns the commit's id."""
         parent = self.refs.get(ref)
         sha = hashlib.sha1(f"{self.name} {title} {len(self.commits)}".encode()).hexdigest()
         self.commits[sha] = Commit(files, title, parent)
@@ -92,11 +105,11 @@ class Repository:
         return sha
 
     def resolve(self, revision: str) -> str | None:
-        """The commit that a branch or an id stands for."""
+        """The id of the commit that a branch or an id names; None if there is none."""
         return self.refs.get(revision) or (revision if revision in self.commits else None)
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """Content of all files by name."""
+        """Contents of all files at a revision, by name."""
         sha = self.resolve(revision)
         assert sha is not None, revision
         return {name: blob.content for name, blob in self.commits[sha].files.items()}
@@ -104,13 +117,15 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match.
+    """A failure of the next `times` requests that match.
 
     Attributes:
-        status, code, message: an answer of this HTTP status, with the Hub's error code and message.
-        headers: of that answer.
-        drop: close the connection instead of answering; "late" does so after the request was carried out.
-        drop_after_bytes: close it after so many bytes of the request's body.
+        method, pattern: regular expressions for the whole method and for a part of the path.
+        times: how many requests fail.
+        status, code, message: the HTTP status, and the Hub's error code and message, of the response.
+        headers: of that response.
+        drop: True closes the connection instead of answering; "late" carries out the request first.
+        drop_after_bytes: close the connection after this many bytes of the request's body.
         delay: seconds to wait first.
     """
 
@@ -127,18 +142,18 @@ class Fault:
 
 
 class HubDouble(ThreadingHTTPServer):
-    """The Hub.
+    """The Hub; it serves from the moment of its creation.
 
     Attributes:
         repositories: by name.
-        sent: bytes of file contents sent so far, by file name.
-        received: bytes of large files received so far, by sha256, unfinished ones included.
+        sent: number of bytes of file contents sent so far, by file name.
+        received: number of bytes of large files received so far, by sha256, unfinished uploads included.
         asked: all requests so far, as (method, path).
-        part_bytes: large files of more bytes are asked for in parts.
-        quota_bytes: what the object store of a repository holds at most.
-        has_xet: whether large files have the digest by which they can be copied.
+        part_bytes: the client must upload larger files in parts of this size; None for never.
+        quota_bytes: size limit of a repository's object store; None for no limit.
+        has_xet: whether large files have the digest that copying needs.
         takes_gitignore: whether an upload may override the repository's .gitignore.
-        failed_copies: copying is answered by this reason for each file instead.
+        failed_copies: the reason for which every copy fails; None to let copies succeed.
     """
 
     daemon_threads = True
@@ -161,28 +176,28 @@ class HubDouble(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Its endpoint, for HF_ENDPOINT."""
+        """The endpoint, for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def add(self, name: str, root: Path, *, private: bool = False) -> str:
-        """Commit the files of a directory, and no others, to `main` of a repository; the commit's id."""
+        """Commit exactly the files of a directory to `main` of a repository; returns the commit's id."""
         self.repositories.setdefault(name, Repository(name, private))
         paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
         return self.commit(name, {path: file.read_bytes() for path, file in paths.items()})
 
     def commit(self, name: str, contents: dict[str, bytes], ref: str = "main") -> str:
-        """Commit these files, and no others, as someone else would; the commit's id."""
+        """Commit exactly these files, as another user would; returns the commit's id."""
         repository = self.repositories.setdefault(name, Repository(name))
         files = {path: Blob(content, is_large(path, len(content))) for path, content in contents.items()}
         repository.objects |= {blob.sha256: blob.content for blob in files.values() if blob.is_lfs}
         return repository.commit(files, "by someone else", ref)
 
-    def fail(self, method: str, pattern: str, **what) -> None:
-        """Let requests fail whose method and path (a regular expression, searched for) match."""
-        self.faults.append(Fault(method, pattern, **what))
+    def fail(self, method: str, pattern: str, **fault) -> None:
+        """Let the next matching requests fail; see `Fault` for the arguments."""
+        self.faults.append(Fault(method, pattern, **fault))
 
     def next_fault(self, method: str, path: str) -> Fault | None:
-        """The fault of this request, if there is one; it is used up."""
+        """The fault for this request, which then counts once less; None to let the request succeed."""
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and re.fullmatch(fault.method, method) and re.search(fault.pattern, path):
@@ -191,11 +206,11 @@ class HubDouble(ThreadingHTTPServer):
         return None
 
     def handle_error(self, request, client_address):
-        """Be quiet: clients are killed on purpose."""
+        """Print nothing: tests kill clients on purpose."""
 
 
 class Refusal(Exception):  # noqa: N818
-    """An answer that is not what the client hoped for."""
+    """An error response, with the Hub's message and error code."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
@@ -203,17 +218,18 @@ class Refusal(Exception):  # noqa: N818
 
 
 def is_large(path: str, size: int) -> bool:
+    """Whether the Hub stores a file in the object store."""
     return path.endswith(LFS_SUFFIXES) or size > LFS_BYTES
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads a request, lets it fail if it shall, and gives it to the method of its route."""
+    """Reads a request, lets it fail if a fault matches, and calls the method of its route."""
 
     protocol_version = "HTTP/1.1"
     server: HubDouble
 
     def log_message(self, *arguments):
-        """Be quiet."""
+        """Print nothing."""
 
     def do_HEAD(self):
         self.respond()
@@ -255,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
         raise Refusal(404, f"no route {self.command} {path}")
 
     def read_body(self, limit: int | None = None) -> bytes:
-        """The request's body, or its first `limit` bytes; large files are counted as they come."""
+        """The request's body, or its first `limit` bytes; counts the bytes of large files as they arrive."""
         chunks, total = [], 0
         for chunk in self.body_chunks():
             kept = chunk if limit is None else chunk[: limit - total]
@@ -309,7 +325,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def user(self) -> str | None:
-        """Who asks, or None for everybody."""
+        """The user of the request's token; None without a token."""
         header = self.headers.get("Authorization")
         if header is None:
             return None
@@ -423,12 +439,12 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
         is_recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         own = [path for path in paths if is_recursive or "/" not in path.removeprefix(prefix)]
-        return 200, [commit.files[path].describe(path) for path in own]
+        return 200, [commit.files[path].tree_entry(path) for path in own]
 
     def paths_info(self, name, revision):
         _, commit = self.commit_of(self.readable(name), revision)
         paths = parse_qs(self.body.decode()).get("paths", [])
-        entries = [commit.files[path].describe(path) for path in paths if path in commit.files]
+        entries = [commit.files[path].tree_entry(path) for path in paths if path in commit.files]
         if not self.server.has_xet:
             for entry in entries:
                 entry.pop("xetHash", None)
@@ -442,7 +458,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"{path} does not exist", "EntryNotFound")
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if blob.is_lfs:
-            # Another host, as on the real Hub: the client follows redirects of the same one at once.
+            # Another host, as on the real Hub: the client follows redirects to the same host immediately.
             location = f"{self.server.url.replace('127.0.0.1', 'localhost')}/cdn/{name}/{blob.sha256}/{path}"
             linked = {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content))}
             return 302, b"", {**headers, **linked, "Location": location}
@@ -450,7 +466,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def cdn(self, name, oid, path):
         content = self.server.repositories[name].objects.get(oid)
-        if content is None:  # large files that someone else committed
+        if content is None:  # a large file that another user committed
             content = next(
                 blob.content
                 for commit in self.server.repositories[name].commits.values()
