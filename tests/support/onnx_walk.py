@@ -1,10 +1,10 @@
 """Try every family that can be looped: can it be exported to ONNX, and does its graph equal torch?
 
-The bases are those of `family_walk`, with windows and chunks small enough to matter at the compared lengths.
+It uses the tiny bases of `family_walk`, with windows and chunks small enough to matter at the compared lengths.
 
     PYTHONPATH=tests python -m support.onnx_walk
 
-writes the outcomes into `loopexport/base/families.json`, beside those of the conversion.
+writes the outcomes into `loopexport/base/families.json`, beside the outcomes of the conversion.
 """
 
 from __future__ import annotations

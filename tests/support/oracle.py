@@ -6,8 +6,8 @@ the outputs of the routers.
 
 Source: method.md sections 1 to 3, restated for rows (tokens) of a sequence. Keys and values that pass k sees:
 
-    past rows         shared, reference: natural;    per_step: those of pass k when the row was computed
-    rows of the chunk shared: natural;               per_step, reference: those of the iterate
+    past rows         shared, reference: natural;    per_step: from pass k, when the row was computed
+    rows of the chunk shared: natural;               per_step, reference: from the iterate
     a row that skipped the loop: natural in every pass
 """
 
@@ -177,7 +177,7 @@ class Oracle:
 
 
 def _projection_hooks(layer, number, record, force):
-    """Record the outputs of a layer's K and V projections, and overwrite them by those of `force`."""
+    """Record the outputs of a layer's K and V projections, and overwrite them by what `force` returns."""
     attention = next(getattr(layer, name) for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
     if hasattr(attention, "k_proj"):
         return _separate_hooks(attention, number, record, force)

@@ -72,8 +72,8 @@ class Attention(nn.Module):
         scores = query @ key.repeat_interleave(group, 0).transpose(1, 2) * self.scale
         if self.soft_cap:
             scores = torch.tanh(scores / self.soft_cap) * self.soft_cap
-        behind = torch.arange(start, start + query.shape[1])[:, None] - torch.arange(key.shape[1])
-        scores = scores.masked_fill((behind < 0) | (behind >= self.window), -math.inf)
+        distance = torch.arange(start, start + query.shape[1])[:, None] - torch.arange(key.shape[1])
+        scores = scores.masked_fill((distance < 0) | (distance >= self.window), -math.inf)
         for sinks in self.sinks:
             scores = torch.cat([scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], dim=-1)
         weights = scores.softmax(dim=-1)[..., : key.shape[1]]

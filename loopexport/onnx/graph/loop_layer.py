@@ -18,8 +18,8 @@ class LoopLayer:
     Attributes:
         entry, output, output_mark: see `MarkedLayer`.
         nodes: the layer's nodes that depend on `entry`, in order.
-        reads, routes: those of the nodes that mark what attention reads and what routers return.
-        fused: those of the nodes that are fused attentions, which join past and new keys themselves.
+        reads, routes: the marks among the nodes: what attention reads, what routers return.
+        fused: the fused attentions among the nodes, which join past and new keys themselves.
     """
 
     def __init__(self, layer: MarkedLayer):

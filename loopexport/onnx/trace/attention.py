@@ -1,4 +1,4 @@
-"""Attention and cache slots for tracing, in place of those of transformers, in two layouts.
+"""Attention functions and cache slots that transformers uses during a trace, in two layouts.
 
 portable    one `Attention` node; past and new keys are joined before it
 gqa         one `GroupQueryAttention` node, which joins past and new keys itself

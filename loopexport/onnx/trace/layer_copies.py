@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from .marks import MARKS, PLACEHOLDER, READ, MarkedLayer, is_mark
-from .nodes import copy_node, dependents
+from .nodes import copy_node, dependents, replace_value
 from .recipes import Recipe
 
 
@@ -64,10 +64,7 @@ class LayerCopier:
             raise NotRepeatableError(f"{self.path} does not store keys and values once")
         for old, new in zip(placeholder.outputs, made, strict=True):
             assert new is not None
-            if old.is_graph_output():
-                new.name, new.shape, new.type = old.name, old.shape, old.type
-                old.name = None
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            replace_value(old, new)
         self.graph.remove(placeholder, safe=True)
 
     def check_copy(self, target: MarkedLayer, index: int, path: str) -> None:

@@ -15,6 +15,8 @@ from torch import nn
 
 from loopexport.templates.looped_routing import Routers
 
+from .nodes import replace_value
+
 MARKS = "loopexport"  # the domain of these nodes
 
 LAYER_INPUT, LAYER_OUTPUT = "LayerInput", "LayerOutput"  # hidden states before and after a layer; attribute `layer`
@@ -120,8 +122,5 @@ def remove_marks(graph: ir.Graph) -> None:
         assert owner is not None
         inner, outer = node.inputs[0], node.outputs[0]
         assert inner is not None
-        if outer.is_graph_output():
-            inner.name, inner.type, inner.shape = outer.name, outer.type, outer.shape
-            outer.name = None
-        ir.convenience.replace_all_uses_with(outer, inner, replace_graph_outputs=True)
+        replace_value(outer, inner)
         owner.remove(node, safe=True)

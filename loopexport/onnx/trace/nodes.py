@@ -1,4 +1,4 @@
-"""Find and copy nodes of a graph, and give it constants."""
+"""Find nodes of a graph, copy them, replace values, add constants."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def copy_node(
         copied.type = value.type
         values[value] = copied
     return copy
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Use `new` wherever `old` is used; as a graph output it takes over the name, type and shape of `old`."""
+    if old.is_graph_output():
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        old.name = None
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def int_constant(graph: ir.Graph, name: str, *numbers: int) -> ir.Value:

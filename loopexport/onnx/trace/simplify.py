@@ -58,14 +58,14 @@ def _hide_near_neutral(graph: ir.Graph) -> list[tuple[ir.Value, ir.TensorProtoco
         if tensor is None or not _is_near_neutral(tensor):
             continue
         node = value.producer()
-        placeholder = ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
-        value.replace_all_uses_with(placeholder)
+        replacement = ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
+        value.replace_all_uses_with(replacement)
         if node is None:
             del graph.initializers[str(value.name)]
         else:
             graph.remove(node, safe=True)
-        graph.inputs.append(placeholder)
-        hidden.append((placeholder, tensor))
+        graph.inputs.append(replacement)
+        hidden.append((replacement, tensor))
     return hidden
 
 
