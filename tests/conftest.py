@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny bases, made once a session, and their exports, loaded as a user loads them."""
+"""Shared fixtures: tiny bases and exports, made once per session, and models loaded as users load them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import shutil
 import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network; those of the Hub set their own endpoint
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may use the network; tests of the Hub set their own endpoint
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# transformers copies a model's code there in place: a process could import what another one has copied by half.
+# transformers copies a model's code to this folder. If processes shared it, one could import another's partial copy.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="loopexport-modules-")
 
 import pytest
@@ -27,7 +27,7 @@ logging.disable_progress_bar()
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """`tiny_base(family)`: the directory of that family's tiny base checkpoint."""
+    """`tiny_base(family)`: directory of the family's tiny base checkpoint."""
     made = {}
 
     def make(family="llama", **overrides):
@@ -41,7 +41,7 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def export_dir(tiny_base, tmp_path_factory):
-    """`export_dir(family, **spec)`: the directory of an export of that family's tiny base."""
+    """`export_dir(family, **spec)`: directory of an export of the family's tiny base."""
     made = {}
 
     def make(family="llama", **spec):
@@ -57,7 +57,7 @@ def export_dir(tiny_base, tmp_path_factory):
 
 @pytest.fixture
 def looped(export_dir):
-    """`looped(family, **spec)`: a looped tiny model, loaded through the auto class."""
+    """`looped(family, **spec)`: a looped tiny model, loaded by the auto class."""
 
     def make(family="llama", **spec):
         return AutoModelForCausalLM.from_pretrained(export_dir(family, **spec), trust_remote_code=True).eval()
@@ -67,7 +67,7 @@ def looped(export_dir):
 
 @pytest.fixture
 def plain(tiny_base):
-    """`plain(family)`: the tiny base itself."""
+    """`plain(family)`: the tiny base, loaded."""
 
     def make(family="llama"):
         return AutoModelForCausalLM.from_pretrained(tiny_base(family)).eval()

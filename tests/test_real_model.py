@@ -95,14 +95,14 @@ def test_python_example_runs(base, tmp_path):
     printed = example(sys.executable, EXAMPLES / "loop_from_python.py", base, tmp_path / "out")
     assert "4 layers, 1.27x the layer evaluations of the base" in printed
     assert printed.count("passed ") == 8
-    assert "as it should, this failed: span 13:99 ends outside the model" in printed
+    assert "this failed, as it should: span 13:99 ends outside the model" in printed
 
 
 def test_changing_steps_example_runs(looped):
     lines = example(sys.executable, EXAMPLES / "change_steps.py", looped).splitlines()
     losses = [line.split("loss ")[1].split(",")[0] for line in lines if line.startswith("steps ")]
     assert len(set(losses)) == 4
-    assert lines[-1].startswith("as it should, this failed: steps 0")
+    assert lines[-1].startswith("this failed, as it should: steps 0")
 
 
 def test_lora_example_runs(looped, tmp_path):

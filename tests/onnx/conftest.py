@@ -1,4 +1,7 @@
-"""Traces and graphs of tiny exports, each trace made once a session. Without what ONNX needs, nothing here is run."""
+"""Fixtures: traces and graphs of tiny exports, each trace made once per session.
+
+Without the packages of the onnx extra, or on transformers 4, pytest collects no test of this folder.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ if not HAS_ONNX or int(transformers.__version__.split(".")[0]) < 5:
 
 @pytest.fixture(scope="session")
 def traced(export_dir):
-    """`traced(family)`: skeleton and trace of a family's tiny base."""
+    """`traced(family)`: skeleton and trace of the family's tiny base."""
     from loopexport.onnx import build
 
-    made, trace_export = {}, build.trace_export  # before any test replaces it
+    made, trace_export = {}, build.trace_export  # read now, before a test replaces it
 
     def make(family, dtype="fp32", attention="portable"):
         key = family, dtype, attention
@@ -36,7 +39,7 @@ def traced(export_dir):
 
 @pytest.fixture
 def graph(export_dir, traced, tmp_path):
-    """`graph(family, **spec)`: a copy of an export with its graph in it."""
+    """`graph(family, **spec)`: a copy of an export, with its graph as `model.onnx`."""
     import onnx_ir as ir
 
     from loopexport.onnx import build, plan_onnx

@@ -11,8 +11,8 @@ import loopexport.onnx
 from loopexport.base import families
 from loopexport.onnx import OnnxModel
 from loopexport.onnx.check import TOLERANCES, load_torch, make_scenarios, run_graph
-from loopexport.onnx.trace.expressible import Expressible
 from loopexport.onnx.trace.simplify import optimise
+from loopexport.onnx.trace.substitutes import OnnxSubstitutes
 from support.family_walk import RELEASE
 from support.onnx_graphs import LONGROPE, LOOPS, QUICK_FAMILIES, assert_equals_torch, quickly, relative_difference
 from support.onnx_walk import walk_onnx, walked_families
@@ -90,7 +90,7 @@ def test_pairs_rotate_as_complex_numbers():
     query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 1, 3, 8)
     angles = torch.rand(2, 3, 4) * 6
     rotated = apply_rotary_emb(query, key, torch.polar(torch.ones_like(angles), angles) * 2.0)
-    with Expressible():
+    with OnnxSubstitutes():
         ours = apply_rotary_emb(query, key, torch.polar(torch.ones_like(angles), angles) * 2.0)
     for mine, theirs in zip(ours, rotated, strict=True):
         torch.testing.assert_close(mine, theirs)

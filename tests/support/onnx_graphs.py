@@ -15,8 +15,8 @@ from support.tiny import VOCAB
 QUICK_FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "qwen3_moe", "deepseek_v3")
 # What GroupQueryAttention cannot do, and what then is said.
 BEYOND_FUSED = {
-    "deepseek_v2": "changes keys behind the cache",
-    "deepseek_v3": "changes keys behind the cache",
+    "deepseek_v2": "changes keys after it stored them in the cache",
+    "deepseek_v3": "changes keys after it stored them in the cache",
     "gpt_oss": "has no sinks",
 }
 FACTORS = [1.0 + 0.1 * index for index in range(8)]
