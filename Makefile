@@ -18,7 +18,7 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-matrix test-oldest test-oldest-matrix test-vllm test-vllm-older test-vllm-all test-vllm-matrix fuzz lint docs benchmarks clean
+.PHONY: demo test test-matrix test-oldest test-oldest-matrix test-vllm test-vllm-older test-vllm-all test-vllm-matrix fuzz lint docs docs-site pictures picture-data benchmarks clean
 
 demo: $(VENV)/demo-ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" examples/demo.sh $(DEMO)
@@ -46,7 +46,7 @@ test-vllm: $(VENV)/test-ready $(VLLM_VENV)/ready $(SMOLLM)/README.md
 test-vllm-older:
 	$(MAKE) test-vllm VLLM=$(VLLM_OLDER) VLLM_CASES="greedy and (llama or qwen3_moe) and eager"
 
-# Serve everything that the README's table shows, on both releases, and record the results.
+# Serve everything that the table in docs/vllm.md shows, on both releases, and record the results.
 test-vllm-all:
 	$(MAKE) test-vllm-matrix VLLM=$(VLLM_OLDER)
 	$(MAKE) test-vllm-matrix VLLM=$(VLLM)
@@ -63,11 +63,24 @@ lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/cog -I .ci --check README.md
+	$(VENV)/bin/cog -I docs --check README.md docs/*.md
 
-# Update the generated parts of the README.
+# Update the generated parts of README.md and docs/.
 docs: $(VENV)/test-ready
-	$(VENV)/bin/cog -I .ci -r README.md
+	$(VENV)/bin/cog -I docs -r README.md docs/*.md
+
+# The documentation as a site, in build/site.
+docs-site: $(VENV)/docs-ready
+	$(VENV)/bin/mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+
+# The pictures, from their scripts and from data that is checked in.
+pictures: $(VENV)/demo-ready
+	$(VENV)/bin/python docs/pictures/draw.py
+
+# The data of two of them, from the real model: what the commands print, and what K costs. Takes about 15 minutes.
+picture-data: $(VENV)/test-ready $(SMOLLM)/README.md
+	PATH="$(abspath $(VENV))/bin:$$PATH" python docs/pictures/record.py $(DEMO)
+	$(VENV)/bin/python docs/pictures/measure_cost.py $(SMOLLM)
 
 benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_convert.py
@@ -90,6 +103,10 @@ $(VENV)/demo-ready: pyproject.toml
 
 $(VENV)/test-ready: $(VENV)/demo-ready
 	$(VENV)/bin/pip install --quiet -e ".[gguf,mergekit,onnx,quantised,test,dev]"
+	touch $@
+
+$(VENV)/docs-ready: $(VENV)/test-ready
+	$(VENV)/bin/pip install --quiet -e ".[docs]"
 	touch $@
 
 $(OLDEST)/test-ready: pyproject.toml
