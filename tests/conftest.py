@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -23,6 +24,23 @@ from support.tiny import SPAN, save_tiny
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # the models are too small for more
 logging.disable_progress_bar()
+gc.freeze()  # what is imported stays: the collector need not look at it again
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give whole files to workers, long ones first."""
+    from support.scheduling import ByFile
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """In a worker, long files come first."""
+    if hasattr(config, "workerinput"):
+        from support.scheduling import place_of
+
+        items.sort(key=lambda item: place_of(item.nodeid))
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,9 @@ def example(*command):
     """Run an example as a user would, and give back what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [str(part) for part in command]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -166,8 +168,8 @@ def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(with_graph, gree
 
 
 def test_several_steps_example_runs(with_graph):
-    lines = example(sys.executable, EXAMPLES / "onnx_steps.py", with_graph, 2, 3, 6).splitlines()
-    assert [line.split(":")[0] for line in lines if line.startswith("K = ")] == ["K = 2", "K = 3", "K = 6"]
+    lines = example(sys.executable, EXAMPLES / "onnx_steps.py", with_graph, 2, 3).splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("K = ")] == ["K = 2", "K = 3"]
     assert lines[-1].startswith("weights written: 0 bytes")
 
 

@@ -106,7 +106,6 @@ FETCH = "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sy
 
 
 @copies
-@pytest.mark.xdist_group("pushed graphs")  # one export to ONNX serves them all
 def test_pushed_graphs_read_the_pushed_weights_and_give_the_tokens_of_the_local_ones(hub, with_graphs, tmp_path):
     home = tmp_path / "home"
     done = pushed(loopexport_command(hub, home, "push", with_graphs, REPO, "--json"))
@@ -146,7 +145,6 @@ def run_examples(card, root):
 
 
 @copies
-@pytest.mark.xdist_group("pushed graphs")
 @pytest.mark.parametrize("mode", ["uploaded", "removed"])
 def test_onnx_files_go_along_however_the_weights_travel(hub, with_graphs, tmp_path, mode):
     root = shutil.copytree(with_graphs, tmp_path / "export")

@@ -5,7 +5,9 @@ Without the packages of the onnx extra, or on transformers 4, pytest collects no
 
 from __future__ import annotations
 
+import copy
 import shutil
+from functools import lru_cache
 from importlib.util import find_spec
 
 import pytest
@@ -19,6 +21,23 @@ from support.tiny import SPAN, save_tiny
 HAS_ONNX = all(find_spec(name) for name in ("onnxruntime", "onnxscript", "onnx_ir"))
 if not HAS_ONNX or int(transformers.__version__.split(".")[0]) < 5:
     collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_registry():
+    """torch.onnx builds its registry of operators for each export; here it is built once and copied."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    build = lru_cache(ONNXRegistry.from_torchlib)
+
+    def copy_of_the_first(*options, **named):
+        registry = copy.copy(build(*options, **named))
+        registry.functions = {target: list(each) for target, each in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copy_of_the_first))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -137,9 +137,6 @@ PROMPTS = draw_prompts(1)
 
 
 def as_parameters(few, many=()):
-    """Cases as pytest takes them; those of a group stay with one process."""
+    """Cases as pytest takes them."""
     marked = [(case, ()) for case in few] + [(case, (pytest.mark.matrix,)) for case in many]
-    return [
-        pytest.param(case, id=str(case), marks=(*marks, pytest.mark.xdist_group(f"vllm-{case.group}")))
-        for case, marks in marked
-    ]
+    return [pytest.param(case, id=str(case), marks=marks) for case, marks in marked]
