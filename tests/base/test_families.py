@@ -77,7 +77,7 @@ def test_run_time_change_to_a_recurrent_layer_is_refused(hybrid, tmp_path):
 
 def test_family_that_the_walk_saw_refused_is_refused_by_convert(tiny_base, tmp_path):
     with pytest.raises(
-        loopexport.LoopExportError, match="family 'xlnet' cannot be looped: a layer of it takes no K/V cache"
+        loopexport.LoopExportError, match="family 'xlnet' cannot be looped: one of its layers takes no K/V cache"
     ):
         families.check_family({"model_type": "xlnet", "architectures": ["XLNetForCausalLM"], "n_layer": 4})
 

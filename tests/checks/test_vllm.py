@@ -209,7 +209,6 @@ def test_what_is_not_exact_is_refused_with_the_reason(case, serve, record):
     record(case, "refused")
 
 
-@pytest.mark.xdist_group("vllm-edited")
 @pytest.mark.matrix
 def test_an_edited_loop_is_not_served_from_the_compile_cache(export_of, environment):
     export = export_of(Case("llama"))
@@ -230,7 +229,6 @@ def _templates(directory, names):
     return {"templates", "__pycache__"} & set(names)
 
 
-@pytest.mark.xdist_group("vllm-verify")
 def test_verify_compares_vllm_with_transformers(export_of, environment, tmp_path):
     installed = shutil.copytree(ROOT / "loopexport", tmp_path / "site" / "loopexport", ignore=_templates)
     shutil.copytree(ROOT / "templates", installed / "templates")
@@ -247,7 +245,6 @@ def test_verify_compares_vllm_with_transformers(export_of, environment, tmp_path
     assert "cannot serve this looped model on vLLM: kv reference depends on where chunks start" in refused.stdout
 
 
-@pytest.mark.xdist_group("vllm-server")
 @pytest.mark.skipif("LOOPEXPORT_SMOLLM" not in os.environ, reason="needs SmolLM2")
 def test_a_served_export_answers_the_openai_client(environment, tmp_path):
     looped = loopexport.convert(
@@ -289,7 +286,6 @@ def served_with_tensor_parallel_2(export, environment, folder, port=8124):
         server.wait()
 
 
-@pytest.mark.xdist_group("vllm-server")
 @pytest.mark.matrix
 @pytest.mark.parametrize("kv", ["shared", "per_step"])
 def test_the_server_with_tensor_parallel_2_gives_the_tokens_of_transformers(export_of, environment, tmp_path, kv):

@@ -51,9 +51,7 @@ def test_manifest_that_reaches_outside_is_refused(export, tmp_path, group, name)
     (export / "loopexport.json").write_text(json.dumps(manifest))
     for command in (["inspect"], ["verify", "--files-only"], ["restore"]):
         out = [tmp_path / "deep" / "back"] if command == ["restore"] else []
-        assert_refused(
-            tmp_path, *command[:1], export, *out, *command[1:], says="is not the name of a file of an export"
-        )
+        assert_refused(tmp_path, *command[:1], export, *out, *command[1:], says="is not a file name inside an export")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +91,7 @@ def test_files_that_the_manifest_does_not_know_are_no_part_of_an_intact_export(e
     ("changes", "says"),
     [
         ({"loop_span": [0, 10**12]}, "ends outside the model"),
-        ({"loop_steps": 10**400}, "2147483647 the most"),
+        ({"loop_steps": 10**400}, "to 2147483647"),
         ({"num_hidden_layers": "six"}, "is not a number of layers"),
         ({"model_type": 7}, "model_type 7"),
     ],

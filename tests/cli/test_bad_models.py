@@ -12,7 +12,7 @@ from support.refusals import INDEX, assert_refused
 
 BAD_CONFIGS = [
     ({"model_type": "martian"}, "has no model family 'martian'"),
-    ({"model_type": None}, "names no model_type"),
+    ({"model_type": None}, "has no model_type"),
     ({"model_type": 7}, "model_type 7"),
     ({"architectures": ["BertModel"], "model_type": "bert"}, "BertModel is not a causal language model"),
     ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "is an encoder-decoder"),
@@ -21,12 +21,12 @@ BAD_CONFIGS = [
     ({"architectures": {"LlamaForCausalLM": 1}}, "is not a list of class names"),
     ({"architectures": 7}, "architectures 7"),
     ({"architectures": ["LlamaForCausalLM", None]}, "is not a list of class names"),
-    ({"num_hidden_layers": 10**12}, "is not a number of layers, 1 to 100,000"),
+    ({"num_hidden_layers": 10**12}, "is not a number of layers from 1 to 100,000"),
     ({"model_type": "mar\ntian\x1b[31m"}, "'mar\\ntian\\x1b[31m'"),
     ({"num_hidden_layers": None}, "tells no number of layers (num_hidden_layers"),
     ({"num_hidden_layers": "six"}, "'six' in "),
     ({"num_hidden_layers": -1}, "is not a number of layers"),
-    ({"loop_num_passes": 3}, "has loop_num_passes, and a looped model takes names with loop_ for fields of its loop"),
+    ({"loop_num_passes": 3}, "has loop_num_passes, but names with loop_ are reserved for the loop"),
     ({"model_type": "looped_llama"}, "the model is looped already (looped_llama)"),
 ]
 
@@ -91,9 +91,9 @@ def test_directory_without_config_is_refused(tmp_path):
 
 
 def test_missing_directory_is_refused(tmp_path):
-    says = ", and that is no Hub id either; give a model directory, or a Hub id such as org/name"
+    says = " is neither a directory nor a Hub id; give a model directory, or a Hub id such as org/name"
     assert_refused(tmp_path, "convert", tmp_path / "none", tmp_path / "out", *SPEC, says=f"{tmp_path / 'none'}{says}")
-    assert_refused(tmp_path, "convert", "./none", tmp_path / "out", *SPEC, says=f"no directory ./none{says}")
+    assert_refused(tmp_path, "convert", "./none", tmp_path / "out", *SPEC, says=f"./none{says}")
 
 
 def test_file_in_place_of_a_model_is_refused(tmp_path):
@@ -120,7 +120,7 @@ def test_no_weights_at_all_are_refused(base, tmp_path):
 def test_looped_base_is_refused(base, tmp_path):
     assert run("convert", base, tmp_path / "once", *SPEC).exit_code == 0
     command = ["convert", tmp_path / "once", tmp_path / "twice", *SPEC]
-    assert_refused(tmp_path, *command, says=f"or `loopexport restore {tmp_path / 'once'} OUT` and convert that")
+    assert_refused(tmp_path, *command, says=f"or run `loopexport restore {tmp_path / 'once'} OUT` and convert OUT")
     (tmp_path / "once" / "loopexport.json").unlink()  # without it, restore cannot work
     assert_refused(tmp_path, *command, says="is looped already (looped_llama); change the loop_* fields")
     assert "restore" not in run(*command).stderr

@@ -140,7 +140,7 @@ def test_output_that_appears_meanwhile_is_left_alone(base, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("out", "says"),
     [
-        ("x" * 201, "must be of 200 bytes at most"),
+        ("x" * 201, "must have at most 200 bytes"),
         ("x/" * 3000, "File name too long"),
         ("circle", "is not a directory"),
         ("circle/x", "cannot write into"),

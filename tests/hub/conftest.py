@@ -57,7 +57,7 @@ def export(converted, tmp_path):
 
 @pytest.fixture
 def push(hub, export, tmp_path):
-    """`push(*options, to=REPO, token=...)`: push the export in a process of its own; the finished process."""
+    """`push(*options, to=REPO, token=...)`: push the export; what the command ended with."""
 
     def run(*options, to=REPO, token=OWNER_TOKEN):
         return loopexport_command(hub, tmp_path / "home", "push", export, to, *options, token=token)

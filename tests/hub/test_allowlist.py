@@ -21,35 +21,35 @@ def link(root, name, to):
 
 
 LEAKS = {
-    ".env": (lambda root: (root / ".env").write_text("A=1"), ".env looks like a file of secrets"),
-    "key": (lambda root: (root / "base" / "id_rsa").write_text("x"), "base/id_rsa looks like a file of secrets"),
+    ".env": (lambda root: (root / ".env").write_text("A=1"), ".env looks like a file with secrets"),
+    "key": (lambda root: (root / "base" / "id_rsa").write_text("x"), "base/id_rsa looks like a file with secrets"),
     "file link": (lambda root: link(root, "LICENSE.md", "/etc/hostname"), "LICENSE.md is a symbolic link"),
     "folder link": (lambda root: link(root, "more", "/etc"), "more is a symbolic link"),
-    "pickle": (lambda root: (root / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin may run code"),
-    "deep pickle": (lambda root: (root / "base" / "x.pt").write_bytes(b"x"), "base/x.pt may run code"),
-    "licence": (lambda root: (root / "LICENSE.pkl").write_bytes(b"x"), "LICENSE.pkl may run code"),
+    "pickle": (lambda root: (root / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin may be a pickle"),
+    "deep pickle": (lambda root: (root / "base" / "x.pt").write_bytes(b"x"), "base/x.pt may be a pickle"),
+    "licence": (lambda root: (root / "LICENSE.pkl").write_bytes(b"x"), "LICENSE.pkl may be a pickle"),
     "code": (lambda root: (root / "modeling_evil.py").write_text("x"), "modeling_evil.py is code"),
     "listed code": (lambda root: write_listed(root, "evil.py", "x"), "evil.py is code"),
     "pipe": (lambda root: os.mkfifo(root / "pipe"), "pipe is neither a file nor a directory"),
     "token in config": (
         lambda root: write_listed(root, "generation_config.json", json.dumps({"token": TOKEN})),
-        "generation_config.json holds what looks like a secret (hf_a1B...)",
+        "generation_config.json contains something like a secret (hf_a1B...)",
     ),
     "token in card": (
         lambda root: (root / "README.md").write_text(f"export HF_TOKEN={TOKEN}"),
-        "README.md holds what looks like a secret",
+        "README.md contains something like a secret",
     ),
     "absolute path": (
         lambda root: (make_local(root), write_listed(root, "generation_config.json", '{"a": [{"b": "/home/me/x"}]}')),
-        "generation_config.json holds the absolute path '/home/me/x'",
+        "generation_config.json contains the absolute path '/home/me/x'",
     ),
     "absolute Windows path": (
         lambda root: (make_local(root), write_listed(root, "generation_config.json", '{"a": "C:\\\\x"}')),
-        "generation_config.json holds the absolute path",
+        "generation_config.json contains the absolute path",
     ),
     "path in the manifest": (
         lambda root: edit_manifest(root, lambda values: values["left_behind"].append("/home/me/x")),
-        "loopexport.json holds the absolute path",
+        "loopexport.json contains the absolute path",
     ),
     "foreign tokenizer code": (
         lambda root: write_listed(root, "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a.B", null]}}'),
@@ -70,7 +70,7 @@ LEAKS = {
     "short weights": (lambda root: os.truncate(min(root.glob("*.safetensors")), 999), "has changed (size)"),
     "weights elsewhere": (
         lambda root: edit_manifest(root, lambda values: values["weights"].update({"../x.safetensors": {"size": 1}})),
-        "'../x.safetensors' is not the name of a file of an export",
+        "'../x.safetensors' is not a file name inside an export",
     ),
     "missing weights": (
         lambda root: (

@@ -50,7 +50,7 @@ def test_failed_push_after_a_conversion_can_go_on(hub, tmp_path):
     hub.fail("POST", "/commit/", status=500)
     done = loopexport_command(hub, tmp_path / "home", "convert", BASE, tmp_path / "out", *SPEC, "--push", REPO)
     assert done.returncode == 1
-    assert f"`loopexport push {tmp_path / 'out'} {REPO}` goes on with it" in done.stderr
+    assert f"run `loopexport push {tmp_path / 'out'} {REPO}` to continue" in done.stderr
     assert pushed(loopexport_command(hub, tmp_path / "home", "push", tmp_path / "out", REPO, "--json"))["commit"]
 
 
@@ -68,9 +68,9 @@ def test_example_publishes_a_preset_without_the_weights_passing_through(hub, tmp
     assert done.returncode == 0, done.stderr
     commit = hub.repositories[REPO].refs["main"]
     assert commit in done.stdout
-    assert "published for this cell (replicated): MMLU-Pro" in done.stdout
+    assert "published for this model and loop (replicated): MMLU-Pro" in done.stdout
     files = hub.repositories[REPO].files()
-    assert b"Published for this cell, replicated" in files["README.md"]
+    assert b"Published for this model and loop, replicated" in files["README.md"]
     assert {name: files[name] for name in weights(base)} == {name: (base / name).read_bytes() for name in weights(base)}
     assert bytes_received(hub) == 0
     ours = load(hub, tmp_path, REPO, commit, tmp_path / "ours.pt")

@@ -33,18 +33,23 @@ FAILURES = {
         {"status": 429, "headers": {"Retry-After": "7"}},
         "wait 7 s and run the same",
     ),
-    "trouble at the start": ("GET", "/api/models/me/", {"status": 500}, "the Hub is in trouble (500"),
+    "trouble at the start": ("GET", "/api/models/me/", {"status": 500}, "the Hub has an error of its own (500"),
     "no connection": ("GET", "whoami", {"drop": True}, "the connection to the Hub broke"),
     "name taken meanwhile": ("POST", "/repos/create", {"status": 403}, "you may not write to me/Looped"),
-    "preupload fails": ("POST", "/preupload/", {"status": 503}, "the Hub is in trouble (503"),
+    "preupload fails": ("POST", "/preupload/", {"status": 503}, "the Hub has an error of its own (503"),
     "vanished": ("POST", "/preupload/", {"status": 404, "code": "RepoNotFound"}, "the Hub has no me/Looped"),
-    "batch fails": ("POST", "/objects/batch", {"status": 500}, "the Hub is in trouble (500"),
-    "quota": ("POST", "/objects/batch", {"status": 403, "message": "storage limit reached"}, "does not take the files"),
-    "upload fails": ("PUT", SECOND, {"status": 500}, "the Hub is in trouble (500"),
+    "batch fails": ("POST", "/objects/batch", {"status": 500}, "the Hub has an error of its own (500"),
+    "quota": (
+        "POST",
+        "/objects/batch",
+        {"status": 403, "message": "storage limit reached"},
+        "does not accept the files",
+    ),
+    "upload fails": ("PUT", SECOND, {"status": 500}, "the Hub has an error of its own (500"),
     "token expires": ("PUT", SECOND, {"status": 401}, "the Hub does not accept the token"),
     "upload is cut": ("PUT", SECOND, {"drop_after_bytes": 70_000}, "the connection to the Hub broke"),
-    "verify fails": ("POST", rf"{SECOND}/verify", {"status": 500}, "the Hub is in trouble (500"),
-    "commit fails": ("POST", "/commit/", {"status": 500}, "the Hub is in trouble (500"),
+    "verify fails": ("POST", rf"{SECOND}/verify", {"status": 500}, "the Hub has an error of its own (500"),
+    "commit fails": ("POST", "/commit/", {"status": 500}, "the Hub has an error of its own (500"),
     "commit is limited": ("POST", "/commit/", {"status": 429}, "wait a while and run the same command again"),
     "commit conflicts": ("POST", "/commit/", {"status": 409}, "is being changed by someone else"),
     "branch moved": ("POST", "/commit/", {"status": 412}, "is being changed by someone else"),
@@ -72,17 +77,17 @@ def test_failure_is_one_line_and_the_same_command_completes_without_sending_anyt
 
 def test_quota_of_the_object_store_is_told(hub, push):
     hub.quota_bytes = 1000
-    assert_refused(push("--no-server-copy"), "does not take the files of me/Looped: Private repository storage limit")
+    assert_refused(push("--no-server-copy"), "does not accept the files of me/Looped: Private repository storage limit")
 
 
 @pytest.mark.parametrize(
     ("token", "to", "says"),
     [
         (EXPIRED_TOKEN, REPO, "the Hub does not accept the token"),
-        (None, REPO, "there is no Hub token; log in (`hf auth login`), set HF_TOKEN, or give --token"),
+        (None, REPO, "no Hub token; log in (`hf auth login`), set HF_TOKEN, or give --token"),
         (STRANGER_TOKEN, REPO, "you may not write to me/Looped"),
         (STRANGER_TOKEN, "team/there", "you may not write to team/there"),
-        (OWNER_TOKEN, "a/b/c", "'a/b/c' is not an id of a repository"),
+        (OWNER_TOKEN, "a/b/c", "'a/b/c' is not a repository id"),
     ],
 )
 def test_refusals_come_before_any_weight_is_hashed_or_sent(hub, push, token, to, says):

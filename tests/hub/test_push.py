@@ -10,7 +10,17 @@ import loopexport
 from loopexport import templates
 from support.commands import sha256
 from support.hub_requests import EXPIRED_TOKEN, OWNER_TOKEN
-from support.push import REPO, assert_refused, bytes_received, copies, edit_manifest, pushed, weights, writes
+from support.push import (
+    REPO,
+    assert_refused,
+    bytes_received,
+    copies,
+    edit_manifest,
+    loopexport_process,
+    pushed,
+    weights,
+    writes,
+)
 
 
 @copies
@@ -100,8 +110,9 @@ def test_token_option_is_used_and_precedes_the_environment(push):
     assert pushed(push("--json", "--token", OWNER_TOKEN, token=EXPIRED_TOKEN))["commit"]
 
 
-def test_result_goes_to_stdout_and_progress_to_stderr(push):
-    done = push()
+def test_result_goes_to_stdout_and_progress_to_stderr(hub, export, tmp_path):
+    """In a process of its own, as a user runs it."""
+    done = loopexport_process(hub, tmp_path / "home", "push", export, REPO)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1].startswith("Pushed to http")
     assert "%" not in done.stdout
@@ -135,7 +146,7 @@ def test_gitignore_that_cannot_be_overridden_stops_the_push(hub, push):
 @pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "model.onnx"])
 def test_what_would_be_loaded_beside_the_export_stops_the_push(hub, push, name):
     hub.commit(REPO, {name: b"other"})
-    assert_refused(push(), f"{REPO} holds {name} of another model, which would be loaded as part of this one")
+    assert_refused(push(), f"{REPO} holds {name} of another model, and transformers would load it with this one")
     assert writes(hub) == []
 
 

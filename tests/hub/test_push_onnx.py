@@ -14,7 +14,7 @@ import transformers
 import xxhash
 
 import loopexport
-from loopexport.hub.allowlist import collect
+from loopexport.hub.allowlist import allowed_files
 from loopexport.hub.transfers import large_transfers
 from support.commands import run, sha256
 from support.damage import flip_last_byte
@@ -56,12 +56,12 @@ ONNX_LEAKS = {
     "data": (lambda root: flip_last_byte(root / "model_fp16.onnx_data"), r"model_fp16.onnx_data .* \(xxh3_128\)"),
     "missing data": (lambda root: (root / "model_fp16.onnx_data").unlink(), "model_fp16.onnx_data is missing"),
     "config": (lambda root: flip_last_byte(root / "genai_config.json"), "genai_config.json has changed"),
-    "token": (lambda root: write_onnx(root, "model.onnx", f"x {TOKEN}".encode()), "model.onnx holds what looks like"),
+    "token": (lambda root: write_onnx(root, "model.onnx", f"x {TOKEN}".encode()), "model.onnx contains something like"),
     "edited loop": (lambda root: edit_loop(root, 2), r"another loop \(loop_steps 3 -> 2\): run `loopexport onnx"),
-    "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx', which is no name of one"),
+    "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx', which LoopExport never writes"),
     "foreign data": (
         lambda root: write_graph(root, "secret.txt"),
-        "model_fp16.onnx reads secret.txt, which is no part",
+        "model_fp16.onnx reads secret.txt, which is not part",
     ),
 }
 
@@ -76,7 +76,7 @@ def test_onnx_files_that_are_not_as_written_stop_the_push(export, kind):
 
 
 def check_outgoing(export):
-    large_transfers(export, collect(export).large, lambda count: None)
+    large_transfers(export, allowed_files(export).large, lambda count: None)
 
 
 def test_onnx_files_that_are_made_no_more_are_deleted_from_the_hub(hub, push, export):
@@ -106,7 +106,6 @@ FETCH = "import sys, huggingface_hub; print(huggingface_hub.snapshot_download(sy
 
 
 @copies
-@pytest.mark.xdist_group("pushed graphs")  # one export to ONNX serves them all
 def test_pushed_graphs_read_the_pushed_weights_and_give_the_tokens_of_the_local_ones(hub, with_graphs, tmp_path):
     home = tmp_path / "home"
     done = pushed(loopexport_command(hub, home, "push", with_graphs, REPO, "--json"))
@@ -146,7 +145,6 @@ def run_examples(card, root):
 
 
 @copies
-@pytest.mark.xdist_group("pushed graphs")
 @pytest.mark.parametrize("mode", ["uploaded", "removed"])
 def test_onnx_files_go_along_however_the_weights_travel(hub, with_graphs, tmp_path, mode):
     root = shutil.copytree(with_graphs, tmp_path / "export")
@@ -168,4 +166,4 @@ def test_graphs_are_made_of_weights_that_are_here(weightless):
     pytest.importorskip("onnxscript")
     result = run("onnx", weightless)
     assert result.exit_code == 1
-    assert "and a graph is made from the weights: convert with them" in result.stderr
+    assert "and a graph needs the weights: convert without --weights none" in result.stderr

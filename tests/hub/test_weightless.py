@@ -65,7 +65,7 @@ def test_weights_that_are_nowhere_to_be_had_stop_the_push(hub, weightless, tmp_p
     if not option:
         hub.fail("POST", "/lfs-files/duplicate", status=403, message="not here")
     done = loopexport_command(hub, tmp_path / "home", "push", weightless, REPO, *option)
-    assert_refused(done, "is not here and cannot be copied on the Hub")
+    assert_refused(done, "is not here and the Hub cannot copy it")
     assert "convert the base again with its weights" in done.stderr
     if REPO in hub.repositories:
         assert list(hub.repositories[REPO].files()) == [".gitattributes"]
@@ -80,9 +80,9 @@ def test_local_base_cannot_be_converted_without_weights(base, tmp_path):
 def test_client_that_cannot_copy_uploads_and_says_so(hub, push, weightless, tmp_path):
     done = push("--json")
     assert pushed(done)["bytes_copied"] == 0
-    assert "this huggingface_hub cannot copy between repositories; version 2 can" in done.stderr
+    assert "this huggingface_hub cannot copy between repositories; install version 2" in done.stderr
     done = loopexport_command(hub, tmp_path / "home", "push", weightless, REPO + "2")
-    assert_refused(done, "is not here and cannot be copied on the Hub (this huggingface_hub cannot copy")
+    assert_refused(done, "is not here and the Hub cannot copy it (this huggingface_hub cannot copy")
 
 
 @copies

@@ -9,14 +9,24 @@ import pytest
 import loopexport
 import loopexport.onnx
 from loopexport.onnx import OnnxModel, build
-from support.onnx_graphs import BEYOND_FUSED, LOOPS, QUICK_FUSED, assert_equals_torch, quickly
+from support.onnx_graphs import BEYOND_FUSED, LOOPS, MORE_LOOPS, assert_equals_torch
+from support.structure import by_class
 from support.tiny import FAMILIES
 
 
-@pytest.mark.parametrize("family", quickly(FAMILIES.keys() - BEYOND_FUSED.keys(), QUICK_FUSED))
+@pytest.mark.parametrize("family", by_class(sorted(FAMILIES.keys() - BEYOND_FUSED.keys()), ("llama", "gemma3_text")))
 def test_fused_attention_equals_torch(graph, family):
     """GroupQueryAttention: iterations under `shared` read the natural cache and add no key to it."""
-    for spec in LOOPS[:5] if family in QUICK_FUSED else LOOPS[:3]:
+    assert_fused_equals_torch(graph, family, LOOPS)
+
+
+@pytest.mark.parametrize("family", by_class(("llama", "gemma3_text"), ("llama",)))
+def test_fused_attention_equals_torch_in_more_loops(graph, family):
+    assert_fused_equals_torch(graph, family, MORE_LOOPS[:2])
+
+
+def assert_fused_equals_torch(graph, family, loops):
+    for spec in loops:
         root = graph(family, "gqa", **spec)
         assert_equals_torch(root, padded=False)
         fused = [node for node in ir.load(root / "model.onnx").graph if node.op_type == "GroupQueryAttention"]

@@ -100,7 +100,7 @@ def test_card_tells_of_the_graphs_until_somebody_edits_it(export, one_trace):
     assert "| `model.onnx` | 4 | fp32 |" in (export / "README.md").read_text()
     (export / "README.md").write_text(card + "mine\n")
     result = run("onnx", export, "--no-verify", "--steps", "2")
-    assert "README.md was edited, and stays as it is" in result.stderr
+    assert "README.md was edited, so it stays as it is" in result.stderr
     assert (export / "README.md").read_text() == card + "mine\n"
 
 
@@ -182,7 +182,7 @@ def test_bf16_is_written_but_not_verified_without_cuda(tiny_base, tmp_path):
         pytest.skip("there is CUDA")
     result = run("onnx", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert "--dtype fp32 or fp16 makes one that runs on the CPU" in result.stdout
+    assert "for the CPU use --dtype fp32 or fp16" in result.stdout
     assert "n/a  the graph equals torch: not compared: bf16 runs on CUDA only" in result.stdout
     with pytest.raises(loopexport.LoopExportError, match="a graph in bf16 runs on CUDA only"):
         OnnxModel(tmp_path / "out")

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from loopexport.files.staged_files import Placing, placing
+from loopexport.files.staged_files import StagedFiles, staged_files
 from loopexport.onnx import OnnxModel, build
 from support.commands import checks, run, tree
 from support.damage import EXPLODES, edit_config
@@ -90,32 +90,32 @@ def test_run_that_is_stopped_leaves_the_earlier_one(export, one_trace, monkeypat
 
 
 @pytest.mark.parametrize("can_link", [True, False])
-def test_files_are_placed_all_or_none(monkeypatch, tmp_path, can_link):
+def test_staged_files_replace_all_or_none(monkeypatch, tmp_path, can_link):
     def refuse(*arguments, **options):
         raise OSError("no links here")
 
     if not can_link:
         monkeypatch.setattr("os.link", refuse)
     (tmp_path / "old").write_text("old")
-    files = Placing(tmp_path)
+    files = StagedFiles(tmp_path)
     for name in ("old", "new"):
         files.write(name, b"new")
     files.partial("half").write_text("ha")
     files.end()
     assert contents(tmp_path) == {"old": "old"}
-    with placing(tmp_path) as files:
+    with staged_files(tmp_path) as files:
         for name in ("old", "new"):
             files.write(name, b"new")
         files.keep()
     assert contents(tmp_path) == {"old": "new", "new": "new"}
 
 
-def test_placing_that_is_stopped_between_two_steps_leaves_no_second_name(monkeypatch, tmp_path):
+def test_staging_that_is_stopped_between_two_steps_leaves_no_second_name(monkeypatch, tmp_path):
     def stop(*arguments):
         raise KeyboardInterrupt
 
     (tmp_path / "old").write_text("old")
-    files = Placing(tmp_path)
+    files = StagedFiles(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.replace", stop)
         with pytest.raises(KeyboardInterrupt):

@@ -11,11 +11,12 @@ import loopexport.onnx
 from loopexport.base import families
 from loopexport.onnx import OnnxModel
 from loopexport.onnx.check import TOLERANCES, load_torch, make_scenarios, run_graph
-from loopexport.onnx.trace.expressible import Expressible
 from loopexport.onnx.trace.simplify import optimise
+from loopexport.onnx.trace.substitutes import OnnxSubstitutes
 from support.family_walk import RELEASE
-from support.onnx_graphs import LONGROPE, LOOPS, QUICK_FAMILIES, assert_equals_torch, quickly, relative_difference
+from support.onnx_graphs import LONGROPE, LOOPS, MORE_LOOPS, QUICK_FAMILIES, assert_equals_torch, relative_difference
 from support.onnx_walk import walk_onnx, walked_families
+from support.structure import by_class
 from support.tiny import FAMILIES, MOE_FAMILIES, VOCAB
 
 # Rotary embeddings whose frequencies change at a length that the compared inputs cross.
@@ -41,12 +42,11 @@ RULES = (
 )
 
 
-@pytest.mark.parametrize("family", quickly(FAMILIES))
+@pytest.mark.parametrize("family", by_class(FAMILIES, QUICK_FAMILIES))
 def test_graph_equals_torch(graph, plain, family):
     roots = []
-    for spec in LOOPS if family in QUICK_FAMILIES else LOOPS[:3]:
-        frozen = {"frozen_routing": True} if family in MOE_FAMILIES and "mode" in spec else {}
-        roots.append(graph(family, **spec, **frozen))
+    for spec in LOOPS:
+        roots.append(graph(family, **spec))
         assert_equals_torch(roots[-1])
     for scenario in make_scenarios(VOCAB, loopexport.open_export(roots[0]).spec):
         difference = relative_difference(OnnxModel(roots[0]), plain(family), scenario)
@@ -54,6 +54,13 @@ def test_graph_equals_torch(graph, plain, family):
     tokens = make_scenarios(VOCAB, loopexport.open_export(roots[0]).spec)[0]
     base, looped = (run_graph(OnnxModel(root), tokens) for root in roots[:2])
     assert np.abs(base - looped).max() > 1e-2 * np.abs(base).max(), "the loop is idle, so that equality means nothing"
+
+
+@pytest.mark.parametrize("family", by_class((*QUICK_FAMILIES, "qwen3"), ("llama",)))
+def test_more_loops_equal_torch(graph, family):
+    for spec in MORE_LOOPS:
+        frozen = {"frozen_routing": True} if family in MOE_FAMILIES and "mode" in spec else {}
+        assert_equals_torch(graph(family, **spec, **frozen))
 
 
 def test_tables_of_fixed_length_are_read_at_any_length(tmp_path):
@@ -90,7 +97,7 @@ def test_pairs_rotate_as_complex_numbers():
     query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 1, 3, 8)
     angles = torch.rand(2, 3, 4) * 6
     rotated = apply_rotary_emb(query, key, torch.polar(torch.ones_like(angles), angles) * 2.0)
-    with Expressible():
+    with OnnxSubstitutes():
         ours = apply_rotary_emb(query, key, torch.polar(torch.ones_like(angles), angles) * 2.0)
     for mine, theirs in zip(ours, rotated, strict=True):
         torch.testing.assert_close(mine, theirs)

@@ -116,7 +116,7 @@ def test_chat_template_that_fails_is_told_in_one_line(export):
 
 def test_tiny_temperature_is_greedy_and_options_without_one_are_told(export):
     greedy = run("run", export, "it is", "--max-new-tokens", "4", "--top-k", "3")
-    assert "Note: --top-k and --top-p choose among tokens that --temperature draws" in greedy.stderr
+    assert "Note: --top-k and --top-p need --temperature" in greedy.stderr
     tiny = run("run", export, "it is", "--max-new-tokens", "4", "--temperature", "1e-320")
     assert tiny.exit_code == 0
     assert tiny.stderr == ""
@@ -134,10 +134,10 @@ def test_tensors_that_do_not_fit_are_value_errors(made):
         "token id -1 is not in": [lambda: model.generate(np.array([[5, -1]]))],
         "must have the shape": [lambda: model.forward(ids, np.ones((2, 2))), lambda: model.generate(ids, np.ones(3)),
                                 lambda: model.forward(ids, np.ones((2, 3)), cache)],
-        "must be of 0, for padding, and 1": [lambda: model.forward(ids, np.full((2, 3), 2))],
+        "must hold 1, and 0 for padding": [lambda: model.forward(ids, np.full((2, 3), 2))],
         "max_new_tokens 0 must be 1": [lambda: model.generate(ids, max_new_tokens=0)],
         "row 1 of attention_mask is all padding": [lambda: model.generate(ids, np.array([[1, 1, 1], [0, 0, 0]]))],
-        "the cache is of a batch of 2, input_ids of one of 1": [lambda: model.forward(ids[:1], cache=cache)],
+        "the cache has a batch of 2, but input_ids has a batch of 1": [lambda: model.forward(ids[:1], cache=cache)],
     }  # fmt: skip
     for says, calls in wrong.items():
         for call in calls:

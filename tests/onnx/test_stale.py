@@ -14,9 +14,9 @@ from support.made_onnx import VOCAB, refused
 
 def test_graph_of_a_loop_that_was_edited_since_is_not_run(export):
     edit_config(export, loop_steps=4)
-    says = "model.onnx: the graph was made for another loop (loop_steps 3 -> 4): run `loopexport onnx"
+    says = "model.onnx: the graph contains another loop (loop_steps 3 -> 4): run `loopexport onnx"
     assert says in refused("run", export, "it is")
-    with pytest.raises(loopexport.LoopExportError, match="was made for another loop"):
+    with pytest.raises(loopexport.LoopExportError, match="contains another loop"):
         OnnxModel(export)
     assert OnnxModel(export, "model_k2.onnx").vocab_size == VOCAB  # of another K on purpose
     edit_config(export, loop_span=[0, 2])
@@ -33,7 +33,7 @@ def test_the_command_that_is_named_makes_a_stale_graph_anew(export):
         ("model_k2_fp16.onnx", " --steps 2 --dtype fp16"),
     ):
         says = refused("run", export, "it is", "--file", name)
-        assert f"{name}: the graph was made for another loop" in says
+        assert f"{name}: the graph contains another loop" in says
         assert f"run `loopexport onnx {export}{options}` again" in says
         assert run("onnx", export, *options.split(), "--no-verify").exit_code == 0
         assert OnnxModel(export, name).vocab_size == VOCAB
@@ -58,7 +58,7 @@ def test_a_step_size_that_is_spelt_out_is_no_other_loop(export):
 
 @pytest.mark.parametrize("fields", [{"loop_steps": "3"}, {"loop_steps": "{"}])
 def test_graph_that_does_not_tell_its_loop_is_not_run(export, fields):
-    with pytest.raises(loopexport.LoopExportError, match=r"model\.onnx does not tell which loop it holds"):
+    with pytest.raises(loopexport.LoopExportError, match=r"model\.onnx has a damaged loop in its metadata"):
         refuse_stale(export / "model.onnx", fields)
 
 

@@ -1,7 +1,7 @@
-"""A stand-in for the Hub on the loopback interface, for the real client: repositories, commits, large files, refusals.
+"""A double of the Hub on the loopback interface, for the real client `huggingface_hub`.
 
-It keeps what the real one keeps (commits of named files, branches, pull requests, an object store for large files in
-each repository), answers the requests that `huggingface_hub` sends, and breaks where a test tells it to.
+It has what the real Hub has: repositories with commits, branches and pull requests, and for each repository an object
+store for large files. It answers the client's requests, and fails where a test asks for a failure.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from support.hub_storage import Blob, Refusal, Repository, is_large
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests that match.
+    """A failure of the next `times` requests that match.
 
     Attributes:
-        status, code, message: an answer of this HTTP status, with the Hub's error code and message.
-        headers: of that answer.
-        drop: close the connection instead of answering; "late" does so after the request was carried out.
-        drop_after_bytes: close it after so many bytes of the request's body.
+        method, pattern: regular expressions for the whole method and for a part of the path.
+        times: how many requests fail.
+        status, code, message: the HTTP status, and the Hub's error code and message, of the response.
+        headers: of that response.
+        drop: True closes the connection instead of answering; "late" carries out the request first.
+        drop_after_bytes: close the connection after this many bytes of the request's body.
         delay: seconds to wait first.
     """
 
@@ -45,18 +47,18 @@ class Fault:
 
 
 class HubDouble(ThreadingHTTPServer):
-    """The Hub.
+    """The Hub; it serves from the moment of its creation.
 
     Attributes:
         repositories: by name.
-        sent: bytes of file contents sent so far, by file name.
-        received: bytes of large files received so far, by sha256, unfinished ones included.
+        sent: number of bytes of file contents sent so far, by file name.
+        received: number of bytes of large files received so far, by sha256, unfinished uploads included.
         asked: all requests so far, as (method, path).
-        part_bytes: large files of more bytes are asked for in parts.
-        quota_bytes: what the object store of a repository holds at most.
-        has_xet: whether large files have the digest by which they can be copied.
+        part_bytes: the client must upload larger files in parts of this size; None for never.
+        quota_bytes: size limit of a repository's object store; None for no limit.
+        has_xet: whether large files have the digest that copying needs.
         takes_gitignore: whether an upload may override the repository's .gitignore.
-        failed_copies: copying is answered by this reason for each file instead.
+        failed_copies: the reason for which every copy fails; None to let copies succeed.
     """
 
     daemon_threads = True
@@ -79,28 +81,28 @@ class HubDouble(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Its endpoint, for HF_ENDPOINT."""
+        """The endpoint, for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def add(self, name: str, root: Path, *, private: bool = False) -> str:
-        """Commit the files of a directory, and no others, to `main` of a repository; the commit's id."""
+        """Commit exactly the files of a directory to `main` of a repository; returns the commit's id."""
         self.repositories.setdefault(name, Repository(name, private))
         paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
         return self.commit(name, {path: file.read_bytes() for path, file in paths.items()})
 
     def commit(self, name: str, contents: dict[str, bytes], ref: str = "main") -> str:
-        """Commit these files, and no others, as someone else would; the commit's id."""
+        """Commit exactly these files, as another user would; returns the commit's id."""
         repository = self.repositories.setdefault(name, Repository(name))
         files = {path: Blob(content, is_large(path, len(content))) for path, content in contents.items()}
         repository.objects |= {blob.sha256: blob.content for blob in files.values() if blob.is_lfs}
         return repository.commit(files, "by someone else", ref)
 
-    def fail(self, method: str, pattern: str, **what) -> None:
-        """Let requests fail whose method and path (a regular expression, searched for) match."""
-        self.faults.append(Fault(method, pattern, **what))
+    def fail(self, method: str, pattern: str, **fault) -> None:
+        """Let the next matching requests fail; see `Fault` for the arguments."""
+        self.faults.append(Fault(method, pattern, **fault))
 
     def next_fault(self, method: str, path: str) -> Fault | None:
-        """The fault of this request, if there is one; it is used up."""
+        """The fault for this request, which then counts once less; None to let the request succeed."""
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and re.fullmatch(fault.method, method) and re.search(fault.pattern, path):
@@ -161,7 +163,7 @@ class Handler(Requests, BaseHTTPRequestHandler):
         raise Refusal(404, f"no route {self.command} {path}")
 
     def read_body(self, limit: int | None = None) -> bytes:
-        """The request's body, or its first `limit` bytes; large files are counted as they come."""
+        """The request's body, or its first `limit` bytes; counts the bytes of large files as they arrive."""
         chunks, total = [], 0
         for chunk in self.body_chunks():
             kept = chunk if limit is None else chunk[: limit - total]

@@ -24,7 +24,7 @@ class Requests:
 
     @property
     def user(self) -> str | None:
-        """Who asks, or None for everybody."""
+        """The user of the request's token; None without a token."""
         header = self.headers.get("Authorization")
         if header is None:
             return None
@@ -138,12 +138,12 @@ class Requests:
             raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
         is_recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         own = [path for path in paths if is_recursive or "/" not in path.removeprefix(prefix)]
-        return 200, [commit.files[path].describe(path) for path in own]
+        return 200, [commit.files[path].tree_entry(path) for path in own]
 
     def paths_info(self, name, revision):
         _, commit = self.commit_of(self.readable(name), revision)
         paths = parse_qs(self.body.decode()).get("paths", [])
-        entries = [commit.files[path].describe(path) for path in paths if path in commit.files]
+        entries = [commit.files[path].tree_entry(path) for path in paths if path in commit.files]
         if not self.server.has_xet:
             for entry in entries:
                 entry.pop("xetHash", None)
@@ -157,7 +157,7 @@ class Requests:
             raise Refusal(404, f"{path} does not exist", "EntryNotFound")
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if blob.is_lfs:
-            # Another host, as on the real Hub: the client follows redirects of the same one at once.
+            # Another host, as on the real Hub: the client follows redirects to the same host immediately.
             location = f"{self.server.url.replace('127.0.0.1', 'localhost')}/cdn/{name}/{blob.sha256}/{path}"
             linked = {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content))}
             return 302, b"", {**headers, **linked, "Location": location}
@@ -165,7 +165,7 @@ class Requests:
 
     def cdn(self, name, oid, path):
         content = self.server.repositories[name].objects.get(oid)
-        if content is None:  # large files that someone else committed
+        if content is None:  # a large file that another user committed
             content = next(
                 blob.content
                 for commit in self.server.repositories[name].commits.values()

@@ -34,7 +34,7 @@ class Blob:
         content = text.encode() if self.is_lfs else self.content
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
-    def describe(self, path: str) -> dict:
+    def tree_entry(self, path: str) -> dict:
         """The file in a tree listing."""
         entry = {"type": "file", "path": path, "size": len(self.content), "oid": self.oid}
         if self.is_lfs:
@@ -45,7 +45,7 @@ class Blob:
 
 @dataclass
 class Commit:
-    """One state of a repository."""
+    """One state of a repository: all its files by name."""
 
     files: dict[str, Blob]
     title: str
@@ -54,7 +54,15 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A model repository: `refs` by name (branches, `refs/pr/1`), `commits` by id, `objects` by sha256."""
+    """A model repository.
+
+    Attributes:
+        name: such as `me/model`.
+        private: whether only users who may write can read it.
+        commits: by id.
+        refs: commit ids by branch or pull request, such as `main` and `refs/pr/1`.
+        objects: contents of large files by sha256.
+    """
 
     name: str
     private: bool = False
@@ -63,7 +71,7 @@ class Repository:
     objects: dict[str, bytes] = field(default_factory=dict)
 
     def commit(self, files: dict[str, Blob], title: str, ref: str = "main") -> str:
-        """Make a commit on a branch; its id."""
+        """Add a commit to a branch; returns the commit's id."""
         parent = self.refs.get(ref)
         sha = hashlib.sha1(f"{self.name} {title} {len(self.commits)}".encode()).hexdigest()
         self.commits[sha] = Commit(files, title, parent)
@@ -71,11 +79,11 @@ class Repository:
         return sha
 
     def resolve(self, revision: str) -> str | None:
-        """The commit that a branch or an id stands for."""
+        """The id of the commit that a branch or an id names; None if there is none."""
         return self.refs.get(revision) or (revision if revision in self.commits else None)
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """Content of all files by name."""
+        """Contents of all files at a revision, by name."""
         sha = self.resolve(revision)
         assert sha is not None, revision
         return {name: blob.content for name, blob in self.commits[sha].files.items()}

@@ -7,11 +7,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from click.testing import CliRunner
+from huggingface_hub import constants
 
+from loopexport.cli import main
 from support.commands import sha256, tree
 from support.hub_requests import OWNER_TOKEN
 
@@ -37,9 +44,51 @@ def environment(hub, home, token=OWNER_TOKEN):
     return {**os.environ, **settings, **({"HF_TOKEN": token} if token else {})}
 
 
-def loopexport_command(hub, home, *arguments, token=OWNER_TOKEN):
+def loopexport_process(hub, home, *arguments, token=OWNER_TOKEN):
+    """Run the command line in a process of its own, as a user does."""
     command = [sys.executable, "-c", RUN, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(hub, home, token))
+
+
+def loopexport_command(hub, home, *arguments, token=OWNER_TOKEN):
+    """Run the command line in this process, as a fresh one that has these settings of the Hub would."""
+    with this_process_as_a_client(hub, home, token):
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return SimpleNamespace(returncode=result.exit_code, stdout=result.stdout, stderr=result.stderr)
+
+
+@contextmanager
+def this_process_as_a_client(hub, home, token):
+    """huggingface_hub reads its settings when it is imported, so that they are set in its `constants` too."""
+    variables = {name: value for name, value in environment(hub, home, token).items() if name.startswith("HF_")}
+    values = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 5,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        for name, value in values.items():
+            patch.setattr(constants, name, value)
+        patch.setattr(time, "sleep", _short_sleep)
+        yield
+
+
+def _short_sleep(seconds, sleep=time.sleep):
+    """The client's waits before it tries again are cut short; the Hub double's are not."""
+    is_hub = "process_request_thread" in threading.current_thread().name
+    sleep(seconds if is_hub else min(seconds, 0.01))
 
 
 def pushed(done):

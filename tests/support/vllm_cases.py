@@ -100,7 +100,7 @@ MANY = [
 ]
 # What a release of vLLM does not do, for the base neither: in a setting, or in all.
 LACKING = {
-    ("0.28", "gpt_oss", None): "drops the attention sinks",
+    ("0.28", "gpt_oss", None): "ignores the attention sinks",
     ("0.28", "gpt_neox", None): "no module or parameter named",
     ("0.28", "gpt_neox", PARALLEL): "WorkerProc initialization failed",
     ("0.28", "mistral", PARALLEL): "Check failed: input.block_size",
@@ -112,18 +112,18 @@ REFUSED = [
     Case("llama", {"decode": "bypass"}, refusal="decode bypass depends on where a prompt ends"),
     Case("llama", {"decode": "first_n", "first_n": 2}, refusal="decode first_n depends on where a prompt ends"),
     Case("qwen3_moe", {"frozen_routing": True}, refusal="set loop_frozen_routing to false"),
-    Case("llama", {}, STAGES, refusal="each stage of a pipeline would loop its part"),
+    Case("llama", {}, STAGES, refusal="each pipeline stage would loop only its own part"),
     Case("glm4_moe", {}, COMPILED, refusal="add --enforce-eager"),
-    Case("llama", {}, EAGER, {"enable_lora": True}, refusal="adapters were not tried"),
+    Case("llama", {}, EAGER, {"enable_lora": True}, refusal="adapters were not tested"),
     Case(
         "llama",
         {},
         EAGER,
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        refusal="speculative decoding was not tried",
+        refusal="speculative decoding was not tested",
     ),
-    Case("gpt2", refusal="family gpt2 is none of those found exact there"),
-    Case("deepseek_v3", refusal="family deepseek_v3 is none of those found exact there"),
+    Case("gpt2", refusal="family gpt2 was not found exact there"),
+    Case("deepseek_v3", refusal="family deepseek_v3 was not found exact there"),
     Case("gpt_oss", PER_STEP, refusal="attention sinks"),
 ]
 
@@ -137,9 +137,6 @@ PROMPTS = draw_prompts(1)
 
 
 def as_parameters(few, many=()):
-    """Cases as pytest takes them; those of a group stay with one process."""
+    """Cases as pytest takes them."""
     marked = [(case, ()) for case in few] + [(case, (pytest.mark.matrix,)) for case in many]
-    return [
-        pytest.param(case, id=str(case), marks=(*marks, pytest.mark.xdist_group(f"vllm-{case.group}")))
-        for case, marks in marked
-    ]
+    return [pytest.param(case, id=str(case), marks=marks) for case, marks in marked]

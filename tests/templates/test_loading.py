@@ -117,7 +117,7 @@ def test_steps_can_be_overridden_at_load_and_at_run_time(export_dir):
 
 
 def test_a_misspelt_field_is_refused_where_it_is_set(export_dir, tmp_path):
-    message = "loop_stepz is no field of the loop"
+    message = "loop_stepz is not a field of the loop"
     export = export_dir(steps=3)
     with pytest.raises(ValueError, match=message):
         load(export).config.loop_stepz = 6

@@ -54,8 +54,15 @@ def test_a_router_that_was_replaced_is_frozen(looped, plain, family):
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="listed experts cannot be compiled into one graph")
-@pytest.mark.parametrize("replaced", [False, True])
-@pytest.mark.parametrize("mode", ["block", "layer"])
+@pytest.mark.parametrize(
+    ("mode", "replaced"),
+    [
+        ("layer", False),
+        ("block", True),
+        pytest.param("block", False, marks=pytest.mark.matrix),
+        pytest.param("layer", True, marks=pytest.mark.matrix),
+    ],
+)
 def test_compiled_fullgraph_is_frozen(looped, mode, replaced):
     torch._dynamo.reset()
     model, tokens = looped("qwen3_moe", frozen_routing=True, mode=mode), tiny_tokens(2, LENGTH)
@@ -107,7 +114,7 @@ def test_a_router_that_is_not_asked_is_refused(looped, monkeypatch):
     model, tokens = looped("qwen3_moe", frozen_routing=True), tiny_tokens(2, LENGTH)
     block = model.model.layers[SPAN[0]].mlp
     monkeypatch.setattr(block, "forward", lambda hidden: hidden @ block.gate.weight.T @ block.gate.weight)
-    with pytest.raises(ValueError, match=r"mlp\.gate was asked 0 times in a pass.*switch frozen_routing off"):
+    with pytest.raises(ValueError, match=r"a pass called \S*mlp\.gate 0 times.*switch frozen_routing off"):
         full(model, tokens)
     model.config.loop_frozen_routing = False
     full(model, tokens)
@@ -121,9 +128,7 @@ def test_a_router_that_iterations_ask_more_or_less_often_is_refused(looped, monk
         monkeypatch.setattr(
             block, "forward", lambda hidden, left=left: [block.gate(hidden) for _ in range(next(left))] and hidden
         )
-        with pytest.raises(
-            ValueError, match=f"asked {counts[1]} times in a pass, and {counts[0]} times in the natural"
-        ):
+        with pytest.raises(ValueError, match=f"{counts[1]} times, the natural pass {counts[0]} times"):
             full(model, tokens)
 
 
@@ -131,9 +136,7 @@ def test_experts_without_a_known_router_are_refused_at_load_and_at_run_time(loop
     model, tokens = looped("gpt_oss"), tiny_tokens(2, LENGTH)
     for name in ("looped_routing", "modeling_looped"):
         monkeypatch.setattr(code_beside(model, name), "ROUTERS", ("chooser",))
-    says = (
-        r"layer 1: mlp\.experts has experts but no router that is known \(chooser or gate\); switch frozen_routing off"
-    )
+    says = r"layer 1: mlp\.experts has experts but no known router \(chooser or gate\); switch frozen_routing off"
     with pytest.raises(ValueError, match=says):
         load(export_dir("gpt_oss"), loop_frozen_routing=True)
     model = load(export_dir("gpt_oss"))
