@@ -7,8 +7,8 @@ from pathlib import Path
 
 from drawing import Canvas, Theme
 
-LABEL = (
-    "Time of a looped model against its base, for K from 1 to 8: measured points lie on the line of layer evaluations"
+LABEL = "CPU time of a looped model against its base, for K from 1 to 8, beside the count of layer evaluations"
+    "CPU time of a looped model against its base, for K from 1 to 8: measured points lie on the line of layer evaluations"
 )
 DATA = Path(__file__).parent / "data" / "cost.json"
 LEFT, RIGHT, TOP, BOTTOM = 84, 700, 84, 344
@@ -22,7 +22,7 @@ def draw(theme: Theme) -> str:
     canvas = Canvas(760, 430, theme, LABEL)
     title = f"What K costs: {data['model']}, span {start}:{stop} of {data['layers']}"
     canvas.text(LEFT, 34, title, size=17, weight="600")
-    canvas.text(LEFT, 58, "time a token, looped / base", fill=theme.muted)
+    canvas.text(LEFT, 58, "CPU time, looped / base", fill=theme.muted)
     _axes(canvas)
     line = [(_x(1), _y(1.0)), (_x(MOST_STEPS), _y(1 + (MOST_STEPS - 1) * (stop - start) / data["layers"]))]
     canvas.line(line, stroke=theme.muted, width=2, dash="6 5")
@@ -66,6 +66,6 @@ def _legend(canvas: Canvas, data: dict) -> None:
     canvas.text(x + 42, y + 28, f"prefill of {data['prefill_tokens']} tokens, measured")
     canvas.circle(x + 15, y + 46, 5, fill=theme.again, stroke=theme.again)
     canvas.text(x + 42, y + 51, f"decode of {data['decode_tokens']} tokens, measured")
-    threads = "1 thread" if data["threads"] == 1 else f"{data['threads']} threads"
-    note = f"Median of {data['rounds']} rounds in turn with the base; fp32, {threads} on a shared CPU."
+    threads = "one thread" if data["threads"] == 1 else f"{data['threads']} threads"
+    note = f"Median of {data['rounds']} rounds in turn with the base; fp32, {threads}."
     canvas.text(LEFT, BOTTOM + 74, note, size=13, fill=theme.muted)

@@ -1,8 +1,8 @@
 """An export served by vLLM gives the greedy tokens of transformers, or is refused with the reason.
 
 Needs an environment with vLLM and nothing of LoopExport: `make test-vllm` makes one and names its Python in
-LOOPEXPORT_VLLM; `make test-vllm-all` runs the whole matrix on two releases and writes `vllm_results/`, which the README
-shows.
+LOOPEXPORT_VLLM; `make test-vllm-all` runs the whole matrix on two releases and writes `tests/records/vllm/`, which
+`docs/vllm.md` shows.
 
 What keeps these tests from passing for nothing: fp32, wide weights, prompts longer than a block of the K/V cache and
 than a chunk, prefix-cache hits that are counted, tokens that differ from those of the base, and log-probabilities,
@@ -167,7 +167,7 @@ def serve(request, export_of, environment):
 
 @pytest.fixture
 def record(vllm_version):
-    """`record(case, outcome)`: note it for the README, if the whole matrix is being run."""
+    """`record(case, outcome)`: note it for `docs/vllm.md`, if the whole matrix is being run."""
 
     def note(case, outcome):
         if "LOOPEXPORT_VLLM_RECORD" in os.environ:
