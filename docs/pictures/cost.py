@@ -8,8 +8,6 @@ from pathlib import Path
 from drawing import Canvas, Theme
 
 LABEL = "CPU time of a looped model against its base, for K from 1 to 8, beside the count of layer evaluations"
-    "CPU time of a looped model against its base, for K from 1 to 8: measured points lie on the line of layer evaluations"
-)
 DATA = Path(__file__).parent / "data" / "cost.json"
 LEFT, RIGHT, TOP, BOTTOM = 84, 700, 84, 344
 MOST_STEPS, LEAST, MOST = 8, 0.9, 2.1

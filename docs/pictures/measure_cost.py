@@ -3,7 +3,7 @@
     python docs/pictures/measure_cost.py MODEL
 
 One looped model is loaded and its `loop_steps` is changed, in turn with the native base. Each figure is the median of
-the ratios of CPU time, in one thread, within rounds: other work on the machine disturbs that less than time on the wall.
+the ratios of CPU time, in one thread, within rounds: other work on the machine disturbs that less than wall time.
 The result goes to `docs/pictures/data/cost.json`.
 """
 
