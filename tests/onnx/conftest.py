@@ -15,12 +15,12 @@ if not HAS_ONNX or int(transformers.__version__.split(".")[0]) < 5:
     collect_ignore_glob = ["test_*.py"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)  # before any test replaces `trace_export`
 def traced(export_dir):
     """`traced(family)`: skeleton and trace of a family's tiny base."""
     from loopexport.onnx import build
 
-    made, trace_export = {}, build.trace_export  # before any test replaces it
+    made, trace_export = {}, build.trace_export
 
     def make(family, dtype="fp32", attention="portable"):
         key = family, dtype, attention
