@@ -40,12 +40,12 @@ def one_registry():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)  # before any test replaces `trace_export`
 def traced(export_dir):
     """`traced(family)`: skeleton and trace of the family's tiny base."""
     from loopexport.onnx import build
 
-    made, trace_export = {}, build.trace_export  # read now, before a test replaces it
+    made, trace_export = {}, build.trace_export
 
     def make(family, dtype="fp32", attention="portable"):
         key = family, dtype, attention
