@@ -26,7 +26,7 @@ from loopexport.export.small_files import export_card, is_card_edited
 from loopexport.files.digests import Progress, bytes_sha256
 
 from .allowlist import AllowedFiles, allowed_files
-from .repository import MAIN, CopyRefusedError, Target, commit, connect, prepare, read_target
+from .repository import MAIN, CopyRefusedError, Target, commit, connect, create_missing, read_target
 from .transfers import (
     COPY,
     DELETE,
@@ -202,7 +202,7 @@ def apply(plan: PushPlan, notify: Callable[[str], object] = lambda line: None) -
     is_there = plan.target.has_branch or plan.create_pr
     if is_there and all(transfer.how == THERE for transfer in plan.transfers):
         return PushResult(plan.url, plan.target.head, plan.transfers)
-    prepare(plan.api, plan.target, private=plan.private)
+    create_missing(plan.api, plan.target, private=plan.private)
     transfers = plan.transfers
     try:
         done, pr_url = _commit(plan, transfers)
