@@ -1,10 +1,10 @@
-# `make demo` and `make test` do everything on a fresh machine. TORCH is what pip is told to install first, so that a
-# build of your choice can be given: make demo TORCH="torch --index-url <your index>"
+# On a fresh machine, `make demo` and `make test` first install what they need. pip installs TORCH before the rest, so
+# that you can choose the build: make demo TORCH="torch --index-url <your index>"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OLDEST ?= .venv-oldest
-# vLLM pins its torch, so it has environments of its own: the newest release that was tried, and an older one.
+# vLLM pins its torch, so each release has its own environment: the newest that we tried, and an older one.
 VLLM ?= 0.32.0
 VLLM_OLDER ?= 0.28.0
 VLLM_TORCH ?= torch==2.13.0+cpu
@@ -18,7 +18,7 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-matrix test-oldest test-oldest-matrix test-vllm test-vllm-older test-vllm-all test-vllm-matrix fuzz lint docs benchmarks clean
+.PHONY: demo test test-matrix test-oldest test-oldest-matrix test-vllm test-vllm-older test-vllm-all test-vllm-matrix fuzz lint docs docs-site pictures picture-data benchmarks clean
 
 demo: $(VENV)/demo-ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" examples/demo.sh $(DEMO)
@@ -26,27 +26,27 @@ demo: $(VENV)/demo-ready
 test: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix"
 
-# The long rest: families x policies x modes.
+# The long matrices of families, policies and modes.
 test-matrix: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m matrix
 
-# The tests on the oldest supported transformers; test-oldest-matrix has the long rest there.
+# The tests on the oldest supported transformers; test-oldest-matrix runs the long matrices there.
 test-oldest: $(OLDEST)/test-ready $(SMOLLM)/README.md
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix"
 
 test-oldest-matrix: $(OLDEST)/test-ready $(SMOLLM)/README.md
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m matrix
 
-# Exports served by vLLM, in an environment with nothing of LoopExport; another release: make test-vllm VLLM=0.31.0
+# Serve exports with vLLM, in an environment without LoopExport. For another release: make test-vllm VLLM=0.31.0
 test-vllm: $(VENV)/test-ready $(VLLM_VENV)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath $(VLLM_VENV))/bin/python \
 		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" -k "$(VLLM_CASES)" tests/checks/test_vllm.py
 
-# A few of them on the older release.
+# Serve a few exports with the older release.
 test-vllm-older:
 	$(MAKE) test-vllm VLLM=$(VLLM_OLDER) VLLM_CASES="greedy and (llama or qwen3_moe) and eager"
 
-# All that the README's table shows, on both releases, recorded for it.
+# Serve everything that the table in docs/vllm.md shows, on both releases, and record the results.
 test-vllm-all:
 	$(MAKE) test-vllm-matrix VLLM=$(VLLM_OLDER)
 	$(MAKE) test-vllm-matrix VLLM=$(VLLM)
@@ -55,7 +55,7 @@ test-vllm-matrix: $(VENV)/test-ready $(VLLM_VENV)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath $(VLLM_VENV))/bin/python LOOPEXPORT_VLLM_RECORD=1 \
 		$(VENV)/bin/python -m pytest --timeout=3600 tests/checks/test_vllm.py
 
-# The fuzz tests with that many random inputs each; `make test` draws a fixed, small sample.
+# Run each fuzz test on FUZZ_EXAMPLES random inputs; `make test` draws a small, fixed sample.
 fuzz: $(VENV)/test-ready
 	LOOPEXPORT_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) --timeout=7200 tests/cli/test_fuzz.py
 
@@ -63,11 +63,24 @@ lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/cog -I .ci --check README.md
+	$(VENV)/bin/cog -I docs --check README.md docs/*.md
 
-# Bring the generated parts of the README up to date.
+# Update the generated parts of README.md and docs/.
 docs: $(VENV)/test-ready
-	$(VENV)/bin/cog -I .ci -r README.md
+	$(VENV)/bin/cog -I docs -r README.md docs/*.md
+
+# The documentation as a site, in build/site.
+docs-site: $(VENV)/docs-ready
+	$(VENV)/bin/mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+
+# The pictures, from their scripts and from data that is checked in.
+pictures: $(VENV)/demo-ready
+	$(VENV)/bin/python docs/pictures/draw.py
+
+# The data of two of them, from the real model: what the commands print, and what K costs. Takes about 15 minutes.
+picture-data: $(VENV)/test-ready $(SMOLLM)/README.md
+	PATH="$(abspath $(VENV))/bin:$$PATH" python docs/pictures/record.py $(DEMO)
+	$(VENV)/bin/python docs/pictures/measure_cost.py $(SMOLLM)
 
 benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_convert.py
@@ -92,14 +105,18 @@ $(VENV)/test-ready: $(VENV)/demo-ready
 	$(VENV)/bin/pip install --quiet -e ".[gguf,mergekit,onnx,quantised,test,dev]"
 	touch $@
 
+$(VENV)/docs-ready: $(VENV)/test-ready
+	$(VENV)/bin/pip install --quiet -e ".[docs]"
+	touch $@
+
 $(OLDEST)/test-ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet $(TORCH)
 	$(OLDEST)/bin/pip install --quiet -e ".[test]" "transformers==4.57.*"
 	touch $@
 
-# Beside vLLM, what LoopExport needs and vLLM does not, for `verify --runtime vllm`. torchvision and the like, which vLLM
-# asks for, break transformers beside a torch for CPUs.
+# reflink-copy and xxhash are for `verify --runtime vllm`; vLLM itself does not need them. vLLM installs torchvision,
+# torchaudio and torchcodec, which break transformers on a CPU build of torch.
 $(VLLM_VENV)/ready:
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet $(VLLM_TORCH)

@@ -1,7 +1,7 @@
 """LoopExport: turn a frozen causal language model into a looped one, without training.
 
-The public names load on first use, so that importing the package costs nothing. No submodule has the name of one of
-them, or importing it would hide the name.
+The public names load on first use, so that `import loopexport` is fast. No submodule may have the name of one of them,
+because importing it would hide the name.
 """
 
 from __future__ import annotations
@@ -13,39 +13,87 @@ from loopexport._version import __version__
 
 if TYPE_CHECKING:
     from loopexport.checks.verification import verify
-    from loopexport.errors import LoopExportError
+    from loopexport.errors import (
+        CheckpointError,
+        ExportError,
+        HubError,
+        KeywordError,
+        LoopExportError,
+        OnnxError,
+        OnnxInputError,
+        OutputError,
+        PushError,
+        SpecError,
+    )
+    from loopexport.export.check import Check
     from loopexport.export.conversion import ConvertPlan, convert, plan_convert
     from loopexport.export.directory import Export, open_export
     from loopexport.export.restoration import restore
     from loopexport.hub.publication import PushPlan, PushResult, plan_push, push
     from loopexport.loop.spec import LoopSpec
+    from loopexport.onnx.build import OnnxOutcome, export_onnx
+    from loopexport.onnx.plan import OnnxPlan, plan_onnx
+    from loopexport.onnx.runtime.model import OnnxModel
+    from loopexport.onnx.runtime.sampling import Sampling
 
 _HOMES = {
+    "Check": "export.check",
+    "CheckpointError": "errors",
     "ConvertPlan": "export.conversion",
     "Export": "export.directory",
+    "ExportError": "errors",
+    "HubError": "errors",
+    "KeywordError": "errors",
     "LoopExportError": "errors",
     "LoopSpec": "loop.spec",
+    "OnnxError": "errors",
+    "OnnxInputError": "errors",
+    "OnnxModel": "onnx.runtime.model",
+    "OnnxOutcome": "onnx.build",
+    "OnnxPlan": "onnx.plan",
+    "OutputError": "errors",
+    "PushError": "errors",
     "PushPlan": "hub.publication",
     "PushResult": "hub.publication",
+    "Sampling": "onnx.runtime.sampling",
+    "SpecError": "errors",
     "convert": "export.conversion",
+    "export_onnx": "onnx.build",
     "open_export": "export.directory",
     "plan_convert": "export.conversion",
+    "plan_onnx": "onnx.plan",
     "plan_push": "hub.publication",
     "push": "hub.publication",
     "restore": "export.restoration",
     "verify": "checks.verification",
 }
 __all__ = [
+    "Check",
+    "CheckpointError",
     "ConvertPlan",
     "Export",
+    "ExportError",
+    "HubError",
+    "KeywordError",
     "LoopExportError",
     "LoopSpec",
+    "OnnxError",
+    "OnnxInputError",
+    "OnnxModel",
+    "OnnxOutcome",
+    "OnnxPlan",
+    "OutputError",
+    "PushError",
     "PushPlan",
     "PushResult",
+    "Sampling",
+    "SpecError",
     "__version__",
     "convert",
+    "export_onnx",
     "open_export",
     "plan_convert",
+    "plan_onnx",
     "plan_push",
     "push",
     "restore",

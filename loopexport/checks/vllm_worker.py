@@ -1,11 +1,11 @@
-"""Greedy tokens of vLLM engines, in a process of its own; needs vLLM, and nothing of LoopExport.
+"""Greedy tokens of vLLM engines, in a separate process. Imports vLLM, but nothing of LoopExport.
 
     python vllm_worker.py RUNS.json OUTCOMES.json
 
 RUNS.json is a list of objects with `engine`, the arguments of `vllm.LLM`; `calls`, lists of prompts of token ids, each
-list given to the engine when the one before has been answered; and `max_tokens`. OUTCOMES.json gets an object for each:
-`tokens`, lists as in `calls`; `logprobs`, the log-probability of each of them; and `cached`, how many tokens of each
-prompt vLLM had in its prefix cache; or `error`.
+list given to the engine after the previous answers; and `max_tokens`. OUTCOMES.json gets one object for each run:
+`tokens`, lists as in `calls`; `logprobs`, the log-probability of each token; and `cached`, the number of tokens of each
+prompt in vLLM's prefix cache; or `error`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 
 
 def main(runs: str, outcomes: str) -> None:
-    """Run what one file asks for and write what came of it to the other, after each run."""
+    """Run the engines of one file, and write the results so far to the other after each run."""
     done: list[dict] = []
     for run in json.loads(Path(runs).read_text()):
         try:
             done.append(generate(**run))
-        except Exception as error:  # whatever stops an engine; the next one may still run
+        except Exception as error:  # anything may stop an engine; the next one may still run
             traceback.print_exc()
             done.append({"error": str(error)})
         Path(outcomes).write_text(json.dumps(done))
@@ -31,7 +31,7 @@ def main(runs: str, outcomes: str) -> None:
 
 
 def generate(engine: dict, calls: list[list[list[int]]], max_tokens: int) -> dict:
-    """What one engine answers."""
+    """The answers of one engine."""
     import vllm
 
     model = vllm.LLM(skip_tokenizer_init=True, **engine)

@@ -1,28 +1,40 @@
-"""A byte counter on stderr for long work."""
+"""A progress bar for bytes, on stderr."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from loopexport.files.digests import Progress
+from typing import Any
 
 
-@contextmanager
-def byte_progress(label: str, total_bytes: int) -> Iterator[Progress]:
-    """Yield a function that advances a bar of `total_bytes`; the bar appears with the first byte."""
-    from tqdm import tqdm
+class ByteBar:
+    """A progress bar that appears with the first byte. Call it with the number of bytes just done.
 
-    bars: list = []
+    Args:
+        label: the work, such as "copying weights".
+        total_bytes: how many bytes to expect; 0 if unknown.
+    """
 
-    def advance(count: int) -> None:
-        if not bars:
-            bars.append(tqdm(desc=label, total=total_bytes or None, unit="B", unit_scale=True, file=sys.stderr))
-        bars[0].update(count)
+    def __init__(self, label: str, total_bytes: int):
+        self._label = label
+        self._total_bytes = total_bytes
+        self._bar: Any = None
 
-    try:
-        yield advance
-    finally:
-        for bar in bars:
-            bar.close()
+    def __call__(self, count: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            total = self._total_bytes or None
+            self._bar = tqdm(desc=self._label, total=total, unit="B", unit_scale=True, file=sys.stderr)
+        self._bar.update(count)
+
+    def close(self) -> None:
+        """End the line of the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> ByteBar:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()

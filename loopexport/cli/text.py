@@ -1,4 +1,4 @@
-"""Plans, exports and checks as lines of text for people."""
+"""Plans, exports, results and tables as lines of text."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from loopexport.loop.presets import PRESETS, STATUSES, Preset
 from loopexport.loop.spec import RULES, LoopSpec
 from loopexport.loop.wording import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
 
-TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}
 if TYPE_CHECKING:
     from loopexport.onnx.build import OnnxOutcome
     from loopexport.onnx.plan import OnnxPlan
 
+TRAVEL = {UPLOAD: "uploaded", COPY: "copied on Hub", THERE: "already there", DELETE: "deleted there"}
 MARKS = {True: "ok  ", False: "FAIL", None: "n/a "}
 
 
 def plan_lines(plan: ConvertPlan) -> list[str]:
-    """What a conversion will do."""
+    """The lines of a plan of `convert`."""
     files = _files(len(plan.base.shards))
     return [
         *_model_lines(plan.base, plan.spec, plan.cost),
@@ -40,7 +40,7 @@ def plan_lines(plan: ConvertPlan) -> list[str]:
 
 
 def export_lines(export: Export) -> list[str]:
-    """What an export is, where it came from and what it costs."""
+    """The lines of an export: its loop, cost and origin."""
     return [
         *_model_lines(export.base, export.spec, export.cost),
         _export_weights_text(export),
@@ -65,7 +65,7 @@ def check_lines(checks: list[Check]) -> list[str]:
 
 
 def push_lines(plan: PushPlan, result: PushResult) -> list[str]:
-    """How each file got to the Hub, or would get there, and where it can be seen."""
+    """How each file travelled to the Hub, or would travel, and the page to see it."""
     width = max(len(transfer.name) for transfer in result.transfers)
     totals = f"{result.bytes_by(UPLOAD):,} bytes uploaded, {result.bytes_by(COPY):,} copied on the Hub"
     return [
@@ -78,7 +78,7 @@ def push_lines(plan: PushPlan, result: PushResult) -> list[str]:
 
 
 def onnx_plan_lines(plan: OnnxPlan) -> list[str]:
-    """What an ONNX export will do."""
+    """The lines of a plan of `onnx`."""
     graphs = ", ".join(f"{name} (K = {spec.steps})" for name, spec in plan.graphs.items())
     written = (
         f"{plan.data}, about {plan.data_bytes:,} bytes" if plan.data else "the export's own shards, 0 bytes written"
@@ -95,32 +95,32 @@ def onnx_plan_lines(plan: OnnxPlan) -> list[str]:
 
 
 def _graph_text(spec: LoopSpec) -> str:
-    """What a graph's own K makes of the loop."""
+    """The loop of one graph."""
     if spec.is_identity:
         return "the base"
     return f"{describe_rule(spec)}, {spec.evaluations} evaluations of the span"
 
 
 def onnx_outcome_lines(plan: OnnxPlan, outcome: OnnxOutcome) -> list[str]:
-    """What came of it, with the outcome of each check."""
+    """The lines of an ONNX export's result: each check, and where the graphs are."""
     lines = [f"{name}: {line}" for name, checks in outcome.checks.items() for line in check_lines(checks)]
     names = ", ".join(plan.graphs)
     return [*lines, f"Wrote {names} to {outcome.root}" if outcome.written else f"{names} not kept: a check failed"]
 
 
 def rule_lines() -> list[str]:
-    """The update rules as a table, and what the letters mean."""
+    """The update rules as a table, and a legend."""
     width = max(map(len, RULES))
     lines = [
         f"{name:{width}}  {rule.evaluations_per_step} per step  {rule.summary}"
         + (f"  [{', '.join(rule.takes)}]" if rule.takes else "")
         for name, rule in RULES.items()
     ]
-    return [*lines, "", "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields it takes]"]
+    return [*lines, "", "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields of the rule]"]
 
 
 def family_lines() -> list[str]:
-    """Families of like outcome, in a block each: statuses by release of transformers and in ONNX, why, and names."""
+    """One block for each group of families with the same results: the results, the reason, the names."""
     lines = []
     for (*statuses, onnx), reason, names in grouped_outcomes():
         by_release = zip(statuses, releases(), strict=True)
@@ -132,14 +132,14 @@ def family_lines() -> list[str]:
 
 
 def preset_list_lines() -> list[str]:
-    """All presets, a line each, and what their status means."""
+    """All presets, one line each, and the meaning of each status."""
     width = max(len(preset.name) for preset in PRESETS)
     lines = [f"{preset.name:{width}}  {preset.status:14}  {_cell(preset)}: {_gains(preset)}" for preset in PRESETS]
     return [*lines, "", *(f"{status}: {meaning}" for status, meaning in STATUSES.items())]
 
 
 def preset_lines(preset: Preset) -> list[str]:
-    """All that is known of one preset."""
+    """The lines of one preset."""
     lines = [
         f"Preset   {preset.name}: {preset.status}, {STATUSES[preset.status]}",
         f"Model    {' and '.join(preset.models)}: {preset.model_type}, {preset.num_layers} layers",
@@ -183,7 +183,7 @@ def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
 
 
 def _unlooped_steps(spec: LoopSpec) -> str:
-    """Which tokens cost as much as in the base."""
+    """Which decode steps cost as much as in the base."""
     if spec.is_identity or spec.decode == "full":
         return ""
     return f"; decode steps{' after the first ' + str(spec.first_n) if spec.decode == 'first_n' else ''} as the base"
@@ -227,7 +227,7 @@ def _weights_text(plan: ConvertPlan) -> str:
     if plan.weights == "auto":
         return "reflink where the file system can (no bytes), else a copy"
     if plan.weights == WITHOUT:
-        return "not taken along: `loopexport push` lets the Hub copy them from the base"
+        return "none: `loopexport push` lets the Hub copy them from the base"
     return f"{plan.weights}, {plan.max_disk_bytes:,} bytes of disk"
 
 

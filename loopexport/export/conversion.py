@@ -1,22 +1,26 @@
-"""Convert a base checkpoint into a self-contained looped model directory: plan first, then write all at once."""
+"""Convert a base checkpoint into a self-contained looped model directory: plan first, then write everything at once."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
+from loopexport._keywords import suggest_keywords
 from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.base.download import find_checkpoint
 from loopexport.base.families import layer_types
+from loopexport.choices import DecodeMode, KvPolicy, Mode, RuleName, Span, Weights
 from loopexport.errors import OutputError, SpecError
 from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
-from loopexport.files.placement import METHODS, place, settle_method
-from loopexport.files.staged_directory import check_output, check_space, output_path, staged
+from loopexport.files.output import check_output, check_space, output_path
+from loopexport.files.placement import place, settle_method
+from loopexport.files.staged_directory import staged_directory
 from loopexport.loop.advice import loop_notices
 from loopexport.loop.auto_span import AUTO, auto_span, why_auto_span
 from loopexport.loop.cost import Cost, loop_cost
@@ -27,36 +31,36 @@ from .directory import Export, is_export, open_export
 from .manifest import MANIFEST, FileRecord, Manifest
 from .small_files import base_file_notices, licence_notice_file, small_files
 
-WITHOUT = "none"  # no weights are taken along; `push` lets the Hub copy the base's
-WEIGHTS = (*METHODS, WITHOUT)
+WITHOUT = "none"  # leave the weights on the Hub, where `push` copies them
+WEIGHTS = get_args(Weights)
 
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """What a conversion will do, decided and checked before anything is written.
+    """A conversion that is checked and ready. `apply` carries it out.
 
     Attributes:
         base: the checkpoint to convert.
         out: the directory to write.
-        spec, cost: the loop and what it costs.
-        weights: how the weights will be put in place, one of `WEIGHTS`.
-        overwrite: whether an export at `out` is to be replaced.
-        warnings: what the user should know, one line each.
-        files: the contents of all files of the export but weights and manifest, by name.
+        spec, cost: the loop and its cost.
+        weights: how to put the weights in place.
+        overwrite: whether to replace an existing export at `out`.
+        warnings: one line each.
+        files: the content of every file by name, without weights and manifest.
     """
 
     base: Checkpoint
     out: Path
     spec: LoopSpec
     cost: Cost
-    weights: str
+    weights: Weights
     overwrite: bool
     warnings: tuple[str, ...]
     files: dict[str, bytes] = field(repr=False)
 
     @property
     def max_disk_bytes(self) -> int:
-        """Bytes that the weights will take at most; `auto` takes none where the file system can reflink."""
+        """Disk space for the weights, at most; `auto` needs none where the file system can reflink."""
         return self.base.weight_bytes if self.weights in ("auto", "copy") else 0
 
     def to_dict(self) -> dict:
@@ -80,36 +84,109 @@ class ConvertPlan:
             "warnings": list(self.warnings),
         }
 
+    def apply(self, progress: Progress = lambda count: None) -> Export:
+        """Write the export. The whole directory appears at once, or nothing does.
 
+        Args:
+            progress: called with the number of weight bytes just copied.
+
+        Raises:
+            CheckpointError: a weights file of the base cannot be read.
+            OutputError: the output cannot be written.
+        """
+        with staged_directory(self.out, replace=self.overwrite) as root:
+            files = {name: _write(root / name, content) for name, content in self.files.items()}
+            weights, method = _place_weights(self, root, progress)
+            manifest = Manifest(
+                __version__,
+                self.base.origin,
+                self.spec,
+                method,
+                weights,
+                files,
+                self.base.left_behind,
+                tuple(licence_notice_file(self.base)),
+            )
+            (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        return open_export(self.out)
+
+
+@suggest_keywords
 def plan_convert(
-    model: str,
+    model: str | Path,
     out: str | Path | None = None,
     *,
+    span: Span | None = None,
+    steps: int | None = None,
+    damping: float | None = None,
+    anchor: float | None = None,
+    mode: Mode | None = None,
+    kv: KvPolicy | None = None,
+    decode: DecodeMode | None = None,
+    first_n: int | None = None,
+    rule: RuleName | None = None,
+    schedule: str | Sequence[float] | None = None,
+    momentum: float | None = None,
+    history: int | None = None,
+    frozen_routing: bool | None = None,
+    norm_interpolation: bool | None = None,
+    preset: str | None = None,
     revision: str | None = None,
-    weights: str = "auto",
+    weights: Weights = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
-    preset: str | None = None,
-    **spec,
 ) -> ConvertPlan:
-    """Decide and check a conversion; writes nothing but the Hub's cache.
+    """Decide and check a conversion. Writes nothing except the Hub's cache.
+
+    A field of the loop that is None takes the preset's value, or else its default.
 
     Args:
         model: a local directory or a Hub id.
-        out: the directory to write; None names it after base and spec, in the current directory.
+        out: the directory to write; None names it after the base, the span and K, in the current directory.
+        span: the layers to loop, half-open, counted from 0: `(12, 20)` or "12:20"; a list for several spans; "auto"
+            for a heuristic.
+        steps: K, the number of steps; 1 is the base model.
+        damping: the step size s, in (0, 1]; 1 is naive looping.
+        anchor: beta, the weight of the natural pass in the output, in [0, 1].
+        mode: "block" loops the span as one function, "layer" loops each of its layers in turn.
+        kv: which keys and values an iteration attends to: "shared", "per_step" or "reference".
+        decode: which decode steps loop: "full" (all), "bypass" (none) or "first_n".
+        first_n: the number of decode steps that loop, with `decode="first_n"`.
+        rule: the update rule, a key of `RULES`.
+        schedule: the numbers for rules ema_sched and poly_blend.
+        momentum: for rule heavy_ball, in [0, 1).
+        history: for rule anderson, the number of past differences to fit.
+        frozen_routing: iterations use the experts that the natural pass chose.
+        norm_interpolation: rescale each iterate to a norm between |x| and |n|.
+        preset: the name of a published loop. It gives the fields that are not given here.
         revision: branch, tag or commit of a Hub model.
-        weights: how to put the weights in place, one of `WEIGHTS`.
-        overwrite: replace an export that stands at `out`.
-        dry_run: only the plan is wanted, so weights that are not local yet are not downloaded.
-        preset: name of a published cell whose fields are used where `spec` has none.
-        **spec: the fields of `LoopSpec`: `span`, `steps`, `damping`, ...; span "auto" is a guess, see `heuristics`.
+        weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
+            leaves the weights of a Hub model on the Hub, and `push` copies them there.
+        overwrite: replace an existing export at `out`.
+        dry_run: only plan, and do not download weights.
 
     Raises:
-        LoopExportError: something is wrong; the message says what, and what to do.
+        LoopExportError: something is wrong; the message says what to do.
     """
-    fields = {**(preset_fields(preset) if preset is not None else {}), **spec}
+    given = _given(
+        span=span,
+        steps=steps,
+        damping=damping,
+        anchor=anchor,
+        mode=mode,
+        kv=kv,
+        decode=decode,
+        first_n=first_n,
+        rule=rule,
+        schedule=schedule,
+        momentum=momentum,
+        history=history,
+        frozen_routing=frozen_routing,
+        norm_interpolation=norm_interpolation,
+    )
+    fields = {**(preset_fields(preset) if preset is not None else {}), **given}
     is_auto = fields.get("span") in (AUTO, (AUTO,), [AUTO])
-    loop = make_spec(**{**fields, "span": (0, 1)} if is_auto else fields)  # wrong fields show before a base is sought
+    loop = make_spec(**{**fields, "span": (0, 1)} if is_auto else fields)  # validate before downloading the base
     check_first_n(loop, is_given="first_n" in fields)
     if weights not in WEIGHTS:
         raise OutputError(f"weights method {weights!r} must be one of {', '.join(WEIGHTS)}")
@@ -117,7 +194,7 @@ def plan_convert(
     if weights == WITHOUT:
         _check_copyable(base)
     loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
-    with _span_explained(preset if "span" not in spec else None):
+    with _span_explained(preset if span is None else None):
         _check_layers(base, loop)
     out = output_path(out) if out is not None else _default_out(base, loop)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export)
@@ -131,41 +208,93 @@ def plan_convert(
     return ConvertPlan(base, out, loop, cost, weights, overwrite, tuple(warnings), files)
 
 
-def apply(plan: ConvertPlan, progress: Progress = lambda count: None) -> Export:
-    """Carry out a plan: all of `plan.out` appears at once, or nothing does.
+@suggest_keywords
+def convert(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    span: Span | None = None,
+    steps: int | None = None,
+    damping: float | None = None,
+    anchor: float | None = None,
+    mode: Mode | None = None,
+    kv: KvPolicy | None = None,
+    decode: DecodeMode | None = None,
+    first_n: int | None = None,
+    rule: RuleName | None = None,
+    schedule: str | Sequence[float] | None = None,
+    momentum: float | None = None,
+    history: int | None = None,
+    frozen_routing: bool | None = None,
+    norm_interpolation: bool | None = None,
+    preset: str | None = None,
+    revision: str | None = None,
+    weights: Weights = "auto",
+    overwrite: bool = False,
+    progress: Progress = lambda count: None,
+) -> Export:
+    """Convert a model: `plan_convert(...).apply(progress)`.
 
-    Args:
-        plan: from `plan_convert`.
-        progress: called with the number of bytes of weights just copied.
-
-    Raises:
-        CheckpointError: a weights file of the base cannot be read.
-        OutputError: the output cannot be written.
-    """
-    with staged(plan.out, replace=plan.overwrite) as root:
-        files = {name: _write(root / name, content) for name, content in plan.files.items()}
-        weights, method = _place_weights(plan, root, progress)
-        manifest = Manifest(
-            __version__,
-            plan.base.origin,
-            plan.spec,
-            method,
-            weights,
-            files,
-            plan.base.left_behind,
-            tuple(licence_notice_file(plan.base)),
-        )
-        (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return open_export(plan.out)
-
-
-def convert(model: str, out: str | Path | None = None, **options) -> Export:
-    """Convert a model: `plan_convert` and `apply` in one, with the options of the former.
+    A field of the loop that is None takes the preset's value, or else its default.
 
     Example:
         >>> convert("Qwen/Qwen3-4B", "qwen3-4b-looped", span=(15, 19), steps=3)  # doctest: +SKIP
+
+    Args:
+        model: a local directory or a Hub id.
+        out: the directory to write; None names it after the base, the span and K, in the current directory.
+        span: the layers to loop, half-open, counted from 0: `(12, 20)` or "12:20"; a list for several spans; "auto"
+            for a heuristic.
+        steps: K, the number of steps; 1 is the base model.
+        damping: the step size s, in (0, 1]; 1 is naive looping.
+        anchor: beta, the weight of the natural pass in the output, in [0, 1].
+        mode: "block" loops the span as one function, "layer" loops each of its layers in turn.
+        kv: which keys and values an iteration attends to: "shared", "per_step" or "reference".
+        decode: which decode steps loop: "full" (all), "bypass" (none) or "first_n".
+        first_n: the number of decode steps that loop, with `decode="first_n"`.
+        rule: the update rule, a key of `RULES`.
+        schedule: the numbers for rules ema_sched and poly_blend.
+        momentum: for rule heavy_ball, in [0, 1).
+        history: for rule anderson, the number of past differences to fit.
+        frozen_routing: iterations use the experts that the natural pass chose.
+        norm_interpolation: rescale each iterate to a norm between |x| and |n|.
+        preset: the name of a published loop. It gives the fields that are not given here.
+        revision: branch, tag or commit of a Hub model.
+        weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
+            leaves the weights of a Hub model on the Hub, and `push` copies them there.
+        overwrite: replace an existing export at `out`.
+        progress: called with the number of weight bytes just copied.
+
+    Raises:
+        LoopExportError: something is wrong; the message says what to do.
     """
-    return apply(plan_convert(model, out, **options))
+    plan = plan_convert(
+        model,
+        out,
+        span=span,
+        steps=steps,
+        damping=damping,
+        anchor=anchor,
+        mode=mode,
+        kv=kv,
+        decode=decode,
+        first_n=first_n,
+        rule=rule,
+        schedule=schedule,
+        momentum=momentum,
+        history=history,
+        frozen_routing=frozen_routing,
+        norm_interpolation=norm_interpolation,
+        preset=preset,
+        revision=revision,
+        weights=weights,
+        overwrite=overwrite,
+    )
+    return plan.apply(progress)
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
@@ -176,7 +305,7 @@ def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
 
 @contextmanager
 def _span_explained(preset: str | None) -> Iterator[None]:
-    """Say where a span that does not fit came from, where the user did not give it."""
+    """Name the preset in the error if the span that does not fit is the preset's."""
     try:
         yield
     except SpecError as error:
@@ -184,7 +313,7 @@ def _span_explained(preset: str | None) -> Iterator[None]:
             raise
         cell = find_preset(preset)
         raise SpecError(
-            f"{error}; that span is of preset {preset}, for {cell.model_type} with {cell.num_layers} layers: "
+            f"{error}; that is the span of preset {preset}, for {cell.model_type} with {cell.num_layers} layers: "
             "give one for this model with --span"
         ) from None
 
@@ -196,7 +325,7 @@ def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:
     except ValueError as error:
         raise SpecError(str(error)) from None
     recurrent = [layer for layer in loop.layers if layer in base.recurrent_tensors]
-    if recurrent:  # where the config does not tell the types of layers, the weights do
+    if recurrent:  # the weights show it where the config does not
         layer = recurrent[0]
         raise SpecError(
             f"layer {layer} keeps more of the past than keys and values ({base.recurrent_tensors[layer]}), and cannot "
@@ -205,14 +334,15 @@ def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:
 
 
 def _check_copyable(base: Checkpoint) -> None:
-    """Check that `push` will be able to let the Hub copy the weights: it tells them by their sha256."""
+    """Check that the Hub can copy the weights later: `push` identifies them by their sha256."""
     if base.origin.revision is None:
         raise OutputError(
-            f"--weights none needs a base on the Hub, which has the weights; {base.origin.name} is a local directory"
+            f"--weights none needs a base on the Hub, and {base.origin.name} is a local directory; "
+            "use another --weights method"
         )
     unknown = [shard.name for shard in base.shards if shard.sha256 is None]
     if unknown:
-        raise OutputError(f"--weights none needs the sha256 of {unknown[0]}, which the Hub does not tell; use copy")
+        raise OutputError(f"--weights none needs the sha256 of {unknown[0]}, and the Hub has none; use --weights copy")
 
 
 def _write(path: Path, content: bytes) -> FileRecord:
@@ -222,7 +352,7 @@ def _write(path: Path, content: bytes) -> FileRecord:
 
 
 def _place_weights(plan: ConvertPlan, root: Path, progress: Progress) -> tuple[dict[str, FileRecord], str]:
-    """Put every shard in place; what is copied, and has no known sha256, is hashed in other threads meanwhile."""
+    """Put every shard in place. Other threads hash copied shards without a known sha256 meanwhile."""
     shards = plan.base.shards
     if plan.weights == WITHOUT:
         return {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import get_args
 
+from loopexport.choices import Placement
 from loopexport.errors import OutputError
 
 from .digests import Progress, open_to_read
 
-METHODS = ("auto", "reflink", "hardlink", "copy")
+METHODS = get_args(Placement)
 COPY_CHUNK_BYTES = 16 * 2**20
 
 # Errors of copy_file_range that mean that the kernel cannot copy between these two files.

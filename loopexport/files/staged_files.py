@@ -1,4 +1,4 @@
-"""Put new files in the place of older ones in a directory that is in use: all of them, or none."""
+"""Replace files in a directory that is in use: all of them, or none."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loopexport.errors import OutputError
-
-PARTIAL = ".partial"  # being written
-REPLACED = ".replaced"  # an older file, kept until all new ones are in place
+from .staging import PARTIAL, REPLACED, explain_os_errors
 
 
-class Placing:
-    """Files on their way into a directory. Until `keep` is called, all can be undone.
+class StagedFiles:
+    """New files for a directory. Everything can be undone until `keep` is called.
 
     Args:
         root: the directory.
@@ -23,74 +20,65 @@ class Placing:
     def __init__(self, root: Path):
         self._root = root
         self._partial: list[Path] = []
-        self._moved: list[tuple[Path, bool]] = []  # and whether there was an older one
+        self._moved: list[tuple[Path, bool]] = []  # the path, and whether it replaced an older file
         self._kept = False
 
     def partial(self, name: str) -> Path:
-        """Where to write the file of a name; whatever is there when the context ends is removed."""
+        """The temporary path to write a file to. `end` removes whatever is still there."""
         path = self._root / f".{name}{PARTIAL}"
         if path not in self._partial:
             self._partial.append(path)
         return path
 
     def move_in(self, name: str) -> None:
-        """Give a file that was written its name; the older one of that name stays for the case that others fail."""
+        """Give a written file its final name, and keep the older file of that name until `end`."""
         path = self._root / name
-        with written(path):
-            _aside(path).unlink(missing_ok=True)  # of a run that was killed
+        with explain_os_errors(path):
+            _replaced(path).unlink(missing_ok=True)  # left by a killed run
             self._moved.append((path, path.exists()))
             if path.exists():
                 _set_aside(path)
             self.partial(name).replace(path)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file and give it its name."""
-        with written(self._root / name):
+        """Write a small file and give it its final name."""
+        with explain_os_errors(self._root / name):
             self.partial(name).write_bytes(content)
         self.move_in(name)
 
     def keep(self) -> None:
-        """Let what was moved in stay."""
+        """Keep the new files."""
         self._kept = True
 
     def end(self) -> None:
-        """Remove what is not to stay, and put back what was there before unless the new files are kept."""
+        """Remove temporary files and, unless the new files are kept, put the older ones back."""
         for path in self._partial:
             path.unlink(missing_ok=True)
         for path, is_older in self._moved:
-            if not self._kept and _aside(path).exists():
-                _aside(path).replace(path)
+            if not self._kept and _replaced(path).exists():
+                _replaced(path).replace(path)
             elif not self._kept and not is_older:
                 path.unlink(missing_ok=True)
-            _aside(path).unlink(missing_ok=True)  # also of one that was two names of a file, which replace leaves
+            _replaced(path).unlink(missing_ok=True)  # `replace` leaves it where both names are one file
 
 
 @contextmanager
-def placing(root: Path) -> Iterator[Placing]:
-    """A `Placing` that ends with the block, however that ends."""
-    files = Placing(root)
+def staged_files(root: Path) -> Iterator[StagedFiles]:
+    """`StagedFiles` for a directory; the end of the block, successful or not, calls `end`."""
+    files = StagedFiles(root)
     try:
         yield files
     finally:
         files.end()
 
 
-@contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Within it, what the file system refuses is told as an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _aside(path: Path) -> Path:
+def _replaced(path: Path) -> Path:
     return path.with_name(f".{path.name}{REPLACED}")
 
 
 def _set_aside(path: Path) -> None:
-    """Keep a file under another name; by its own too, where the file system can, so that it is never missing."""
+    """Keep a file under a second name. Use a hard link where possible, so that the first name is never missing."""
     try:
-        os.link(path, _aside(path), follow_symlinks=False)
+        os.link(path, _replaced(path), follow_symlinks=False)
     except (OSError, NotImplementedError):
-        path.rename(_aside(path))
+        path.rename(_replaced(path))

@@ -6,6 +6,8 @@ import re
 
 import yaml
 
+from loopexport.errors import one_line
+
 _ALL = yaml.SafeLoader.yaml_implicit_resolvers
 
 
@@ -45,4 +47,4 @@ def load_yaml(text: str, loader: type[yaml.SafeLoader]):
         return yaml.load(text, loader)
     # PyYAML does not catch errors of its own constructors, such as KeyError for `!!bool maybe`.
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(one_line(error)) from None

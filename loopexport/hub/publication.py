@@ -1,19 +1,21 @@
 """Publish an export on the Hub: plan first, then change the repository in one commit.
 
-No byte travels that need not: what the repository has already stays, what the base's repository has is copied there by
-the Hub itself, and only the rest is uploaded.
+`push` sends as few bytes as possible: files that are in the repository stay, the Hub copies what the base's repository
+has, and `push` uploads only the rest.
 
-The card follows one rule: what somebody wrote stays. As long as nobody has edited README.md here, the card that goes is
-made for the export as it is now. As long as it is on the Hub as it was pushed last (the manifest beside it tells), the
-export's replaces it; otherwise the text and metadata there are kept, and only metadata that they lack is added.
+The card follows one rule: never overwrite what somebody wrote. `push` regenerates README.md unless someone has edited
+it. If the card on the Hub is still the one pushed last (its manifest shows this), the new card replaces it. Otherwise
+`push` keeps that card's text and metadata, and only adds missing metadata.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loopexport._keywords import suggest_keywords
 from loopexport._version import __version__
 from loopexport.base.checkpoint import CARD, INDEX, SINGLE_FILE
 from loopexport.base.licence import licence_warnings
@@ -43,53 +45,22 @@ from .transfers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from huggingface_hub import HfApi
 
-# What transformers and optimum load from a repository without being asked to, whatever else is there.
+Notify = Callable[[str], object]
+
+# Files that transformers and optimum load from a repository by default.
 LOADED_UNASKED = (SINGLE_FILE, INDEX, "adapter_config.json", graph_name(1, 1))
 
 
 @dataclass(frozen=True)
-class PushPlan:
-    """What a push will do, decided and checked before anything is sent.
-
-    Attributes:
-        api: the Hub's client.
-        export: what is pushed.
-        target: where to.
-        transfers: all files, and how each gets there.
-        staying: names of files in the export's directory that stay behind.
-        notices: what the user should know, one line each.
-        private, create_pr, message: as given to `plan_push`.
-    """
-
-    api: HfApi
-    export: Export
-    target: Target
-    transfers: tuple[Transfer, ...]
-    staying: tuple[str, ...]
-    notices: tuple[str, ...]
-    private: bool
-    create_pr: bool
-    message: str
-
-    @property
-    def url(self) -> str:
-        """Where the export will be seen."""
-        url = f"{self.api.endpoint}/{self.target.repo_id}"
-        return url if self.target.revision == MAIN else f"{url}/tree/{self.target.revision}"
-
-
-@dataclass(frozen=True)
 class PushResult:
-    """What a push did, or would do.
+    """The result of a push, or of its dry run.
 
     Attributes:
-        url: where to look at it: the repository, its branch, or the pull request.
-        commit: the commit that holds the export; None where nothing was sent.
-        transfers: all files, and how each got there.
+        url: the page of the repository, branch or pull request.
+        commit: the commit that holds the export; None for a dry run.
+        transfers: all files, and how each one travelled.
     """
 
     url: str
@@ -97,7 +68,7 @@ class PushResult:
     transfers: tuple[Transfer, ...]
 
     def bytes_by(self, how: str) -> int:
-        """Size of all files that got there in one way; the Hub may need fewer bytes, of what it knows already."""
+        """Size of all files that travelled in one way. The Hub may ask for fewer bytes if it knows some already."""
         return sum(transfer.size for transfer in self.transfers if transfer.how == how)
 
     def to_dict(self) -> dict:
@@ -111,6 +82,65 @@ class PushResult:
         }
 
 
+@dataclass(frozen=True)
+class PushPlan:
+    """A push that is checked and ready. `apply` carries it out, `preview` only predicts the result.
+
+    Attributes:
+        api: the Hub's client.
+        export: the export to push.
+        target: the repository and branch.
+        transfers: all files, and how each one travels.
+        staying: names of files in the export's directory that are not pushed.
+        warnings: one line each.
+        private, create_pr, message: as given to `plan_push`.
+    """
+
+    api: HfApi
+    export: Export
+    target: Target
+    transfers: tuple[Transfer, ...]
+    staying: tuple[str, ...]
+    warnings: tuple[str, ...]
+    private: bool
+    create_pr: bool
+    message: str
+
+    @property
+    def url(self) -> str:
+        """The page of the repository or branch."""
+        url = f"{self.api.endpoint}/{self.target.repo_id}"
+        return url if self.target.revision == MAIN else f"{url}/tree/{self.target.revision}"
+
+    def preview(self) -> PushResult:
+        """The result to expect from `apply`, for a dry run."""
+        return PushResult(self.url, None, self.transfers)
+
+    def apply(self, notify: Notify = lambda line: None) -> PushResult:
+        """Push. One commit makes the whole export visible, or nothing changes.
+
+        Args:
+            notify: called with each line to show during the push.
+
+        Raises:
+            PushError: the Hub cannot copy weights that are not on this machine.
+            HubError: the Hub refused or cannot be reached; the same push can be repeated.
+        """
+        is_there = self.target.has_branch or self.create_pr
+        if is_there and all(transfer.how == THERE for transfer in self.transfers):
+            return PushResult(self.url, self.target.head, self.transfers)
+        create_missing(self.api, self.target, private=self.private)
+        transfers = self.transfers
+        try:
+            done, pr_url = _commit(self, transfers)
+        except CopyRefusedError as refusal:
+            transfers = tuple(uploaded_instead(transfer, str(refusal)) for transfer in transfers)
+            notify(f"the Hub does not copy from {self.export.manifest.base.name} ({refusal}): uploading instead")
+            done, pr_url = _commit(self, transfers)
+        return PushResult(pr_url or self.url, done, transfers)
+
+
+@suggest_keywords
 def plan_push(
     root: str | Path,
     repo_id: str,
@@ -123,23 +153,23 @@ def plan_push(
     server_copy: bool = True,
     progress: Progress = lambda count: None,
 ) -> PushPlan:
-    """Decide and check a push; reads the export and asks the Hub, but sends nothing.
+    """Decide and check a push. Reads the export and asks the Hub, but sends nothing.
 
     Args:
         root: the export.
-        repo_id: the repository, `namespace/name`, or a name in your own namespace; it need not exist.
-        revision: the branch; it need not exist.
+        repo_id: the repository, `namespace/name`, or a name in your own namespace. `push` creates it if necessary.
+        revision: the branch; None for main. `push` creates it if necessary.
         private: make a new repository private.
         create_pr: open a pull request instead of changing the branch.
-        commit_message: of the commit.
-        token: a Hub token; None takes `HF_TOKEN` or the saved login.
-        server_copy: let the Hub copy what the base's repository has.
+        commit_message: the message of the commit; None for a standard one.
+        token: a Hub token; None for `HF_TOKEN` or the saved login.
+        server_copy: let the Hub copy weights from the base's repository.
         progress: called with the number of weight bytes just hashed.
 
     Raises:
-        ExportError: `root` is no export, or not an intact one.
-        PushError: something in it must not leave, or does not fit the repository.
-        HubError: the Hub refused, or cannot be reached.
+        ExportError: `root` is not an intact export.
+        PushError: the export holds something that must not be pushed, or does not fit the repository.
+        HubError: the Hub refused or cannot be reached.
     """
     export = open_export(root)
     allowed = allowed_files(export)
@@ -155,7 +185,7 @@ def plan_push(
         target=target,
         transfers=(*transfers, *deletions(target, {transfer.name for transfer in transfers})),
         staying=allowed.staying,
-        notices=(*about_card, *about_weights, *_about_links(export), *_about_licence(allowed, files[CARD], target)),
+        warnings=(*about_card, *about_weights, *_about_links(export), *_about_licence(allowed, files[CARD], target)),
         private=private,
         create_pr=create_pr,
         message=commit_message or f"Upload {export.manifest.base.name}, looped by LoopExport {__version__}",
@@ -170,11 +200,14 @@ def find_target(
     create_pr: bool = False,
     token: str | None = None,
 ) -> tuple[HfApi, Target]:
-    """Look at where a push goes to, with the options of `plan_push`, before any work is done for it.
+    """Look at the repository of a push before any other work.
+
+    Args:
+        repo_id, revision, private, create_pr, token: as for `plan_push`.
 
     Raises:
-        PushError: these options do not fit the repository.
-        HubError: the Hub refused, or cannot be reached.
+        PushError: the options do not fit the repository.
+        HubError: the Hub refused or cannot be reached.
     """
     _check_options(repo_id, revision, create_pr)
     api, user = connect(token)
@@ -182,49 +215,62 @@ def find_target(
     target = read_target(api, repo_id, revision or MAIN, needs_write=not create_pr)
     if private and target.is_private is False:
         raise PushError(
-            f"{target.repo_id} exists and is public, and --private is for new repositories; "
+            f"{target.repo_id} exists and is public, and --private only works for new repositories; "
             "make it private in its settings, or leave out --private"
         )
     return api, target
 
 
-def apply(plan: PushPlan, notify: Callable[[str], object] = lambda line: None) -> PushResult:
-    """Carry out a plan: the whole export becomes visible with one commit, or nothing does.
-
-    Args:
-        plan: from `plan_push`.
-        notify: called with a line that the user should see while it goes on.
-
-    Raises:
-        PushError: weights that are not here cannot be copied.
-        HubError: the Hub refused, or cannot be reached; the same push can simply be made again.
-    """
-    is_there = plan.target.has_branch or plan.create_pr
-    if is_there and all(transfer.how == THERE for transfer in plan.transfers):
-        return PushResult(plan.url, plan.target.head, plan.transfers)
-    create_missing(plan.api, plan.target, private=plan.private)
-    transfers = plan.transfers
-    try:
-        done, pr_url = _commit(plan, transfers)
-    except CopyRefusedError as refusal:
-        transfers = tuple(uploaded_instead(transfer, str(refusal)) for transfer in transfers)
-        notify(f"the Hub does not copy from {plan.export.manifest.base.name} ({refusal}): uploading instead")
-        done, pr_url = _commit(plan, transfers)
-    return PushResult(pr_url or plan.url, done, transfers)
-
-
-def planned(plan: PushPlan) -> PushResult:
-    """What carrying out a plan is expected to do, for a dry run."""
-    return PushResult(plan.url, None, plan.transfers)
-
-
-def push(root: str | Path, repo_id: str, **options) -> PushResult:
-    """Publish an export: `plan_push` and `apply` in one, with the options of the former.
+@suggest_keywords
+def push(
+    root: str | Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    server_copy: bool = True,
+    progress: Progress = lambda count: None,
+    notify: Notify = lambda line: None,
+) -> PushResult:
+    """Publish an export: `plan_push(...).apply(notify)`.
 
     Example:
         >>> push("qwen3-4b-looped", "me/Qwen3-4B-looped", private=True)  # doctest: +SKIP
+
+    Args:
+        root: the export.
+        repo_id: the repository, `namespace/name`, or a name in your own namespace. `push` creates it if necessary.
+        revision: the branch; None for main. `push` creates it if necessary.
+        private: make a new repository private.
+        create_pr: open a pull request instead of changing the branch.
+        commit_message: the message of the commit; None for a standard one.
+        token: a Hub token; None for `HF_TOKEN` or the saved login.
+        server_copy: let the Hub copy weights from the base's repository.
+        progress: called with the number of weight bytes just hashed.
+        notify: called with each warning of the plan, and with each line to show during the push.
+
+    Raises:
+        ExportError: `root` is not an intact export.
+        PushError: the export holds something that must not be pushed, or does not fit the repository.
+        HubError: the Hub refused or cannot be reached.
     """
-    return apply(plan_push(root, repo_id, **options))
+    plan = plan_push(
+        root,
+        repo_id,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        token=token,
+        server_copy=server_copy,
+        progress=progress,
+    )
+    for warning in plan.warnings:
+        notify(warning)
+    return plan.apply(notify)
 
 
 def _check_options(repo_id: str, revision: str | None, create_pr: bool) -> None:
@@ -233,19 +279,19 @@ def _check_options(repo_id: str, revision: str | None, create_pr: bool) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise PushError(f"{repo_id!r} is not an id of a repository, such as me/name: {error}") from None
+        raise PushError(f"{repo_id!r} is not a repository id such as me/name: {error}") from None
     if create_pr and revision not in (None, MAIN):
-        raise PushError(f"--create-pr proposes a change of {MAIN}; leave out --revision {revision}")
+        raise PushError(f"--create-pr proposes a change to {MAIN}; leave out --revision {revision}")
 
 
 def _about_links(export: Export) -> list[str]:
-    """Weights that were linked have a digest only where the base came with one."""
+    """Say that linked weights have no recorded digest, where the base came without one."""
     weights = export.manifest.weights.items()
     unknown = [name for name, record in weights if record.sha256 is None and record.xxh3_128 is None]
     if not unknown or export.lacking:
         return []
     return [
-        f"no digest is known of {unknown[0]}, which was linked to the base's file: its size and header were compared"
+        f"{unknown[0]} is a link to the base's file and has no recorded digest: only its size and header were compared"
     ]
 
 
@@ -260,28 +306,28 @@ def _check_foreign_weights(export: Export, target: Target) -> None:
     foreign = [name for name in LOADED_UNASKED if name in target.files and name not in ours]
     if foreign:
         raise PushError(
-            f"{target.repo_id} holds {foreign[0]} of another model, which would be loaded as part of this one; "
+            f"{target.repo_id} holds {foreign[0]} of another model, and transformers would load it with this one; "
             "choose another repository or --revision, or delete that file there first"
         )
 
 
 def _settle_card(export: Export, files: dict[str, bytes], target: Target) -> tuple[dict[str, bytes], list[str]]:
-    """The small files with the card and the manifest as they are to be published, and what to tell of that."""
+    """The small files, with card and manifest as published, and warnings about the card."""
     ours = published_card(_own_card(export, files), target.repo_id)
     last = target.manifest.files.get(CARD) if target.manifest else None
     is_edited = target.card is not None and (last is None or last.sha256 != bytes_sha256(target.card.encode()))
     if is_edited and target.card is not None and target.card != ours:
         card, record = merge_card(ours, target.card), last or _record(ours.encode())
-        notices = [f"{CARD} was edited on the Hub: its text stays as it is there, whatever the export's says"]
+        warnings = [f"{CARD} was edited on the Hub: its text there stays, and the export's is not pushed"]
     else:
-        card, record, notices = ours, _record(ours.encode()), []
+        card, record, warnings = ours, _record(ours.encode()), []
     manifest = replace(
         export.manifest,
         weights_method="copy" if export.lacking else export.manifest.weights_method,
         files={**export.manifest.files, CARD: record},
     )
     content = files[MANIFEST] if manifest == export.manifest else manifest.to_json().encode()
-    return {**files, CARD: card.encode(), MANIFEST: content}, notices
+    return {**files, CARD: card.encode(), MANIFEST: content}, warnings
 
 
 def _own_card(export: Export, files: dict[str, bytes]) -> str:

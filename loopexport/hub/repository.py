@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopexport.base.checkpoint import CARD, Origin
-from loopexport.base.download import first_line
-from loopexport.errors import ExportError, HubError, PushError
+from loopexport.errors import ExportError, HubError, PushError, first_line, one_line
 from loopexport.export.manifest import MANIFEST, Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -232,7 +231,7 @@ def _copy_refusals():
     try:
         yield
     except getattr(errors, "FileDuplicationError", ()) as error:
-        raise CopyRefusedError(" ".join(str(error).split())) from None
+        raise CopyRefusedError(one_line(error)) from None
     except errors.EntryNotFoundError as error:
         if "Cannot copy" not in str(error):
             raise
@@ -261,7 +260,7 @@ def _explain(error: BaseException, what: str) -> str:
     if isinstance(error, OSError) and getattr(error, "filename", None):
         return f"cannot read {error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, RuntimeError)):
-        return f"the Hub client refuses: {' '.join(str(error).split())}"
+        return f"the Hub client refuses: {one_line(error)}"
     return f"the connection to the Hub broke ({first_line(error)}); check the network and {AGAIN}"
 
 
@@ -294,7 +293,7 @@ def _explain_status(error: Any, what: str) -> str:
 def _server_message(error: Any) -> str:
     """The Hub's own message, in one line."""
     message = getattr(error, "server_message", None) or error.response.headers.get("X-Error-Message") or str(error)
-    return " ".join(message.split())
+    return one_line(message)
 
 
 def _read_export(api: HfApi, repo_id: str, revision: str, files: dict) -> tuple[str | None, Manifest | None]:

@@ -10,7 +10,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from loopexport.errors import SpecError
+from loopexport.errors import SpecError, nearest
 from loopexport.templates.looped_spec import DECODE_MODES, KV_POLICIES, MODES, RULES, LoopSpec
 
 __all__ = ["DECODE_MODES", "KV_POLICIES", "MODES", "RULES", "LoopSpec", "make_spec", "parse_span", "read_spec_file"]
@@ -68,7 +68,9 @@ def check_first_n(spec: LoopSpec, is_given: bool) -> None:
 def _check_keys(values: dict, known: tuple[str, ...] = SPEC_KEYS) -> None:
     unknown = [key for key in values if key not in known]
     if unknown:
-        raise SpecError(f"unknown key {unknown[0]!r} in the loop spec; the keys are {', '.join(known)}")
+        near = nearest(unknown[0], known)
+        hint = f"did you mean {near!r}?" if near else f"the keys are {', '.join(known)}"
+        raise SpecError(f"unknown key {unknown[0]!r} in the loop spec; {hint}")
 
 
 def _parsed(span):

@@ -1,4 +1,4 @@
-"""ONNX: an export unrolled into a graph that ONNX Runtime runs from the export's own weight files."""
+"""ONNX: unroll an export into a graph that ONNX Runtime runs from the export's own weight files."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .build import apply, export_onnx
+    from .build import OnnxOutcome, export_onnx
     from .plan import OnnxPlan, plan_onnx
     from .runtime.model import OnnxModel
+    from .runtime.sampling import Sampling
 
 _HOMES = {
     "OnnxModel": "runtime.model",
+    "OnnxOutcome": "build",
     "OnnxPlan": "plan",
-    "apply": "build",
+    "Sampling": "runtime.sampling",
     "export_onnx": "build",
     "plan_onnx": "plan",
 }
-__all__ = ["OnnxModel", "OnnxPlan", "apply", "export_onnx", "plan_onnx"]
+__all__ = ["OnnxModel", "OnnxOutcome", "OnnxPlan", "Sampling", "export_onnx", "plan_onnx"]
 
 
 def __getattr__(name: str):

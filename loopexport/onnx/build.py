@@ -1,32 +1,35 @@
-"""Carry out an ONNX export: trace once, unroll for each K, verify, and only then move the files in."""
+"""Carry out an ONNX export: trace once, unroll for each K, verify, and only then move the files into place."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CARD
-from loopexport.errors import OnnxError, OutputError
+from loopexport.choices import Attention, OnnxDtype
+from loopexport.errors import OnnxError
 from loopexport.export.check import Check
 from loopexport.export.directory import Export, open_export
 from loopexport.export.manifest import MANIFEST, FileRecord, OnnxRecord
 from loopexport.export.onnx_files import GENAI_CONFIG
 from loopexport.export.small_files import export_card, is_card_edited
 from loopexport.export.stale_graphs import loop_difference
-from loopexport.files.digests import bytes_sha256, file_xxh3
+from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
 from loopexport.files.json_text import json_text
+from loopexport.files.output import check_space
 from loopexport.files.placement import place, settle_method
-from loopexport.files.staged_directory import staged
-from loopexport.files.staged_files import Placing, placing, written
+from loopexport.files.staged_directory import staged_directory
+from loopexport.files.staged_files import StagedFiles, staged_files
+from loopexport.files.staging import explain_os_errors
 from loopexport.loop.spec import LoopSpec, make_spec
 from loopexport.onnx.graph.genai import genai_config, genai_graph
 from loopexport.onnx.graph.positions import max_positions
 
-from .plan import OnnxPlan, native_config, plan_onnx
+from .plan import OnnxPlan, Say, native_config, plan_onnx
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,17 +37,15 @@ if TYPE_CHECKING:
     from loopexport.onnx.trace.skeleton import Skeleton
     from loopexport.onnx.trace.tracer import Traced
 
-Say = Callable[[str], object]
-
 
 @dataclass(frozen=True)
 class OnnxOutcome:
-    """What came of an ONNX export.
+    """The result of an ONNX export.
 
     Attributes:
         root: the directory of the graphs.
-        checks: of each graph by name, what verification found; empty where it was not wanted.
-        written: whether the files were moved in, which they are unless a check failed.
+        checks: the checks of each graph, by its name; empty without verification.
+        written: whether the graphs were kept: False if a check failed.
     """
 
     root: Path
@@ -52,52 +53,67 @@ class OnnxOutcome:
     written: bool
 
 
-def apply(plan: OnnxPlan, *, verify: bool = True, say: Say = lambda text: None) -> OnnxOutcome:
-    """Carry out a plan. What fails verification is not moved in, and nothing else is touched.
-
-    Args:
-        plan: from `plan_onnx`.
-        verify: compare each graph with the export in torch, which loads it in fp32.
-        say: called with a line about each step as it begins.
-
-    Raises:
-        OnnxError: the model cannot be traced.
-        OutputError: the files cannot be written.
-    """
+def write_graphs(plan: OnnxPlan, verify: bool, say: Say, progress: Progress) -> OnnxOutcome:
+    """Carry out a plan; see `OnnxPlan.apply`."""
     if plan.out is None:
-        return _apply_in(plan, plan.export.root, verify, say)
-    with staged(plan.out, replace=plan.overwrite) as root:
+        return _write_into(plan.export.root, plan, verify, say, progress)
+    with staged_directory(plan.out, replace=plan.overwrite) as root:
         say(f"copying {plan.export.root}")
         _copy_export(plan.export, root)
-        outcome = _apply_in(plan, root, verify, say)
+        outcome = _write_into(root, plan, verify, say, progress)
         if not outcome.written:
             raise OnnxError(_failure(outcome.checks))
     return replace(outcome, root=plan.out)
 
 
-def export_onnx(root: str | Path, *, verify: bool = True, **options) -> OnnxOutcome:
-    """Export to ONNX: `plan_onnx` and `apply` in one, with the options of the former.
+@suggest_keywords
+def export_onnx(
+    root: str | Path,
+    *,
+    out: str | Path | None = None,
+    steps: Sequence[int] | None = None,
+    dtype: OnnxDtype = "as-is",
+    attention: Attention = "portable",
+    overwrite: bool = False,
+    verify: bool = True,
+    say: Say = lambda text: None,
+    progress: Progress = lambda count: None,
+) -> OnnxOutcome:
+    """Export to ONNX: `plan_onnx(...).apply(...)`.
+
+    Args:
+        root: the export.
+        out: where to write a copy of the export with the graphs; None writes them into the export itself.
+        steps: one graph for each K; None for the export's own K.
+        dtype: the number format of the graphs; "as-is" keeps the stored one and writes no weights.
+        attention: "portable", or "gqa": faster, but without padded batches.
+        overwrite: replace an existing export at `out`. Graphs in the export itself are always replaced.
+        verify: compare each graph with the export in torch, in fp32.
+        say: called with a line at the start of each step.
+        progress: called with the number of weight bytes just written.
 
     Raises:
         OnnxError: verification failed, or the model cannot be exported.
+        LoopExportError: something else is wrong; the message says what to do.
     """
-    outcome = apply(plan_onnx(root, **options), verify=verify)
+    plan = plan_onnx(root, out=out, steps=steps, dtype=dtype, attention=attention, overwrite=overwrite)
+    outcome = plan.apply(verify=verify, say=say, progress=progress)
     if not outcome.written:
         raise OnnxError(_failure(outcome.checks))
     return outcome
 
 
-def _apply_in(plan: OnnxPlan, root: Path, verify: bool, say: Say) -> OnnxOutcome:
+def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Progress) -> OnnxOutcome:
     export = open_export(root)
     say("tracing the model")
     skeleton, traced = trace_export(export, plan.dtype, plan.attention)
-    with placing(root) as files:
+    with staged_files(root) as files:
         layout: dict = {}
         records: dict[str, OnnxRecord] = {}
         checks: dict[str, list[Check]] = {}
         if plan.data is not None:
             say(f"writing {plan.data}")
-            layout, records[plan.data] = _write_data(plan, export, skeleton, traced, files)
+            layout, records[plan.data] = _write_data(plan, export, skeleton, traced, files, progress)
         for name, spec in plan.graphs.items():
             say(f"unrolling {name}")
             model = build_graph(plan, export, skeleton, traced, spec, layout)
@@ -117,7 +133,7 @@ def _apply_in(plan: OnnxPlan, root: Path, verify: bool, say: Say) -> OnnxOutcome
 
 
 def trace_export(export: Export, dtype: str, attention: str = "portable") -> tuple[Skeleton, Traced]:
-    """The skeleton of an export's native model, and its trace.
+    """Build the skeleton of an export's native model, and trace it.
 
     Raises:
         OnnxError: the family cannot be traced.
@@ -134,7 +150,7 @@ def trace_export(export: Export, dtype: str, attention: str = "portable") -> tup
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     can_choose = model_class._can_set_attn_implementation()
     if attention == "gqa" and not can_choose:
-        raise OnnxError(f"{model_class.__name__} has an attention of its own; use --attention portable")
+        raise OnnxError(f"{model_class.__name__} implements attention itself; use --attention portable")
     options = {"attn_implementation": ATTENTION[attention] if can_choose else "eager"}
     if model_class._can_set_experts_implementation():
         options["experts_implementation"] = "batched_mm"
@@ -144,10 +160,10 @@ def trace_export(export: Export, dtype: str, attention: str = "portable") -> tup
 
 
 def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec, layout) -> ir.Model:
-    """The graph of one loop, its weights bound.
+    """The graph of one loop, with its weights bound.
 
     Raises:
-        OnnxError: no graph can do what the spec asks for, or it would hold weights twice.
+        OnnxError: a graph cannot express the loop, or would store weights twice.
     """
     from loopexport.onnx.graph.bind_weights import attach_file, attach_stored, stored_bytes
     from loopexport.onnx.graph.unroll import unroll
@@ -162,9 +178,7 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
             attach_file(model, layout, plan.data)
         graphs.append(model)
     if stored_bytes(graphs[0]) != stored_bytes(graphs[1]):
-        raise OnnxError(
-            "the unrolled graph and that of the base differ in the weights that they read; please report it"
-        )
+        raise OnnxError("the unrolled graph and the graph of the base read different weights; please report this")
     model = graphs[0]
     model.producer_name = "loopexport"
     model.metadata_props["attention"] = plan.attention
@@ -185,13 +199,12 @@ def _loop_fields(spec: LoopSpec) -> dict[str, Any]:
 def _save(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
-    with written(path):
+    with explain_os_errors(path):
         ir.save(model, path, format="protobuf")
 
 
-def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: Placing):
-    """Put the data file in place, unless it is there: its bytes follow from the checkpoint and the dtype alone."""
-    from loopexport.cli.progress import byte_progress
+def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedFiles, progress: Progress):
+    """Write the data file unless it is there already: its bytes depend on the checkpoint and the dtype alone."""
     from loopexport.onnx.graph.bind_weights import file_layout, write_file
 
     assert plan.data is not None
@@ -200,12 +213,10 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: Placing
     known = export.manifest.onnx.get(plan.data)
     if known is not None and path.is_file() and path.stat().st_size == size and file_xxh3(path) == known.xxh3_128:
         return layout, known
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise OutputError(f"{path.parent} has {free:,} bytes free where {size:,} are needed; free some or use --out")
+    check_space(path, size, remedy="use --out")
     dtypes: Any = {value.name: value.dtype for value in traced.model.graph.inputs}
-    with written(path), byte_progress(f"writing {plan.data}", size) as advance:
-        write_file(files.partial(plan.data), layout, skeleton.recipes, export.base, dtypes, advance)
+    with explain_os_errors(path):
+        write_file(files.partial(plan.data), layout, skeleton.recipes, export.base, dtypes, progress)
     files.move_in(plan.data)
     return layout, OnnxRecord(path.stat().st_size, xxh3_128=file_xxh3(path))
 
@@ -235,8 +246,8 @@ def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: lis
     )
 
 
-def _write_genai_config(plan: OnnxPlan, export: Export, traced, files: Placing, say: Say) -> dict[str, OnnxRecord]:
-    """Write the config for onnxruntime-genai, and its record, unless it names a graph that is as good."""
+def _write_genai_config(plan: OnnxPlan, export: Export, traced, files: StagedFiles, say: Say) -> dict[str, OnnxRecord]:
+    """Write the config for onnxruntime-genai, and return its record, unless it already names the best graph."""
     name, spec, attention = _genai_graph(plan, export)
     if name not in plan.graphs and genai_graph(export.root) == name:
         return {}
@@ -246,7 +257,7 @@ def _write_genai_config(plan: OnnxPlan, export: Export, traced, files: Placing, 
     if spec.steps != export.spec.steps:
         say(
             f"{GENAI_CONFIG} names {name}, K = {spec.steps}: there is no graph of the export's own K, "
-            f"{export.spec.steps}, which `loopexport onnx {plan.out or export.root}` makes"
+            f"{export.spec.steps}; `loopexport onnx {plan.out or export.root}` writes one"
         )
     content = json_text(config).encode()
     files.write(GENAI_CONFIG, content)
@@ -254,9 +265,9 @@ def _write_genai_config(plan: OnnxPlan, export: Export, traced, files: Placing, 
 
 
 def _genai_graph(plan: OnnxPlan, export: Export) -> tuple[str, LoopSpec, str]:
-    """The graph that onnxruntime-genai is to run, its loop and attention: of the export's own K wherever there is one.
+    """The best graph for onnxruntime-genai, with its loop and attention.
 
-    One of this run comes first, then the one that is named already, then any other.
+    The export's own K comes first, then graphs of this run, then the graph that the config already names.
     """
     graphs = {name: (spec, plan.attention) for name, spec in plan.graphs.items()}
     for name, record in export.manifest.onnx.items():
@@ -273,14 +284,14 @@ def _genai_graph(plan: OnnxPlan, export: Export) -> tuple[str, LoopSpec, str]:
     return best, *graphs[best]
 
 
-def _record_files(root: Path, records: dict[str, OnnxRecord], files: Placing, say: Say) -> None:
-    """Enter the files into the manifest, without those that are gone, and the graphs into a card nobody has edited."""
+def _record_files(root: Path, records: dict[str, OnnxRecord], files: StagedFiles, say: Say) -> None:
+    """Add the new files to the manifest, drop missing ones, and regenerate the card unless someone has edited it."""
     export = open_export(root)
     there = {name: record for name, record in export.manifest.onnx.items() if (root / name).is_file()}
     manifest = replace(export.manifest, onnx={**there, **records})
     card = export_card(replace(export, manifest=manifest)).encode()
-    if is_card_edited(export) and (root / CARD).read_bytes() != card:  # equal if the last run was stopped right here
-        say(f"{CARD} was edited, and stays as it is: it does not tell of the graphs")
+    if is_card_edited(export) and (root / CARD).read_bytes() != card:  # equal if the last run stopped here
+        say(f"{CARD} was edited, so it stays as it is and does not mention the graphs")
     else:
         record = FileRecord(len(card), bytes_sha256(card))
         manifest = replace(manifest, files={**manifest.files, CARD: record})
@@ -289,7 +300,7 @@ def _record_files(root: Path, records: dict[str, OnnxRecord], files: Placing, sa
 
 
 def _copy_export(export: Export, target: Path) -> None:
-    """A copy of an export without its ONNX files; the weights share blocks or bytes where the file system can."""
+    """Copy an export without its ONNX files. The weights share blocks where the file system can."""
     manifest = replace(export.manifest, onnx={})
     for name in manifest.files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)

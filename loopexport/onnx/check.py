@@ -1,4 +1,4 @@
-"""Hold a graph to the export in torch: prefill, decode, chunks, batches with padding."""
+"""Compare a graph with the export in torch: prefill, decode, chunks, batches with padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loopexport.loop.spec import LoopSpec
 from loopexport.onnx.runtime.model import OnnxModel
 from loopexport.onnx.trace.skeleton import quiet_loading
 
-# Largest |graph - torch| allowed, of the largest |torch|; torch computes in fp32.
+# Largest |graph - torch| allowed, relative to the largest |torch|; torch computes in fp32.
 TOLERANCES = {"fp32": 5e-5, "fp16": 2e-2, "bf16": 1e-1}
 
 TEXT = "The lighthouse keeper climbed the stairs, counted the ships on the horizon and wrote their number down."
@@ -27,7 +27,7 @@ class Scenario:
     """Tokens to run in chunks, through one cache.
 
     Attributes:
-        name: what holds if both agree.
+        name: the invariant, as a sentence.
         tokens, mask: `(batch, seq)`.
         chunks: lengths that make up `seq`.
     """
@@ -42,17 +42,17 @@ def check_graph(root: Path, path: Path, spec: LoopSpec, dtype: str, attention: s
     """Compare a graph with torch.
 
     Args:
-        root: the export, which is loaded in fp32.
-        path: the graph, beside its data.
-        spec: the loop that the graph is of.
-        dtype: "fp32", "fp16" or "bf16": what the graph computes in, which settles the tolerance.
-        attention: the graph's layout, which settles what it can be asked for.
+        root: the export, to be loaded in fp32.
+        path: the graph, next to its data.
+        spec: the graph's loop.
+        dtype: the number format of the graph, "fp32", "fp16" or "bf16". It decides the tolerance.
+        attention: the graph's attention, one of `ATTENTION_LAYOUTS`. "gqa" is compared without padding.
     """
     return compare(OnnxModel(path.parent, path.name), load_torch(root, spec.steps), spec, dtype, attention)
 
 
 def compare(ours: OnnxModel, theirs, spec: LoopSpec, dtype: str, attention: str) -> list[Check]:
-    """The comparison of `check_graph`, of models that are loaded; `theirs` is in fp32, with the graph's loop."""
+    """Compare loaded models. `theirs` is in fp32 and has the graph's loop."""
     vocab_size = theirs.config.get_text_config().vocab_size
     scenarios = make_scenarios(vocab_size, spec, _text_tokens(ours, vocab_size))
     if attention == "gqa":
@@ -64,10 +64,10 @@ def check_recorded(path: Path, record: OnnxRecord, spec: LoopSpec, theirs) -> Ch
     """Compare a graph with torch, in one check.
 
     Args:
-        path: the graph, beside its data.
-        record: what the manifest says of it.
-        spec: the loop that the graph is of.
-        theirs: the export as `load_torch` loads it, with that loop.
+        path: the graph, next to its data.
+        record: its entry in the manifest.
+        spec: the graph's loop.
+        theirs: the export from `load_torch`, with the same loop.
     """
     name = f"{path.name} computes what torch does"
     assert record.dtype is not None
@@ -84,16 +84,16 @@ def check_recorded(path: Path, record: OnnxRecord, spec: LoopSpec, theirs) -> Ch
 
 
 def why_not_run(dtype: str) -> str:
-    """Why no graph in a dtype can run here; empty where one can."""
+    """Why a graph in this dtype cannot run here; empty if it can."""
     import onnxruntime
 
     if dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return "bf16 runs on CUDA only, and there is none here"
+        return "bf16 runs on CUDA only, and CUDA is not available here"
     return ""
 
 
 def load_torch(root: Path, steps: int):
-    """The export as torch runs it, in fp32, with another K."""
+    """The export in torch, in fp32, with K = `steps`."""
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
@@ -102,7 +102,7 @@ def load_torch(root: Path, steps: int):
 
 
 def make_scenarios(vocab_size: int, spec: LoopSpec, text: np.ndarray | None = None) -> list[Scenario]:
-    """What is compared: random tokens, and real ones where there is a tokenizer."""
+    """The scenarios to compare: random tokens, and real text if there is a tokenizer."""
     tokens = np.random.default_rng(0).integers(vocab_size // 2, size=(2, 10))
     everything = np.ones_like(tokens)
     padded = everything.copy()
@@ -112,7 +112,7 @@ def make_scenarios(vocab_size: int, spec: LoopSpec, text: np.ndarray | None = No
         Scenario("prefill, decode and a chunk equal torch", tokens[:1], everything[:1], (5, 1, 1, 3)),
         Scenario("decoding from an empty cache equals torch", tokens[:1, :3], everything[:1, :3], (1, 1, 1)),
     ]
-    # Rule anderson fits one mix to all tokens of a chunk, padding included, of which nothing is promised.
+    # Rule anderson fits one mix to all tokens of a chunk, padding included, so the two may differ.
     if spec.is_identity or spec.rule != "anderson":
         scenarios.append(Scenario("a batch with left padding equals torch", tokens, padded, (6, 1, 1, 2)))
     if text is not None:
@@ -121,7 +121,7 @@ def make_scenarios(vocab_size: int, spec: LoopSpec, text: np.ndarray | None = No
 
 
 def _text_tokens(model: OnnxModel, vocab_size: int) -> np.ndarray | None:
-    """Tokens of a text, as many as the model has positions for, where there is a tokenizer that fits the model."""
+    """Tokens of a text, cut to the model's positions; None without a tokenizer that fits the model."""
     if not any((model.root / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
     tokens = np.array([model.tokenizer(TEXT).input_ids])[:, : model.max_positions]
@@ -149,7 +149,7 @@ def run_graph(model: OnnxModel, scenario: Scenario) -> np.ndarray:
 
 
 def run_torch(model, scenario: Scenario) -> np.ndarray:
-    """Logits of all tokens, as transformers computes them."""
+    """Logits of all tokens, from transformers."""
     from transformers import DynamicCache
 
     from loopexport.templates.looped_cache import find_cache_argument

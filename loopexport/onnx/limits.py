@@ -1,4 +1,4 @@
-"""What no single graph can run, told from the spec and from the config alone."""
+"""Loops and models that a single graph cannot run, as the spec and the config show."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from loopexport.loop.spec import LoopSpec
 
 
 def check_spec(spec: LoopSpec) -> None:
-    """Check that one graph can do what a spec asks for.
+    """Check that one graph can run a spec.
 
     Raises:
-        OnnxError: it cannot; the message says why, and what can be done.
+        OnnxError: it cannot; the message says why and what to do.
     """
     if not spec.is_identity and spec.decode == "first_n":
         raise OnnxError(
-            "decode first_n counts decode steps, of which a graph is told nothing: set loop_decode to full or bypass "
-            "in config.json, or export the base with --steps 1"
+            "decode first_n counts decode steps, and a graph cannot: set loop_decode to full or bypass in config.json, "
+            "or export the base with --steps 1"
         )
 
 
 def check_memory(config: Any) -> None:
-    """Check that keys and values are all that a native model remembers.
+    """Check that a native model remembers nothing but keys and values.
 
     Args:
-        config: its config object of transformers.
+        config: its config, an object of transformers.
 
     Raises:
-        OnnxError: some layer keeps more, which no layer outside of the span may do either.
+        OnnxError: a layer remembers more. This includes layers outside the span.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionCacheLayerMixin

@@ -1,44 +1,52 @@
-"""Decide and check an ONNX export, before anything is written."""
+"""Decide and check an ONNX export before writing anything."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CONFIG
 from loopexport.base.families import onnx_outcome
+from loopexport.choices import Attention, OnnxDtype
 from loopexport.errors import OnnxError, OutputError, SpecError
 from loopexport.export.directory import BASE_FOLDER, Export, is_export, open_export
 from loopexport.export.onnx_files import DTYPES, data_name, graph_name
 from loopexport.export.own_code import foreign_code
-from loopexport.files.staged_directory import check_output, output_path
+from loopexport.files.digests import Progress
+from loopexport.files.output import check_output, output_path
 from loopexport.loop.spec import LoopSpec
 
 from .limits import check_memory, check_spec
 
-ATTENTION_LAYOUTS = ("portable", "gqa")
+if TYPE_CHECKING:
+    from .build import OnnxOutcome
+
+ATTENTION_LAYOUTS = get_args(Attention)
+
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """What an ONNX export will do, decided and checked before anything is written.
+    """An ONNX export that is checked and ready. `apply` carries it out.
 
     Attributes:
-        export: the export to make a graph of.
-        out: another directory, which becomes a copy of the export with the graph in it; None for the export itself.
+        export: the export to unroll.
+        out: where to write a copy of the export with the graphs; None writes them into the export itself.
         specs: one loop for each graph.
-        dtype: "fp32", "fp16" or "bf16": what the graph computes in.
-        as_is: whether that is what is stored, so that the shards serve as the graph's data.
+        dtype: the number format of the graphs: "fp32", "fp16" or "bf16".
+        as_is: whether the weights are stored in `dtype`, so that the graphs read the shards.
         attention: one of `ATTENTION_LAYOUTS`.
-        overwrite: whether an export at `out` is to be replaced.
-        warnings: what the user should know, one line each.
+        overwrite: whether to replace an existing export at `out`.
+        warnings: one line each.
     """
 
     export: Export
@@ -58,12 +66,12 @@ class OnnxPlan:
 
     @property
     def data(self) -> str | None:
-        """Name of the data file, or None where the shards serve."""
+        """Name of the data file; None if the graphs read the shards."""
         return None if self.as_is else data_name(self.dtype)
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of weights to be written, but for padding."""
+        """Bytes of weights to write, without padding."""
         itemsize = {"fp32": 4, "fp16": 2, "bf16": 2}[self.dtype]
         return 0 if self.as_is else self.export.base.num_params * itemsize
 
@@ -80,38 +88,62 @@ class OnnxPlan:
             "warnings": list(self.warnings),
         }
 
+    def apply(
+        self,
+        *,
+        verify: bool = True,
+        say: Say = lambda text: None,
+        progress: Progress = lambda count: None,
+    ) -> OnnxOutcome:
+        """Write the graphs. Nothing changes if one of them differs from torch.
 
+        Args:
+            verify: compare each graph with the export in torch, in fp32.
+            say: called with a line at the start of each step.
+            progress: called with the number of weight bytes just written.
+
+        Raises:
+            OnnxError: the model cannot be traced.
+            OutputError: the files cannot be written.
+        """
+        from .build import write_graphs
+
+        return write_graphs(self, verify, say, progress)
+
+
+@suggest_keywords
 def plan_onnx(
     root: str | Path,
     *,
     out: str | Path | None = None,
-    steps: tuple[int, ...] | None = None,
-    dtype: str = "as-is",
-    attention: str = "portable",
+    steps: Sequence[int] | None = None,
+    dtype: OnnxDtype = "as-is",
+    attention: Attention = "portable",
     overwrite: bool = False,
 ) -> OnnxPlan:
-    """Decide and check an ONNX export; writes nothing.
+    """Decide and check an ONNX export. Writes nothing.
 
     Args:
-        root: an export.
-        out: a directory for a copy of the export with the graphs; None puts them into the export itself.
-        steps: one graph for each K; None for the export's own.
-        dtype: what the graphs compute in, "as-is" for what is stored: then no weights are written.
-        attention: one of `ATTENTION_LAYOUTS`.
-        overwrite: replace an export that stands at `out`; graphs in the export itself are always made anew.
+        root: the export.
+        out: where to write a copy of the export with the graphs; None writes them into the export itself.
+        steps: one graph for each K; None for the export's own K.
+        dtype: the number format of the graphs; "as-is" keeps the stored one and writes no weights.
+        attention: "portable", or "gqa": faster, but without padded batches.
+        overwrite: replace an existing export at `out`. Graphs in the export itself are always replaced.
 
     Raises:
-        LoopExportError: something is wrong; the message says what, and what to do.
+        LoopExportError: something is wrong; the message says what to do.
     """
     check_installed()
     export = open_export(root)
     _check_code(export)
     if export.lacking:
         raise OnnxError(
-            f"{export.lacking[0]} is not in {export.root}, and a graph is made from the weights: convert with them"
+            f"{export.lacking[0]} is not in {export.root}, and a graph needs the weights: "
+            "convert without --weights none"
         )
     if "quantization_config" in export.base.config:
-        raise OnnxError("the base is quantised; ONNX export takes checkpoints in fp32, fp16 or bf16")
+        raise OnnxError("the base is quantised; ONNX export needs a checkpoint in fp32, fp16 or bf16")
     if attention not in ATTENTION_LAYOUTS:
         raise OnnxError(f"attention {attention!r} must be one of {', '.join(ATTENTION_LAYOUTS)}")
     stored = _stored_dtype(export)
@@ -129,10 +161,10 @@ def plan_onnx(
 
 
 def check_installed() -> None:
-    """Raise OnnxError unless what the export needs is there."""
+    """Raise OnnxError unless the required packages are installed."""
     missing = [name for name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise OnnxError(f"{missing[0]} is not installed; `pip install loopexport[onnx]` (or [onnx-cuda]) brings it")
+        raise OnnxError(f"{missing[0]} is not installed; run `pip install loopexport[onnx]` (or [onnx-cuda])")
     release = _release("transformers")
     if release and release < (5,):
         raise OnnxError(f"ONNX export needs transformers 5 or newer, not {version('transformers')}")
@@ -140,13 +172,12 @@ def check_installed() -> None:
         release = _release(name)
         if release and release < (1, 23):
             raise OnnxError(
-                f"{name} {version(name)} holds weights that a graph reads several times once for each; install 1.23 or "
-                "newer"
+                f"{name} {version(name)} loads a weight once for each place that reads it; install 1.23 or newer"
             )
 
 
 def _release(package: str) -> tuple[int, ...] | None:
-    """Its release, `(major, minor)`; None where it is not installed, or without metadata."""
+    """`(major, minor)` of an installed package; None if it is not installed or has no metadata."""
     try:
         return tuple(int(part) for part in re.findall(r"\d+", version(package))[:2])
     except PackageNotFoundError:
@@ -154,7 +185,7 @@ def _release(package: str) -> tuple[int, ...] | None:
 
 
 def _stored_dtype(export: Export) -> str:
-    """What most stored numbers are."""
+    """The dtype of most stored numbers."""
     counts: Counter[str] = Counter()
     for tensor in export.base.tensors.values():
         counts[tensor.dtype] += tensor.num_elements
@@ -173,7 +204,7 @@ def _spec_for(spec: LoopSpec, steps: int) -> LoopSpec:
 
 
 def native_config(export: Export) -> Any:
-    """The config of the base, as transformers has it."""
+    """The base's config, as an object of transformers."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False)
@@ -188,19 +219,19 @@ def _check_code(export: Export) -> None:
     name = foreign_code(export)
     if name is not None:
         raise OnnxError(
-            f"{name} in {export.root} is not the installed LoopExport's, and no other code is run for a graph; "
+            f"{name} in {export.root} is not the installed LoopExport's, and ONNX export runs no other code; "
             "convert the base again with this version"
         )
 
 
 def _check_real_shards(export: Export) -> None:
-    """ONNX Runtime reads no weights through a link out of the directory, such as those of the Hub's cache are."""
+    """Check for links out of the directory, as in the Hub's cache: ONNX Runtime does not follow them."""
     root = export.root.resolve()
     for shard in export.base.shards:
-        if root not in shard.path.parents:  # which has its links resolved
+        if root not in shard.path.parents:  # shard.path has its links resolved
             raise OnnxError(
                 f"{shard.name} in {export.root} is a link out of it, which ONNX Runtime refuses to follow: use --out "
-                "COPY, or a --dtype other than the stored one, for which the weights are written once more"
+                "COPY, or a --dtype other than the stored one, which writes the weights again"
             )
 
 
@@ -224,9 +255,9 @@ def _warnings(export: Export, dtype: str, attention: str) -> Iterator[str]:
     if dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         yield (
             "ONNX Runtime computes in bf16 on CUDA only, so the graph can be neither verified nor run here; "
-            "--dtype fp32 or fp16 makes one that runs on the CPU"
+            "for the CPU use --dtype fp32 or fp16"
         )
     if attention == "gqa":
-        yield "attention gqa takes no padded batch, and several tokens on a cache for one prompt at a time only"
+        yield "attention gqa takes no padded batch, and with a cache it takes several tokens for a single prompt only"
         if dtype == "fp32":
-            yield "attention gqa computes in fp16 and bf16 only on CUDA; this graph is for the CPU"
+            yield "on CUDA, attention gqa computes in fp16 and bf16 only; this graph is for the CPU"

@@ -41,7 +41,7 @@ def test_a_process_that_dies_is_told_for_every_run(tmp_path):
     python.write_text("#!/bin/sh\necho out of luck\nexit 3\n")
     python.chmod(0o755)
     outcomes = run_vllm([{}, {}], python=str(python))
-    assert [each.error for each in outcomes] == ["the process of vLLM ended with status 3: out of luck"] * 2
+    assert [each.error for each in outcomes] == ["vLLM's process ended with status 3: out of luck"] * 2
 
 
 def test_the_template_serves_what_was_found_exact_and_nothing_else():

@@ -14,6 +14,7 @@ from loopexport.base.checkpoint import open_checkpoint
 from loopexport.templates.configuration_looped import CODE_DIGEST
 from support.commands import checks, run, sha256, tree
 from support.damage import edit_config, flip_last_byte
+from support.structure import by_class
 from support.tiny import FAMILIES, SPAN
 
 
@@ -23,7 +24,7 @@ def export(export_dir, tmp_path):
     return shutil.copytree(export_dir("llama"), tmp_path / "export")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_class(FAMILIES))
 def test_every_family_passes(export_dir, family):
     outcome, status = checks(export_dir(family), "--full")
     assert status == 0, outcome

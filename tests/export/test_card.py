@@ -1,6 +1,7 @@
 """The model card: held to golden files, valid for the Hub's own reader, and kept when someone edits it.
 
-After a wanted change, `python tests/test_card.py` writes the golden files anew; read the difference before committing.
+After a wanted change, `python tests/export/test_card.py` writes the golden files; read the difference before you
+commit.
 """
 
 from __future__ import annotations

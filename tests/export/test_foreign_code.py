@@ -12,8 +12,8 @@ import loopexport
 from loopexport.export.small_files import export_card
 from support.commands import run, sha256, tree
 from support.damage import EXPLODES
+from support.small_tokenizer import write_tokenizer
 from support.tiny import save_tiny
-from support.tokenizers import write_tokenizer
 
 FOREIGN_TOKENIZER = (
     "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"

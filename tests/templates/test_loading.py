@@ -17,8 +17,8 @@ import loopexport
 from loopexport.export.own_code import code_digest
 from loopexport.templates.configuration_looped import CODE_DIGEST, family_name
 from support.compare import assert_bitwise, assert_differs
+from support.small_tokenizer import write_tokenizer
 from support.tiny import FAMILIES, SPAN, tiny_tokens
-from support.tokenizers import write_tokenizer
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 LOADING_GROUPS = ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -18,6 +18,7 @@ from support.forwards import LENGTH, check_against_oracle, full_forward
 from support.oracle import UPDATES, Oracle
 from support.paths import ROOT
 from support.rule_values import STEPS, VALUES
+from support.structure import by_class
 from support.tiny import FAMILIES, MOE_FAMILIES, SPAN, tiny_tokens
 
 OTHER_VALUES = {
@@ -105,7 +106,7 @@ def test_norm_interpolation_equals_the_oracle(looped, plain, family, mode):
 
 
 @pytest.mark.parametrize("kv", KV_POLICIES)
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", by_class(MOE_FAMILIES))
 def test_frozen_routing_equals_the_oracle(looped, plain, family, kv):
     """With all that the authors' `layer_anchored_frozen` does."""
     spec = {

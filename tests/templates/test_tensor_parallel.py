@@ -38,8 +38,6 @@ if TRANSFORMERS_5:
     }
 CROSSING = ("llama", "pp", {"loop_span": [2, 5]})
 
-pytestmark = pytest.mark.xdist_group("two processes")  # started once, with `--dist loadgroup`
-
 
 @pytest.fixture(scope="module")
 def results(export_dir, tmp_path_factory):

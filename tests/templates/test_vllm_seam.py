@@ -14,6 +14,7 @@ from loopexport.templates.looped_spec import LoopSpec
 from loopexport.templates.looped_vllm_limits import VLLM_FAMILIES, vllm_context, vllm_refusal
 from support.compare import TOLERANCE, assert_close, assert_differs
 from support.loaded_code import code_beside
+from support.structure import REPRESENTATIVES
 from support.tiny import FAMILIES, SPAN, save_tiny, tiny_tokens
 from support.vllm_double import SEAMS, Engine
 
@@ -46,7 +47,10 @@ def largest_difference(ours, theirs):
 
 
 @pytest.mark.parametrize("seam", SEAMS)
-@pytest.mark.parametrize(("family", "kv"), SERVED)
+@pytest.mark.parametrize(
+    ("family", "kv"),
+    [pytest.param(family, kv, marks=() if family in REPRESENTATIVES else pytest.mark.matrix) for family, kv in SERVED],
+)
 def test_however_prompts_are_cut_logits_are_those_of_transformers(
     looped, plain, export_dir, monkeypatch, family, kv, seam
 ):

@@ -1,1 +1,1 @@
-"""Run an ONNX export with ONNX Runtime: prompts, the cache, and how the next token is chosen."""
+"""Run an ONNX export with ONNX Runtime: prompts, the cache and sampling."""

@@ -1,4 +1,4 @@
-"""Run an ONNX export with ONNX Runtime: logits, a cache that stays on the device, and generation."""
+"""Run an ONNX graph with ONNX Runtime: logits, a cache that stays on the device, and generation."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CONFIG, read_json
-from loopexport.errors import CheckpointError, OnnxError, OnnxInputError
+from loopexport.choices import Provider
+from loopexport.errors import CheckpointError, OnnxError, OnnxInputError, one_line
 from loopexport.export.onnx_files import graph_name
 from loopexport.export.stale_graphs import refuse_stale
 
-from .prompts import encode, load_tokenizer, one_line
+from .prompts import encode, load_tokenizer
 from .sampling import Sampling
 
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
+
+MAX_REASON_CHARS = 300
 
 
 @dataclass
@@ -28,8 +32,8 @@ class OnnxCache:
     """Keys and values of the tokens so far.
 
     Attributes:
-        values: ONNX Runtime's own tensors by input name; they lie on the session's device.
-        length: how many positions they hold.
+        values: ONNX Runtime's tensors by input name, on the session's device.
+        length: the number of cached positions.
     """
 
     values: dict[str, Any]
@@ -37,7 +41,7 @@ class OnnxCache:
 
 
 class OnnxModel:
-    """A graph in a session.
+    """An ONNX graph, loaded in ONNX Runtime.
 
     Example:
         >>> model = OnnxModel("qwen3-4b-looped")  # doctest: +SKIP
@@ -45,21 +49,27 @@ class OnnxModel:
 
     Args:
         root: a directory with an ONNX export.
-        file: the graph; None for `model.onnx`, which has the export's own K, or for the only one.
-        provider: "cuda", "cpu", or "auto" for CUDA where it is available.
-        threads: for the CPU; None leaves it to ONNX Runtime.
+        file: the graph; None for `model.onnx`, the graph of the export's own K, or for the only graph.
+        provider: "cuda", "cpu", or "auto" for CUDA if it is available.
+        threads: number of CPU threads; None lets ONNX Runtime choose.
 
     Raises:
-        OnnxError: there is no graph, it is of another loop than the config beside it, or ONNX Runtime cannot run it.
+        OnnxError: there is no graph, its loop differs from `config.json`, or ONNX Runtime cannot run it.
 
     Attributes:
-        max_positions: how many tokens the model's table of positions is for; None where it has no such table.
-        vocab_size: number of token ids; None where the graph does not tell.
+        max_positions: the size of the model's table of positions; None if it has no table.
+        vocab_size: number of token ids; None if the graph does not say.
     """
 
+    @suggest_keywords
     def __init__(
-        self, root: str | Path, file: str | None = None, *, provider: str = "auto", threads: int | None = None
-    ):
+        self,
+        root: str | Path,
+        file: str | None = None,
+        *,
+        provider: Provider = "auto",
+        threads: int | None = None,
+    ) -> None:
         self.root = Path(root).expanduser()
         self.path = self._find(file)
         self.provider = _chosen_provider(provider)
@@ -85,17 +95,17 @@ class OnnxModel:
         if own in graphs or len(graphs) == 1:
             return self.root / (own if own in graphs else graphs[0])
         if not graphs:
-            raise OnnxError(f"no ONNX graph in {self.root}; `loopexport onnx {self.root}` makes one")
+            raise OnnxError(f"no ONNX graph in {self.root}; run `loopexport onnx {self.root}` first")
         raise OnnxError(f"{self.root} has several graphs, choose one: {', '.join(graphs)}")
 
     @cached_property
     def tokenizer(self):
-        """The export's tokenizer, loaded without any code that may lie in the directory."""
+        """The export's tokenizer. Code in the directory is not run."""
         return load_tokenizer(self.root)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer, as the export's configs name them."""
+        """Tokens that end an answer, from the export's configs."""
         for name in ("generation_config.json", CONFIG):
             if (self.root / name).is_file():
                 value = _read_json(self.root / name).get("eos_token_id")
@@ -104,7 +114,7 @@ class OnnxModel:
         return ()
 
     def empty_cache(self, batch: int) -> OnnxCache:
-        """A cache that holds nothing yet."""
+        """A cache without tokens."""
         values = {}
         for name, each in self._inputs.items():
             if name.startswith("past_key_values."):
@@ -115,15 +125,18 @@ class OnnxModel:
     def forward(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, cache: OnnxCache | None = None
     ) -> tuple[np.ndarray, OnnxCache]:
-        """Logits `(batch, seq, vocab)` in fp32 of the next tokens, and the cache with them in it.
+        """Run the graph on the next tokens.
 
         Args:
             input_ids: `(batch, seq)`.
             attention_mask: `(batch, cached + seq)`, 0 for padding; None for no padding.
-            cache: of the tokens before; None for none. It is not changed.
+            cache: the cache of the earlier tokens; None if there are none. It is not changed.
+
+        Returns:
+            The logits `(batch, seq, vocab)` in fp32, and the new cache.
 
         Raises:
-            OnnxInputError: these do not fit each other, or the graph; the message says what does.
+            OnnxInputError: the inputs do not fit each other or the graph; the message says what fits.
         """
         input_ids = self._checked_ids(input_ids)
         batch, length = input_ids.shape
@@ -150,7 +163,7 @@ class OnnxModel:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime has no public error class of its own
-            raise OnnxError(f"ONNX Runtime cannot run {self.path}: {one_line(error)}") from None
+            raise OnnxError(f"ONNX Runtime cannot run {self.path}: {one_line(error, MAX_REASON_CHARS)}") from None
         outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         logits = outputs.pop("logits").numpy().astype(np.float32, copy=False)
         values = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
@@ -160,26 +173,27 @@ class OnnxModel:
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
             raise OnnxInputError(
-                f"input_ids of shape {ids.shape} must be whole numbers (batch, seq), one or more of each"
+                f"input_ids of shape {ids.shape} must be whole numbers (batch, seq), both sizes 1 or more"
             )
         wrong = ids[(ids < 0) | (ids >= (self.vocab_size or np.inf))]
         if wrong.size:
             count = self.vocab_size or "unknown"
-            raise OnnxInputError(f"token id {wrong[0]} is not in the model's vocabulary, whose size is {count}")
+            raise OnnxInputError(f"token id {wrong[0]} is not in the model's vocabulary of {count} tokens")
         return np.ascontiguousarray(ids, dtype=np.int64)
 
     def _check_cache(self, cache: OnnxCache, batch: int) -> None:
         names = {name for name in self._inputs if name.startswith("past_key_values.")}
         if cache.values.keys() != names:
             raise OnnxInputError(
-                f"the cache is of another graph, with {len(cache.values)} inputs instead of {len(names)}"
+                f"the cache belongs to another graph: it has {len(cache.values)} tensors instead of {len(names)}"
             )
         cached = next(iter(cache.values.values())).shape()[0]
         if cached != batch:
             raise OnnxInputError(
-                f"the cache is of a batch of {cached}, input_ids of one of {batch}; they must be equal"
+                f"the cache has a batch of {cached}, but input_ids has a batch of {batch}; they must be equal"
             )
 
+    @suggest_keywords
     def stream(
         self,
         input_ids: np.ndarray,
@@ -189,17 +203,17 @@ class OnnxModel:
         sampling: Sampling | None = None,
         eos_token_ids: Sequence[int] | None = None,
     ) -> Iterator[np.ndarray]:
-        """Generate, a token for each row at a time, `(batch,)`; a row that has ended goes on with its last token.
+        """Generate: yield the next token of every row, `(batch,)`. A row that has ended repeats its last token.
 
         Args:
-            input_ids: `(batch, seq)`; prompts of different lengths are padded left or right, told by the mask.
-            attention_mask: `(batch, seq)`, 0 for padding.
-            max_new_tokens: where to stop at the latest; a table of positions that is used up stops earlier.
-            sampling: how tokens are chosen; None is greedily.
-            eos_token_ids: tokens that end a row; None for those of the export's configs.
+            input_ids: `(batch, seq)`. Pad prompts of different lengths on either side, and give the mask.
+            attention_mask: `(batch, seq)`, 0 for padding; None for no padding.
+            max_new_tokens: stop after this many tokens; a full table of positions stops earlier.
+            sampling: how to choose tokens; None for greedy.
+            eos_token_ids: tokens that end a row; None for the export's own.
 
         Raises:
-            OnnxInputError: there is nothing to go on with, or not what the graph takes; the message says what it does.
+            OnnxInputError: an input is not allowed; the message says what is.
         """
         if max_new_tokens < 1:
             raise OnnxInputError(f"max_new_tokens {max_new_tokens} must be 1 or more")
@@ -207,8 +221,8 @@ class OnnxModel:
         mask = _checked_mask(attention_mask, ids.shape)
         empty = np.flatnonzero(~mask.any(axis=1))
         if empty.size:
-            raise OnnxInputError(f"row {empty[0]} of attention_mask is all padding, with no token to go on from")
-        if self.max_positions is not None:  # the last new token is not run, and needs no position
+            raise OnnxInputError(f"row {empty[0]} of attention_mask is all padding; it needs at least one token")
+        if self.max_positions is not None:  # the last new token is not run, so it needs no position
             max_new_tokens = min(max_new_tokens, max(1, self.max_positions - ids.shape[1] + 1))
         ends = np.array(self.eos_token_ids if eos_token_ids is None else eos_token_ids, dtype=np.int64)
         return self._stream(*_padded_left(ids, mask), max_new_tokens, sampling or Sampling(), ends)
@@ -221,7 +235,7 @@ class OnnxModel:
         all_ids = ids
         for _ in range(max_new_tokens):
             if cache is not None and cache.length <= self._recomputed_beyond < all_ids.shape[1]:
-                ids, cache = all_ids, None  # the cached keys are of other frequencies than what follows
+                ids, cache = all_ids, None  # the cached keys have other rotary frequencies than the next tokens
             logits, cache = self.forward(ids, mask, cache)
             chosen = sampling.choose(logits[:, -1], random)
             tokens = chosen if tokens is None else np.where(ended, tokens, chosen)
@@ -233,36 +247,111 @@ class OnnxModel:
             all_ids = np.concatenate([all_ids, ids], axis=1)
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
 
-    def generate(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, **options) -> np.ndarray:
-        """The new tokens `(batch, new)`; the options are those of `stream`."""
-        return np.stack(list(self.stream(input_ids, attention_mask, **options)), axis=1)
-
-    def stream_text(self, prompt: str, *, chat: bool | None = None, **options) -> Iterator[str]:
-        """The continuation of a prompt, piece by piece.
+    @suggest_keywords
+    def generate(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Generate the new tokens `(batch, new)`.
 
         Args:
-            prompt: a question, or text to go on with.
-            chat: whether to put it into the chat template; None does where there is one.
-            **options: those of `stream`.
+            input_ids: `(batch, seq)`. Pad prompts of different lengths on either side, and give the mask.
+            attention_mask: `(batch, seq)`, 0 for padding; None for no padding.
+            max_new_tokens: stop after this many tokens; a full table of positions stops earlier.
+            sampling: how to choose tokens; None for greedy.
+            eos_token_ids: tokens that end a row; None for the export's own.
+
+        Raises:
+            OnnxInputError: an input is not allowed; the message says what is.
+        """
+        tokens = self.stream(
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_token_ids=eos_token_ids,
+        )
+        return np.stack(list(tokens), axis=1)
+
+    @suggest_keywords
+    def stream_text(
+        self,
+        prompt: str,
+        *,
+        chat: bool | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> Iterator[str]:
+        """Continue a prompt: yield the text piece by piece.
+
+        Args:
+            prompt: a question, or text to continue.
+            chat: use the chat template; None uses it if there is one.
+            max_new_tokens: stop after this many tokens; a full table of positions stops earlier.
+            sampling: how to choose tokens; None for greedy.
+            eos_token_ids: tokens that end a row; None for the export's own.
+
+        Raises:
+            OnnxError: there is no tokenizer, or no chat template.
+            OnnxInputError: an input is not allowed; the message says what is.
         """
         ids = self.encode(prompt, chat=chat)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "sampling": sampling,
+            "eos_token_ids": eos_token_ids,
+        }
         tokens: list[int] = []
         shown = text = ""
         for token in self.stream(ids, **options):
             tokens.append(int(token[0]))
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):  # the first bytes of a character that is not whole yet
+            if not text.endswith("\ufffd"):  # the first bytes of an incomplete character
                 yield text[len(shown) :]
                 shown = text
-        if len(text) > len(shown):  # a character that never became whole
+        if len(text) > len(shown):  # a character that stayed incomplete
             yield text[len(shown) :]
 
-    def answer(self, prompt: str, **options) -> str:
-        """The continuation of a prompt; the options are those of `stream_text`."""
-        return "".join(self.stream_text(prompt, **options))
+    @suggest_keywords
+    def answer(
+        self,
+        prompt: str,
+        *,
+        chat: bool | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> str:
+        """Continue a prompt: the whole text.
+
+        Args:
+            prompt: a question, or text to continue.
+            chat: use the chat template; None uses it if there is one.
+            max_new_tokens: stop after this many tokens; a full table of positions stops earlier.
+            sampling: how to choose tokens; None for greedy.
+            eos_token_ids: tokens that end a row; None for the export's own.
+
+        Raises:
+            OnnxError: there is no tokenizer, or no chat template.
+            OnnxInputError: an input is not allowed; the message says what is.
+        """
+        pieces = self.stream_text(
+            prompt,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_token_ids=eos_token_ids,
+        )
+        return "".join(pieces)
 
     def encode(self, prompt: str, *, chat: bool | None = None) -> np.ndarray:
-        """A prompt as token ids `(1, seq)`."""
+        """Token ids `(1, seq)` of a prompt; `chat` uses the chat template, None if there is one."""
         return np.array([encode(self.tokenizer, prompt, chat, self.root)])
 
 
@@ -276,12 +365,12 @@ def _read_json(path: Path) -> dict:
 def _token_ids(value, path: Path) -> tuple[int, ...]:
     ids = tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(each, int) for each in ids):
-        raise OnnxError(f"{path} has eos_token_id {value!r}, which is neither a token id nor a list of them")
+        raise OnnxError(f"{path} has eos_token_id {value!r}, which is neither a token id nor a list of token ids")
     return ids
 
 
 def _padded_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows shifted so that padding comes first: the next token then follows the last of every row."""
+    """Shift the rows so that padding comes first: the next token then follows the last token of every row."""
     shifts = [int(np.argmax(row[::-1])) for row in mask]
     pairs = [(np.roll(row, by), np.roll(own, by)) for row, own, by in zip(ids, mask, shifts, strict=True)]
     return np.stack([row for row, _ in pairs]), np.stack([own for _, own in pairs])
@@ -293,18 +382,18 @@ def _checked_mask(mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray
     if np.shape(mask) != shape:
         raise OnnxInputError(f"attention_mask {np.shape(mask)} must have the shape {shape}, cached tokens included")
     if not np.isin(mask, (0, 1)).all():
-        raise OnnxInputError("attention_mask must be of 0, for padding, and 1")
+        raise OnnxInputError("attention_mask must hold 1, and 0 for padding")
     return np.asarray(mask).astype(np.int64)
 
 
 def _check_fused(mask: np.ndarray, past: int, length: int) -> None:
-    """Raise OnnxError where GroupQueryAttention would compute something else without a word."""
+    """Raise OnnxError where GroupQueryAttention would silently compute something else."""
     if not mask.all():
-        raise OnnxError("a graph of attention gqa takes no padded batch; use one of --attention portable")
+        raise OnnxError("a graph with attention gqa takes no padded batch; use one with --attention portable")
     if len(mask) > 1 and past and length > 1:
         raise OnnxError(
-            f"a graph of attention gqa takes {length} tokens on a cache for one prompt only, not {len(mask)}; run them "
-            "one by one, or use a graph of --attention portable"
+            f"with a cache, a graph with attention gqa takes {length} tokens for a single prompt only, not for "
+            f"{len(mask)}; run the prompts one by one, or use a graph with --attention portable"
         )
 
 
@@ -317,7 +406,7 @@ def _chosen_provider(provider: str) -> str:
     if provider not in PROVIDERS:
         raise OnnxError(f"provider {provider!r} must be one of auto, {', '.join(PROVIDERS)}")
     if provider == "cuda" and not has_cuda:
-        raise OnnxError("ONNX Runtime has no CUDA here; install loopexport[onnx-cuda], or use --provider cpu")
+        raise OnnxError("CUDA is not available to ONNX Runtime; install loopexport[onnx-cuda], or use --provider cpu")
     return provider
 
 
@@ -325,17 +414,17 @@ def _session(path: Path, providers: list[str], threads: int | None):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised as well
+    options.log_severity_level = 4  # errors are raised anyway
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime has no public error class of its own
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, MAX_REASON_CHARS)
         if "bfloat16" in reason or "NOT_IMPLEMENTED" in reason:
-            reason += "; a graph in bf16 runs on CUDA only: `loopexport onnx --dtype fp32` makes one for the CPU"
+            reason += "; a graph in bf16 runs on CUDA only: for the CPU use `loopexport onnx --dtype fp32`"
         if "escapes model directory" in reason:
-            reason = f"its weights are links out of {path.parent}; `cp -rL` makes a directory of files"
+            reason = f"its weights are links out of {path.parent}; copy the directory with `cp -rL`"
         raise OnnxError(f"ONNX Runtime cannot run {path}: {reason}") from None
 
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Choose the next token."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from loopexport.errors import OnnxError, OnnxInputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How to choose the next token.
 
     Attributes:
         temperature: 0 is greedy.
-        top_k: only the k likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens that together have this probability.
-        seed: of the random numbers; None for another one each time.
+        top_k: keep only the k likeliest tokens; 0 keeps all.
+        top_p: keep only the likeliest tokens, until they reach this total probability.
+        seed: random seed; None for a new one each time.
+
+    Raises:
+        OnnxInputError: a value is out of range.
     """
 
     temperature: float = 0.0
@@ -37,21 +40,19 @@ class Sampling:
             raise OnnxInputError(f"seed {self.seed} must be 0 or more")
 
     def choose(self, logits: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """A token for each row of `(batch, vocab)`.
+        """Choose a token for each row of `(batch, vocab)`.
 
         Raises:
             OnnxError: the largest logit of a row is not a finite number.
         """
         if not np.isfinite(logits.max(-1)).all():
-            raise OnnxError(
-                "the graph computes logits that are not finite numbers; `loopexport onnx --dtype fp32` may help"
-            )
+            raise OnnxError("the graph computes logits that are not finite numbers; try `loopexport onnx --dtype fp32`")
         if self.temperature == 0:
             return logits.argmax(-1)
         return np.array([random.choice(len(row), p=self._probabilities(row)) for row in logits.astype(np.float64)])
 
     def _probabilities(self, row: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):  # what a tiny temperature makes infinitely less likely than the likeliest
+        with np.errstate(over="ignore"):  # with a tiny temperature, -inf is right
             row = (row - row.max()) / self.temperature
         if 0 < self.top_k < len(row):
             row = np.where(row < np.partition(row, -self.top_k)[-self.top_k], -np.inf, row)

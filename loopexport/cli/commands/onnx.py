@@ -1,0 +1,81 @@
+"""`loopexport onnx`."""
+
+from __future__ import annotations
+
+import sys
+from typing import get_args
+
+import click
+
+from loopexport.choices import Attention, OnnxDtype
+from loopexport.cli.options import complete_directory, directory_argument, dry_run_option, json_option, overwrite_option
+from loopexport.cli.output import NOTHING_WRITTEN, echo_json, echo_line, echo_lines
+from loopexport.cli.progress import ByteBar
+
+
+@click.command(short_help="Unroll an export into an ONNX graph.")
+@directory_argument
+@click.option(
+    "--out",
+    shell_complete=complete_directory,
+    help="Write a copy of the export with the graphs.  [default: write the graphs into DIRECTORY]",
+)
+@click.option("--steps", metavar="K,...", help="One graph for each K, such as 2,4,8.  [default: the export's own K]")
+@click.option(
+    "--dtype",
+    type=click.Choice(get_args(OnnxDtype)),
+    default="as-is",
+    show_default=True,
+    help="Number format of the graphs; as-is keeps the stored one and writes no weights.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(get_args(Attention)),
+    default="portable",
+    show_default=True,
+    help="gqa is faster, but takes no padded batches.",
+)
+@overwrite_option
+@dry_run_option
+@click.option("--no-verify", is_flag=True, help="Do not compare with torch, which loads the model in fp32.")
+@json_option
+def onnx(directory, steps, dry_run, no_verify, as_json, **options) -> None:
+    """Unroll the loop of the export DIRECTORY into an ONNX graph that reads the export's own weights.
+
+    Each graph is compared with torch before it is kept. Exit status 1 if they differ.
+    """
+    from loopexport.cli.text import onnx_outcome_lines, onnx_plan_lines
+    from loopexport.onnx import plan_onnx
+
+    plan = plan_onnx(directory, steps=_parse_steps(steps), **options)
+    if not as_json:
+        echo_lines(onnx_plan_lines(plan))
+    if dry_run:
+        echo_json({**plan.to_dict(), "written": False}) if as_json else echo_line(NOTHING_WRITTEN)
+        return
+    outcome = _apply(plan, verify=not no_verify)
+    if as_json:
+        checks = {name: [check.to_dict() for check in each] for name, each in outcome.checks.items()}
+        echo_json({**plan.to_dict(), "checks": checks, "written": outcome.written})
+    else:
+        echo_lines(onnx_outcome_lines(plan, outcome))
+    sys.exit(0 if outcome.written else 1)
+
+
+def _apply(plan, verify: bool):
+    with ByteBar("writing weights", plan.data_bytes) as bar:
+
+        def say(line: str) -> None:
+            bar.close()
+            echo_line(line, err=True)
+
+        return plan.apply(verify=verify, say=say, progress=bar)
+
+
+def _parse_steps(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(each) for each in text.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not a list of whole numbers such as 2,4,8", param_hint="--steps"
+        ) from None

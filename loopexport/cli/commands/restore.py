@@ -1,0 +1,22 @@
+"""`loopexport restore`."""
+
+from __future__ import annotations
+
+import click
+
+from loopexport.cli.options import complete_directory, directory_argument, restore_weights_option
+from loopexport.cli.output import echo_line
+from loopexport.cli.progress import ByteBar
+
+
+@click.command(short_help="Write an export's base to a new directory, bit for bit.")
+@directory_argument
+@click.argument("out", shell_complete=complete_directory)
+@restore_weights_option
+def restore(directory, out, weights) -> None:
+    """Write the base of the export DIRECTORY to OUT, bit for bit. Hashes weights with a recorded digest first."""
+    from loopexport.export.restoration import restore as restore_base
+
+    with ByteBar("restoring weights", 0) as advance:
+        base = restore_base(directory, out, weights=weights, progress=advance)
+    echo_line(f"Wrote {base.root}, the base {base.origin.name}")

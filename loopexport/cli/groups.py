@@ -1,0 +1,66 @@
+"""Click classes: commands in the order of work, errors on one line, and options under headings."""
+
+from __future__ import annotations
+
+import functools
+
+import click
+
+from loopexport.errors import LoopExportError
+
+from .output import echo_line
+
+LOOP, FILES, HUB, OUTPUT = "The loop", "The files", "The Hub", "Output"
+
+
+class Group(click.Group):
+    """The main group. Here, and nowhere else, a known error becomes one line on stderr and exit status 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order in which they were added."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context):
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except LoopExportError as error:
+            echo_line(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; no partial output was left behind.", err=True)
+            ctx.exit(130)
+
+
+class GroupedOption(click.Option):
+    """An option that `--help` shows under the heading `group`."""
+
+    def __init__(self, *names, group: str, **settings):
+        super().__init__(*names, **settings)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` shows options under headings; options without a heading are at the end."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options to `formatter`, one section for each heading."""
+        sections: dict[str, list[tuple[str, str]]] = {LOOP: [], FILES: [], HUB: [], OUTPUT: []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                sections[getattr(parameter, "group", OUTPUT)].append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def option(group: str, *names: str, **settings):
+    """`click.option` under a heading."""
+    return click.option(*names, cls=GroupedOption, group=group, **settings)
+
+
+def combine(*decorators):
+    """One decorator for several options, in this order."""
+    return lambda command: functools.reduce(lambda inner, outer: outer(inner), reversed(decorators), command)
