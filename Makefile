@@ -19,7 +19,7 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-oldest test-vllm test-vllm-older records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks clean
+.PHONY: demo test test-oldest test-vllm test-vllm-older environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks clean
 .PRECIOUS: .venv-vllm-%/ready
 
 demo: $(VENV)/demo-ready
@@ -36,6 +36,9 @@ test-oldest: $(OLDEST)/test-ready $(SMOLLM)/README.md
 test-vllm: $(VENV)/test-ready .venv-vllm-$(VLLM)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$(VLLM))/bin/python \
 		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" -k "$(VLLM_CASES)" tests/checks/test_vllm.py
+
+# The environments of the last stages of CI.
+environments: $(OLDEST)/test-ready .venv-vllm-$(VLLM)/ready .venv-vllm-$(VLLM_OLDER)/ready
 
 # Serve a few exports with the older release.
 test-vllm-older:

@@ -43,17 +43,17 @@ class Recorder:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
         """Keep the tests of the walk that did not pass yet."""
-        walk = [item for item in items if self._belongs(item)]
+        here = [item for item in items if self._is_in_a_place_of_the_walk(item)]
+        walked = {_function_of(item) for item in here if self.record.whole or item.get_closest_marker("matrix")}
+        walk = [item for item in here if _function_of(item) in walked]  # the cells of `make test` are part of it
         self.wanted |= {item.nodeid for item in walk}
-        config.stash[WANTED] = sorted(self.wanted)
         kept = [item for item in walk if item.nodeid not in self.results]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
-    def _belongs(self, item) -> bool:
+    def _is_in_a_place_of_the_walk(self, item) -> bool:
         file = item.nodeid.partition("::")[0]
-        is_here = any(file == place or file.startswith(f"{place}/") for place in self.record.tests)
-        return is_here and (self.record.whole or item.get_closest_marker("matrix") is not None)
+        return any(file == place or file.startswith(f"{place}/") for place in self.record.tests)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node, ids):
@@ -94,7 +94,8 @@ class Recorder:
         return {name: _version(name) for name in ("torch", "transformers", *self.record.packages)}
 
 
-WANTED = pytest.StashKey[list]()
+def _function_of(item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 def _version(package: str) -> str:

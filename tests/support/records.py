@@ -38,7 +38,7 @@ class Record:
     """A long walk.
 
     Attributes:
-        tests: files and folders whose tests marked `matrix` are the walk.
+        tests: files and folders; the walk is their tests of which some cells are marked `matrix`, with all cells.
         exercises: what a change of makes the record stale, as patterns below the checkout.
         packages: what is installed beside torch and transformers and decides about the results.
         whole: whether the walk has all tests of these files, and not only those marked `matrix`.
