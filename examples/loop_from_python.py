@@ -14,7 +14,7 @@ model, out = sys.argv[1:]
 plan = loopexport.plan_convert(model, out, span=(13, 17), steps=3, overwrite=True)
 print(f"{len(plan.spec.layers)} layers, {plan.cost.multiplier:.2f}x the layer evaluations of the base")
 
-export = loopexport.convert(model, out, span=(13, 17), steps=3, overwrite=True)
+export = plan.apply()
 print(f"{export.root} was made from {export.manifest.base.name}, weights by {export.manifest.weights_method}")
 
 for check in loopexport.verify(export.root):

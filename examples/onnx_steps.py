@@ -10,17 +10,16 @@ import numpy as np
 
 import loopexport
 from loopexport.export.onnx_files import graph_name
-from loopexport.onnx import OnnxModel, export_onnx
 
 if len(sys.argv) < 3:
     sys.exit(__doc__)
 directory, *steps = sys.argv[1:]
 own_steps = loopexport.open_export(directory).spec.steps
-outcome = export_onnx(directory, steps=tuple(map(int, steps)), verify=False)
+outcome = loopexport.export_onnx(directory, steps=tuple(map(int, steps)), verify=False)
 
 text = "It was a bright cold day in April, and the clocks were striking thirteen."
 for k in map(int, steps):
-    model = OnnxModel(directory, graph_name(k, own_steps))
+    model = loopexport.OnnxModel(directory, graph_name(k, own_steps))
     ids = np.array([model.tokenizer(text).input_ids])
     start = time.perf_counter()
     logits, _ = model.forward(ids)

@@ -22,7 +22,7 @@ with tempfile.TemporaryDirectory() as folder:
     try:
         plan = loopexport.plan_convert(model, out, preset=preset, weights="none")
         print(*plan.warnings, sep="\n")
-        export = loopexport.convert(model, out, preset=preset, weights="none")
+        export = plan.apply()
         result = loopexport.push(out, repo_id, commit_message=f"Looped with preset {preset}")
     except loopexport.LoopExportError as error:
         sys.exit(f"Not published: {error}")

@@ -66,5 +66,6 @@ def _legend(canvas: Canvas, data: dict) -> None:
     canvas.text(x + 42, y + 28, f"prefill of {data['prefill_tokens']} tokens, measured")
     canvas.circle(x + 15, y + 46, 5, fill=theme.again, stroke=theme.again)
     canvas.text(x + 42, y + 51, f"decode of {data['decode_tokens']} tokens, measured")
-    note = f"Median of {data['rounds']} rounds in turn with the base; fp32, {data['threads']} shared CPU cores."
+    threads = "1 thread" if data["threads"] == 1 else f"{data['threads']} threads"
+    note = f"Median of {data['rounds']} rounds in turn with the base; fp32, {threads} on a shared CPU."
     canvas.text(LEFT, BOTTOM + 74, note, size=13, fill=theme.muted)

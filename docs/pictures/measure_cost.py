@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,52 +25,62 @@ from measure import interleaved, ratio
 DATA = Path(__file__).parent / "data" / "cost.json"
 SPAN = (13, 17)
 STEPS = (1, 2, 3, 4, 6, 8)
-PREFILL_TOKENS, DECODE_TOKENS, ROUNDS = 128, 16, 9
+PREFILL_TOKENS, DECODE_TOKENS, ROUNDS, THREADS = 128, 8, 5, 1
 
 
-@torch.no_grad()
-def prefill(model, tokens, steps: int | None) -> float:
-    """Seconds of one forward over the prompt."""
-    _set_steps(model, steps)
-    start = time.perf_counter()
-    model(tokens)
-    return time.perf_counter() - start
+class Runner:
+    """A model at one K, with a cache of its own that decoding goes on with.
 
+    Attributes:
+        model: the base, or the looped model, which all K share.
+        steps: K; None for the base.
+    """
 
-@torch.no_grad()
-def decode(model, tokens, steps: int | None) -> float:
-    """Seconds of the decode steps behind the prompt."""
-    _set_steps(model, steps)
-    cache = model(tokens, use_cache=True).past_key_values
-    start = time.perf_counter()
-    for _ in range(DECODE_TOKENS):
-        model(tokens[:, :1], past_key_values=cache)
-    return time.perf_counter() - start
+    def __init__(self, model, steps: int | None, tokens):
+        self.model, self.steps, self.tokens = model, steps, tokens
+        self.cache = None
 
+    @torch.no_grad()
+    def prefill(self) -> float:
+        """Seconds of one forward over the prompt."""
+        self._set_steps()
+        start = time.perf_counter()
+        self.cache = self.model(self.tokens, use_cache=True).past_key_values
+        return time.perf_counter() - start
 
-def _set_steps(model, steps: int | None) -> None:
-    if steps is not None:
-        model.config.loop_damping = None
-        model.config.loop_steps = steps
+    @torch.no_grad()
+    def decode(self) -> float:
+        """Seconds of some decode steps behind the latest prefill."""
+        self._set_steps()
+        start = time.perf_counter()
+        for _ in range(DECODE_TOKENS):
+            self.model(self.tokens[:, :1], past_key_values=self.cache)
+        return time.perf_counter() - start
+
+    def _set_steps(self) -> None:
+        if self.steps is not None:
+            self.model.config.loop_steps = self.steps
 
 
 def measure(base: Path, work: Path) -> dict:
     """All points, as `cost.json` has them."""
+    torch.set_num_threads(THREADS)
     export = loopexport.convert(str(base), work / "export", span=SPAN, steps=2)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     looped = AutoModelForCausalLM.from_pretrained(export.root, trust_remote_code=True, dtype=torch.float32).eval()
     tokens = torch.randint(3, plain.config.vocab_size, (1, PREFILL_TOKENS), generator=torch.Generator().manual_seed(0))
+    runners = {None: Runner(plain, None, tokens), **{steps: Runner(looped, steps, tokens) for steps in STEPS}}
     points: dict[int, dict[str, float]] = {steps: {} for steps in STEPS}
-    for label, action in (("prefill", prefill), ("decode", decode)):
-        actions = {steps: partial(action, looped, tokens, steps) for steps in STEPS}
-        seconds = interleaved({None: partial(action, plain, tokens, None), **actions}, ROUNDS)
+    for label in ("prefill", "decode"):
+        seconds = interleaved({steps: getattr(runner, label) for steps, runner in runners.items()}, ROUNDS)
         for steps in STEPS:
             points[steps][label] = round(ratio(seconds[steps], seconds[None]), 3)
+        print(label, {steps: values[label] for steps, values in points.items()}, flush=True)
     return {
         "model": base.name,
         "layers": plain.config.num_hidden_layers,
         "span": list(SPAN),
-        "threads": torch.get_num_threads(),
+        "threads": THREADS,
         "prefill_tokens": PREFILL_TOKENS,
         "decode_tokens": DECODE_TOKENS,
         "rounds": ROUNDS,
