@@ -8,6 +8,7 @@ import loopexport
 import loopexport.onnx
 from loopexport.onnx import OnnxModel
 from loopexport.onnx.check import TOLERANCES, load_torch, make_scenarios, run_graph, run_torch
+from support.compare import LARGEST
 from support.tiny import VOCAB
 
 # One family for each way in which graphs differ; the others run with the matrix.
@@ -53,4 +54,5 @@ def assert_equals_torch(root, padded=True):
         if not (padded or scenario.mask.all()):
             continue
         difference = largest_difference(root, scenario)
+        LARGEST.append(difference)
         assert difference <= TOLERANCES["fp32"], f"{scenario.name}: {difference:.3g} of the logits' scale"

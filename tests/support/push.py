@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 from loopexport.cli import main
 from support.commands import sha256, tree
@@ -81,9 +82,16 @@ def this_process_as_a_client(hub, home, token):
         for name, value in variables.items():
             patch.setenv(name, value)
         for name, value in values.items():
-            patch.setattr(constants, name, value)
+            patch.setattr(constants, name, value, raising=False)
         patch.setattr(time, "sleep", _short_sleep)
+        _forget_sessions()
         yield
+    _forget_sessions()
+
+
+def _forget_sessions():
+    """Clients below version 1 decide at their first request whether they are offline."""
+    getattr(_http, "reset_sessions", lambda: None)()
 
 
 def _short_sleep(seconds, sleep=time.sleep):

@@ -62,11 +62,14 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report):
         """Note a test that passed, or was skipped with a reason."""
-        if self.is_worker or (report.when != "call" and not report.skipped):
+        if self.is_worker:
             return
         if report.failed:
             self.results.pop(report.nodeid, None)
-            return
+        elif report.when == "call" or report.skipped:
+            self._note(report)
+
+    def _note(self, report):
         result = dict(report.user_properties)
         if report.skipped:
             result = {"outcome": "skipped", "reason": str(report.longrepr[2]).removeprefix("Skipped: ")}

@@ -18,7 +18,7 @@ from support.paths import ROOT
 
 TEMPLATES = ("templates/*.py",)
 TINY = ("tests/support/tiny.py", "tests/support/compare.py", "tests/support/structure.py")
-WALK = ("tests/support/family_walk.py", "loopexport/base/families.py")
+WALK = ("tests/support/family_walk.py", "loopexport/base/families.py", "loopexport/base/families.json")
 ORACLE = (
     *(f"tests/support/{name}.py" for name in ("oracle", "forwards", "routing", "rule_values", "loaded_code")),
     *(f"tests/support/{name}.py" for name in ("watch_experts", "vllm_double", "family_walk")),
@@ -88,7 +88,7 @@ RECORDS = {
             ("tests/onnx",),
             (
                 *(*TEMPLATES, *TINY, "loopexport/onnx/**/*.py", "tests/onnx/*.py"),
-                *("tests/support/family_walk.py", "tests/support/onnx_walk.py", "tests/support/onnx_graphs.py"),
+                *(*WALK, "tests/support/onnx_walk.py", "tests/support/onnx_graphs.py"),
             ),
             ("onnx", "onnx-ir", "onnxruntime", "onnxscript"),
         ),
@@ -105,8 +105,9 @@ def digest_of(patterns: tuple[str, ...]) -> str:
     assert not missing, f"no file matches {missing}"
     digest = hashlib.sha256()
     for path in files:
-        name = path.relative_to(ROOT).as_posix()
-        digest.update(f"{name}\n{code_of(path.read_text(encoding='utf-8'))}\n".encode())
+        text = path.read_text(encoding="utf-8")
+        content = code_of(text) if path.suffix == ".py" else text
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\n{content}\n".encode())
     return digest.hexdigest()
 
 
