@@ -9,16 +9,16 @@ from __future__ import annotations
 import sys
 from functools import lru_cache
 
-_DIGEST_BEFORE = globals().get("CODE_DIGEST")  # None unless this file is run again in the module that it has made
+_DIGEST_BEFORE = globals().get("CODE_DIGEST")  # not None if transformers runs this file again in the same module
 
 # Start of the sha256 of all other copied files. transformers 5 caches local code by directory name and the content of
 # this file: without the digest, two exports with one directory name but different code would, in one process, both run
 # the code that was loaded first.
-CODE_DIGEST = "9bd33d0f681ea118"
+CODE_DIGEST = "7ce1b4887f58ca19"
 
 if _DIGEST_BEFORE not in (None, CODE_DIGEST):
-    # transformers 4 copies the code of exports of one directory name to one place, and runs a changed file again, but
-    # not the files that it imports: forget those of the other version.
+    # transformers 4 copies the code of all exports with one directory name to one place. It runs a changed file again,
+    # but not the files that this one imports, so remove the modules of the other version.
     for _name in [each for each in sys.modules if each.startswith(f"{__name__.rpartition('.')[0]}.looped_")]:
         del sys.modules[_name]
 

@@ -67,10 +67,7 @@ def _refused_settings(engine, family: str):
         ),
         (engine.quant_config is not None, "quantised models were not tested; serve a model that is not quantised"),
         (engine.speculative_config is not None, "speculative decoding was not tested; leave --speculative-config out"),
-        (
-            engine.lora_config is not None,
-            "adapters were not tested; leave --enable-lora out, or merge them first",
-        ),
+        (engine.lora_config is not None, "adapters were not tested; leave --enable-lora out, or merge them first"),
         (parallel.enable_expert_parallel, "expert parallelism was not tested; leave --enable-expert-parallel out"),
         (
             family in VLLM_EAGER and not engine.model_config.enforce_eager,

@@ -93,7 +93,7 @@ class LoopedLayers(nn.ModuleList):
 
 
 class LoopedModelMixin:
-    """Makes a native model a looped one, after the native constructor has built its layers."""
+    """Turns a native model into a looped one, after the native constructor has built its layers."""
 
     def __init__(self, config, *inputs, **kwargs):
         count_layers(config)

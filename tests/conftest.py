@@ -19,12 +19,25 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import loopexport
+from support.recording import Recorder, largest_difference_of_the_test  # noqa: F401
+from support.records import RECORDS
 from support.tiny import SPAN, save_tiny
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # the models are too small for more
 logging.disable_progress_bar()
 gc.freeze()  # what is imported stays: the collector need not look at it again
+
+
+def pytest_addoption(parser):
+    """`--record NAME` runs a long walk; see `support/records.py`."""
+    parser.addoption("--record", choices=sorted(RECORDS), help="run a long walk and write its record")
+
+
+def pytest_configure(config):
+    """Record a walk where that is asked for."""
+    if config.option.record:
+        config.pluginmanager.register(Recorder(config), "recorder")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -29,6 +29,7 @@ IN_WORDS = (
         "the base's own cached decoding differs from its full forward",
     ),
     (r"the base itself cannot decode with a cache here: .*", "the base's own cached decoding fails on a tiny model"),
+    (r"config.json tells (no number of layers .*)", r"config.json gives \1"),
     (r"\w+ requires the ([\w-]+) library but .*", r"it needs the library \1"),
 )
 NOT_MADE = "no tiny model of it could be built"  # the error of transformers itself would tell a reader nothing
@@ -142,7 +143,7 @@ def check_family(config: dict) -> None:
         )
     if not layer_count(config):
         raise CheckpointError(
-            f"config.json tells no number of layers ({', '.join(LAYER_COUNT_KEYS)}), so there are none to loop"
+            f"config.json gives no number of layers ({', '.join(LAYER_COUNT_KEYS)}), so there are none to loop"
         )
     status, reason = newest_outcome(model_type)
     if status == "refused":

@@ -55,7 +55,7 @@ def is_left_out(config: bytes, names: Collection[str]) -> bool:
     return foreign_class(config) is not None and SERIALISED not in names
 
 
-def tokenizer_notice(config: bytes, names: Collection[str], base_name: str) -> str | None:
+def tokenizer_warning(config: bytes, names: Collection[str], base_name: str) -> str | None:
     """What the user should know about the tokenizer, in one line; None if there is nothing to say."""
     name = foreign_class(config)
     if name is None:

@@ -127,7 +127,7 @@ def read_manifest(root: Path) -> Manifest:
             onnx={_file_name(name): _onnx_record(record) for name, record in values.get("onnx", {}).items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError, SpecError) as error:
-        raise ExportError(f"{path} is damaged: {error!r}") from None
+        raise ExportError(f"{path} is damaged ({error!r}); convert the base again") from None
 
 
 def _file_name(name: str) -> str:

@@ -11,7 +11,7 @@ from loopexport.base.checkpoint import CARD, CONFIG, LICENCE_TEXT, Checkpoint
 from loopexport.base.licence import NOTICE, licence_of, licence_warnings
 from loopexport.errors import CheckpointError
 from loopexport.files.digests import file_sha256
-from loopexport.loop.advice import loop_notices
+from loopexport.loop.advice import loop_warnings
 from loopexport.loop.cost import Cost
 from loopexport.loop.presets import published_cell
 from loopexport.loop.spec import LoopSpec
@@ -47,13 +47,13 @@ def export_card(export: Export) -> str:
     return make_card(replace(facts, onnx=export.manifest.onnx))
 
 
-def export_notices(export: Export) -> list[str]:
+def export_warnings(export: Export) -> list[str]:
     """What the user should know about the current state of an export, one line each, as `convert` prints it."""
     names = _base_names(export)
-    about_tokenizer = tokenizer.tokenizer_notice(_original_tokenizer_config(export), names, export.manifest.base.name)
+    about_tokenizer = tokenizer.tokenizer_warning(_original_tokenizer_config(export), names, export.manifest.base.name)
     metadata = read_metadata(_original(export, CARD).decode("utf-8", errors="replace"))
     return [
-        *loop_notices(export.base, export.spec),
+        *loop_warnings(export.base, export.spec),
         *filter(None, [about_tokenizer]),
         *licence_warnings(metadata, sorted(path.name for path in export.root.iterdir())),
     ]
@@ -80,9 +80,9 @@ def is_card_edited(export: Export) -> bool:
     return path.is_file() and (record is None or file_sha256(path) != record.sha256)
 
 
-def base_file_notices(base: Checkpoint) -> list[str]:
+def base_file_warnings(base: Checkpoint) -> list[str]:
     """What the user should know about the base's tokenizer and licence, one line each."""
-    about_tokenizer = tokenizer.tokenizer_notice(_tokenizer_config(base), base.carried, base.origin.name)
+    about_tokenizer = tokenizer.tokenizer_warning(_tokenizer_config(base), base.carried, base.origin.name)
     return [*filter(None, [about_tokenizer]), *licence_warnings(_metadata(base), list(base.carried))]
 
 

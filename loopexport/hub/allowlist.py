@@ -126,7 +126,7 @@ def _check_unchanged(export: Export) -> None:
             raise PushError(f"{export.root} has changed since the conversion: {check.detail}; convert the base again")
     name = foreign_code(export)
     if name is not None:
-        raise PushError(f"{name} does not come from the installed LoopExport; convert the base again with it")
+        raise PushError(f"{name} is not the installed LoopExport's; convert the base again with this version")
     for name in export.manifest.weights:
         if not WEIGHTS_NAME.fullmatch(name):
             raise PushError(f"{MANIFEST} lists {name!r} as weights, which is not a .safetensors name; convert again")

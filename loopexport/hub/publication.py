@@ -28,7 +28,7 @@ from loopexport.export.small_files import export_card, is_card_edited
 from loopexport.files.digests import Progress, bytes_sha256
 
 from .allowlist import AllowedFiles, allowed_files
-from .repository import MAIN, CopyRefusedError, Target, commit, connect, prepare, read_target
+from .repository import MAIN, CopyRefusedError, Target, commit, connect, create_missing, read_target
 from .transfers import (
     COPY,
     DELETE,
@@ -129,7 +129,7 @@ class PushPlan:
         is_there = self.target.has_branch or self.create_pr
         if is_there and all(transfer.how == THERE for transfer in self.transfers):
             return PushResult(self.url, self.target.head, self.transfers)
-        prepare(self.api, self.target, private=self.private)
+        create_missing(self.api, self.target, private=self.private)
         transfers = self.transfers
         try:
             done, pr_url = _commit(self, transfers)

@@ -141,7 +141,7 @@ def cannot_copy_from(base: Origin, repo_id: str) -> str:
     return ""
 
 
-def prepare(api: HfApi, target: Target, *, private: bool) -> None:
+def create_missing(api: HfApi, target: Target, *, private: bool) -> None:
     """Create the repository and the branch if they do not exist.
 
     Raises:

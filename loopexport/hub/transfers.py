@@ -89,7 +89,7 @@ def small_transfers(files: dict[str, bytes]) -> list[Transfer]:
 def settle_transfers(
     api: HfApi, export: Export, target: Target, transfers: list[Transfer], server_copy: bool
 ) -> tuple[list[Transfer], list[str]]:
-    """Replace uploads by cheaper ways where possible; returns the transfers, and notices about uploaded weights.
+    """Replace uploads by cheaper ways where possible; returns the transfers, and warnings about uploaded weights.
 
     Raises:
         PushError: weights are not on this machine and the Hub cannot copy them; convert the base again with weights.

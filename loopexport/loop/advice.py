@@ -1,4 +1,4 @@
-"""What a user should know before a conversion: short notices, one line each, based on measurements."""
+"""What a user should know before a conversion: short warnings, one line each, based on measurements."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .wording import describe_span
 SMALL_MODEL_PARAMS = 3_000_000_000
 
 
-def loop_notices(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None) -> list[str]:
-    """All notices for a loop on a base; `preset` is the preset that the user chose, if any."""
+def loop_warnings(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None) -> list[str]:
+    """All warnings for a loop on a base; `preset` is the preset that the user chose, if any."""
     if spec.is_identity:
         return ["this spec is the base model itself (steps 1 or anchor 1)"]
     return [

@@ -1,8 +1,8 @@
 """An export served by vLLM gives the greedy tokens of transformers, or is refused with the reason.
 
 Needs an environment with vLLM and nothing of LoopExport: `make test-vllm` makes one and names its Python in
-LOOPEXPORT_VLLM; `make test-vllm-all` runs the whole matrix on two releases and writes `tests/records/vllm/`, which
-`docs/vllm.md` shows.
+LOOPEXPORT_VLLM; `make record-vllm` runs the whole matrix on two releases and writes `tests/records/vllm/`, which the
+documentation shows.
 
 What keeps these tests from passing for nothing: fp32, wide weights, prompts longer than a block of the K/V cache and
 than a chunk, prefix-cache hits that are counted, tokens that differ from those of the base, and log-probabilities,
@@ -38,7 +38,7 @@ from loopexport.checks.vllm import (
     load_with_transformers,
     run_vllm,
 )
-from support.paths import ROOT, VLLM_RECORDS
+from support.paths import ROOT
 from support.routing import draw_without_ties
 from support.tiny import save_tiny
 from support.vllm_cases import (
@@ -166,18 +166,15 @@ def serve(request, export_of, environment):
 
 
 @pytest.fixture
-def record(vllm_version):
-    """`record(case, outcome)`: note it for `docs/vllm.md`, if the whole matrix is being run."""
+def record(record_property):
+    """`record(case, outcome)`: note it for the table of what vLLM serves."""
 
     def note(case, outcome):
-        if "LOOPEXPORT_VLLM_RECORD" in os.environ:
-            file = VLLM_RECORDS / f"{vllm_version}.json"
-            file.parent.mkdir(exist_ok=True)
-            results = json.loads(file.read_text()) if file.exists() else {}
-            results[str(case)] = {"family": case.family, "kv": case.spec.get("kv", "shared"), "outcome": outcome}
-            results[str(case)]["setting"] = ", ".join([case.setting, *case.engine])
-            results[str(case)]["loop"] = " ".join(sorted(case.loop.keys() - {"kv"}))
-            file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        values = {"family": case.family, "kv": case.spec.get("kv", "shared"), "outcome": outcome}
+        values["setting"] = ", ".join([case.setting, *case.engine])
+        values["loop"] = " ".join(sorted(case.loop.keys() - {"kv"}))
+        for name, value in values.items():
+            record_property(name, value)
 
     return note
 

@@ -1,4 +1,4 @@
-"""A small sparse base for commands that need no model."""
+"""Fixture: a small base of zeros, for commands that need no model."""
 
 from __future__ import annotations
 
@@ -9,4 +9,5 @@ from support.checkpoints import write_sparse_checkpoint
 
 @pytest.fixture
 def base(tmp_path):
+    """A checkpoint of two shards."""
     return write_sparse_checkpoint(tmp_path / "base", shards=2, shard_bytes=40_000, layers_per_shard=3)

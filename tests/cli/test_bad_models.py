@@ -23,7 +23,7 @@ BAD_CONFIGS = [
     ({"architectures": ["LlamaForCausalLM", None]}, "is not a list of class names"),
     ({"num_hidden_layers": 10**12}, "is not a number of layers from 1 to 100,000"),
     ({"model_type": "mar\ntian\x1b[31m"}, "'mar\\ntian\\x1b[31m'"),
-    ({"num_hidden_layers": None}, "tells no number of layers (num_hidden_layers"),
+    ({"num_hidden_layers": None}, "gives no number of layers (num_hidden_layers"),
     ({"num_hidden_layers": "six"}, "'six' in "),
     ({"num_hidden_layers": -1}, "is not a number of layers"),
     ({"loop_num_passes": 3}, "has loop_num_passes, but names with loop_ are reserved for the loop"),

@@ -1,4 +1,4 @@
-"""A base, its repository on the Hub double, and its exports."""
+"""Fixtures: a base, its repository on the Hub double, and its exports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.tiny import VOCAB, tiny_model
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A base of three shards with a tokenizer's files, as its repository has it."""
+    """A base of three shards with tokenizer files, as in its repository."""
     root = tmp_path_factory.mktemp("push") / "base"
     tiny_model("llama").save_pretrained(root, max_shard_size="400KB")
     (root / "README.md").write_text(CARD)
@@ -30,7 +30,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def hub(base):
-    """The Hub, with the base on it; the base's commit is the same in every test."""
+    """The Hub double with the base on it; the base's commit id is the same in every test."""
     server = HubDouble()
     server.add(BASE, base)
     yield server
@@ -51,13 +51,13 @@ def converted(base, tmp_path_factory):
 
 @pytest.fixture
 def export(converted, tmp_path):
-    """A copy of it that a test may change."""
+    """A copy of `converted` that a test may change."""
     return shutil.copytree(converted, tmp_path / "export")
 
 
 @pytest.fixture
 def push(hub, export, tmp_path):
-    """`push(*options, to=REPO, token=...)`: push the export; what the command ended with."""
+    """`push(*options, to=REPO, token=...)`: push the export; status and output of the command."""
 
     def run(*options, to=REPO, token=OWNER_TOKEN):
         return loopexport_command(hub, tmp_path / "home", "push", export, to, *options, token=token)
@@ -67,6 +67,7 @@ def push(hub, export, tmp_path):
 
 @pytest.fixture
 def weightless(hub, tmp_path):
+    """An export of the base without weights."""
     done = loopexport_command(hub, tmp_path / "home", "convert", BASE, tmp_path / "out", *SPEC, "--weights", "none")
     assert done.returncode == 0, done.stderr
     return tmp_path / "out"

@@ -37,7 +37,7 @@ FAILURES = {
     "no connection": ("GET", "whoami", {"drop": True}, "the connection to the Hub broke"),
     "name taken meanwhile": ("POST", "/repos/create", {"status": 403}, "you may not write to me/Looped"),
     "preupload fails": ("POST", "/preupload/", {"status": 503}, "the Hub has an error of its own (503"),
-    "vanished": ("POST", "/preupload/", {"status": 404, "code": "RepoNotFound"}, "the Hub has no me/Looped"),
+    "vanished": ("POST", "/preupload/", {"status": 404, "code": "RepoNotFound"}, "there is no me/Looped on the Hub"),
     "batch fails": ("POST", "/objects/batch", {"status": 500}, "the Hub has an error of its own (500"),
     "quota": (
         "POST",

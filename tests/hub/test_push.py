@@ -139,7 +139,7 @@ def test_gitignore_of_the_target_drops_nothing(hub, push, export):
 def test_gitignore_that_cannot_be_overridden_stops_the_push(hub, push):
     hub.commit(REPO, {".gitignore": b"*.py\n"})
     hub.takes_gitignore = False
-    assert_refused(push(), f"the .gitignore of {REPO} drops configuration_looped.py")
+    assert_refused(push(), f"the .gitignore of {REPO} excludes configuration_looped.py")
     assert len(hub.repositories[REPO].commits) == 1
 
 

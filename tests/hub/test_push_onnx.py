@@ -58,7 +58,7 @@ ONNX_LEAKS = {
     "config": (lambda root: flip_last_byte(root / "genai_config.json"), "genai_config.json has changed"),
     "token": (lambda root: write_onnx(root, "model.onnx", f"x {TOKEN}".encode()), "model.onnx contains something like"),
     "edited loop": (lambda root: edit_loop(root, 2), r"another loop \(loop_steps 3 -> 2\): run `loopexport onnx"),
-    "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx', which LoopExport never writes"),
+    "other name": (lambda root: write_onnx(root, "evil.onnx", b"x"), "'evil.onnx' as an ONNX file, which"),
     "foreign data": (
         lambda root: write_graph(root, "secret.txt"),
         "model_fp16.onnx reads secret.txt, which is not part",

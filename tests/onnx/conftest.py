@@ -25,7 +25,7 @@ if not HAS_ONNX or int(transformers.__version__.split(".")[0]) < 5:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_registry():
-    """torch.onnx builds its registry of operators for each export; here it is built once and copied."""
+    """Build torch.onnx's registry of operators once and copy it; torch builds it for each export."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     build = lru_cache(ONNXRegistry.from_torchlib)
@@ -40,12 +40,12 @@ def one_registry():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)  # before any test replaces `trace_export`
 def traced(export_dir):
     """`traced(family)`: skeleton and trace of the family's tiny base."""
     from loopexport.onnx import build
 
-    made, trace_export = {}, build.trace_export  # read now, before a test replaces it
+    made, trace_export = {}, build.trace_export
 
     def make(family, dtype="fp32", attention="portable"):
         key = family, dtype, attention
@@ -77,13 +77,13 @@ def graph(export_dir, traced, tmp_path):
 
 @pytest.fixture(scope="session")
 def made_traces():
-    """Traces of the base of `made` by kind."""
+    """Traces of the base of `made`, by dtype and attention layout."""
     return {}
 
 
 @pytest.fixture(scope="module")
 def one_trace(made_traces):
-    """Traces of the base of `made`, made once for each dtype."""
+    """Trace the base of `made` only once for each dtype and attention layout."""
     from loopexport.onnx import build
 
     real = build.trace_export
@@ -113,5 +113,5 @@ def made(one_trace, tmp_path_factory):
 
 @pytest.fixture
 def export(made, tmp_path):
-    """A copy of it that a test may change."""
+    """A copy of `made` that a test may change."""
     return shutil.copytree(made, tmp_path / "export")

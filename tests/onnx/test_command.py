@@ -91,6 +91,14 @@ def test_other_dtype_writes_one_data_file_for_every_k(export, traced, monkeypatc
     assert outcome["ONNX files are as written"]["detail"] == "model_fp16.onnx_data has changed (xxh3_128)"
 
 
+def test_progress_counts_the_bytes_that_are_written(export, traced, monkeypatch):
+    monkeypatch.setattr(build, "trace_export", lambda export, *kind: traced("llama", *kind))
+    counts, lines = [], []
+    loopexport.export_onnx(export, dtype="fp16", verify=False, say=lines.append, progress=counts.append)
+    assert 0 < sum(counts) <= (export / "model_fp16.onnx_data").stat().st_size
+    assert lines == ["tracing the model", "writing model_fp16.onnx_data", "unrolling model_fp16.onnx"]
+
+
 def test_card_tells_of_the_graphs_until_somebody_edits_it(export, one_trace):
     assert run("onnx", export, "--no-verify").exit_code == 0
     card = (export / "README.md").read_text()

@@ -90,7 +90,7 @@ def test_what_cannot_be_run_is_told_in_one_line(export, options, says):
 @pytest.mark.parametrize("ids", ["x", [2, None]])
 def test_end_tokens_that_are_none_are_told_in_one_line(export, ids):
     (export / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-    assert "which is neither a token id nor a list of them" in refused("run", export, "it is")
+    assert "which is neither a token id nor a list of token ids" in refused("run", export, "it is")
 
 
 @pytest.mark.parametrize("logits", [[np.inf, 0, 1], [np.nan, 0, 1], [-np.inf] * 3])

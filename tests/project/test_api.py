@@ -17,7 +17,7 @@ from loopexport.export.conversion import WEIGHTS
 from loopexport.export.onnx_files import DTYPES
 from loopexport.loop.spec import DECODE_MODES, KV_POLICIES, MODES, RULES, SPEC_KEYS
 from loopexport.onnx.plan import ATTENTION_LAYOUTS
-from loopexport.onnx.runtime.model import PROVIDERS
+from loopexport.onnx.runtime.session import PROVIDERS
 from support.paths import ROOT
 
 FUNCTIONS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 TOLERANCE = 1e-5  # of the logits' scale, fp32
+LARGEST: list[float] = []  # differences that the running test compared, of scale
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> None:
@@ -12,6 +13,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TO
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     relative = f"{difference / scale:.3g} of scale, allowed {tolerance:g}"
+    LARGEST.append(difference / scale if scale else difference)
     assert difference <= tolerance * scale, f"largest difference {difference:.3g} is {relative}"
 
 

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 import loopexport
 from loopexport.base import families
-from support.compare import TOLERANCE
+from support.compare import LARGEST, TOLERANCE
 from support.forwards import full_forward
 
 RELEASE = ".".join(__version__.split(".")[:2])
@@ -271,6 +271,7 @@ def _require(holds: bool, what: str) -> None:
 
 def _require_close(what: str, ours, theirs) -> None:
     difference = _relative(ours, theirs)
+    LARGEST.append(difference)
     _require(difference <= TOLERANCE, f"{what} differ by {difference:.2g} of scale")
 
 

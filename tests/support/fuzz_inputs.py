@@ -1,4 +1,4 @@
-"""What the fuzz tests draw: configs, indexes, spec files, names, weights headers and manifests."""
+"""Random inputs of the fuzz tests: configs, indexes, spec files, names, weights headers and manifests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ JUNK = st.recursive(
 
 
 class Deep:
-    """A list nested `depth` times; JSON text of it is written by hand, since `json.dumps` gives up early."""
+    """A list nested `depth` times; `to_json` writes it by hand, because `json.dumps` fails at such a depth."""
 
     def __init__(self, depth):
         self.depth = depth
@@ -46,7 +46,7 @@ DEEP = (st.sampled_from([10, 300, 600, 1200, 5000]) | st.integers(700, 1000)).ma
 
 
 def to_json(value) -> str:
-    """JSON text of `value`, which may hold a `Deep` at its top level."""
+    """JSON text of `value`; a dict may have a `Deep` among its values."""
     deep = {key: each for key, each in value.items() if isinstance(each, Deep)} if isinstance(value, dict) else {}
     if not deep:
         return json.dumps(value)
@@ -56,7 +56,7 @@ def to_json(value) -> str:
 
 
 def mutated(original: dict, keys, values):
-    """`original` with one to three of its keys, or others, dropped, renamed or given another value."""
+    """`original` with one to three changes: a key dropped, renamed, added, or given another value."""
     names = st.sampled_from(sorted(original)) | keys
     change = st.one_of(
         st.tuples(st.just("set"), names, values),
@@ -79,7 +79,7 @@ def mutated(original: dict, keys, values):
 
 
 def damaged(text: str):
-    """The bytes of `text` cut off, with bytes replaced, doubled, or in another encoding."""
+    """The bytes of `text`, cut off, with bytes replaced or doubled, or in another encoding."""
     raw = text.encode("utf-8", "surrogatepass")
     places = st.integers(0, len(raw))
     return st.one_of(
@@ -190,7 +190,7 @@ BYTE_NAMES = ODD_NAMES | st.binary(min_size=1, max_size=20).filter(
 
 
 def header_entry(start: int, end: int):
-    """A tensor's entry, most often one that fits the extent."""
+    """The header entry of a tensor; most of them fit the bytes from `start` to before `end`."""
     fitting = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
     values = st.one_of(
         JUNK,
@@ -208,7 +208,7 @@ TENSOR_NAMES = st.sampled_from(
 
 @st.composite
 def shard_bytes(draw):
-    """A safetensors file: a few tensors of a few bytes, end to end or not quite, of the right size or not."""
+    """A safetensors file of a few small tensors; some have gaps or overlaps, or a wrong file size."""
     entries, offset = {}, 0
     for name in draw(st.lists(TENSOR_NAMES, max_size=4, unique=True)):
         end = offset + draw(st.integers(0, 5))
@@ -234,7 +234,7 @@ NAMES_OUTSIDE = st.sampled_from(
 
 
 def mutated_manifest(manifest: dict):
-    """A manifest that is changed at its top, in one of its groups, or in one record."""
+    """A manifest with a change at its top level, in one group, or in one record."""
     groups = [key for key, value in manifest.items() if isinstance(value, dict)]
 
     def inside(group):

@@ -1,4 +1,4 @@
-"""What must hold of a command whatever its input."""
+"""The scene of the fuzz tests, and the invariants of every command, whatever its input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OURS = {"model_type", "architectures", "auto_map", *(f"loop_{key}" for key in SP
 
 
 def contents(root: Path) -> dict[bytes, bytes | None]:
-    """All that lies below a directory, by name: bytes of files, None for all else."""
+    """Everything below a directory, by path: the bytes of a file, None for a folder."""
     found: dict[bytes, bytes | None] = {}
     for folder, folders, files in os.walk(os.fsencode(root)):
         found |= {os.path.join(folder, name): None for name in folders}
@@ -37,7 +37,7 @@ def contents(root: Path) -> dict[bytes, bytes | None]:
 
 
 class Scene:
-    """A directory with a pristine checkpoint and an export of it, of which each example gets copies."""
+    """A directory with a clean checkpoint and its export; each example works on copies."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -52,7 +52,7 @@ class Scene:
         self.manifest = json.loads((self.export / "loopexport.json").read_text())
 
     def copy(self, source: Path, changes: dict[str, bytes]) -> Path:
-        """A directory of its own with a copy of `source`, some of its files replaced."""
+        """Copy `source` to `base` in a new directory, and replace some files; returns the directory."""
         place = self.root / str(next(self.numbers))
         shutil.copytree(source, place / "base")
         for name, content in changes.items():
@@ -60,7 +60,7 @@ class Scene:
         return place
 
     def try_convert(self, changes: dict[str, bytes], *options, spec=SPEC) -> int:
-        """Hold a conversion of a base with these files, and its dry run, to the invariants; returns the exit status."""
+        """Convert the base with some files replaced, and check the invariants; returns the exit status."""
         place = self.copy(self.base, changes)
         status = assert_sound_convert(place, *spec, *options)
         shutil.rmtree(place)
@@ -68,7 +68,7 @@ class Scene:
 
 
 def assert_clean(result) -> None:
-    """A known exit status, and on 1 one line of plain text on stderr."""
+    """Assert a known exit status, and for status 1 one printable line on stderr."""
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code in (0, 1, 2)
     if result.exit_code == 1:
@@ -78,7 +78,7 @@ def assert_clean(result) -> None:
 
 
 def assert_sound_convert(place: Path, *options, base="base", out="out") -> int:
-    """Convert `place/base`, dry and then really, and check all that is promised whatever comes of it."""
+    """Convert `place/base`, first as a dry run, and check what holds for every outcome; returns the exit status."""
     before = contents(place)
     command = ["convert", place / base, place / out, *options]
     planned = run(*command, "--dry-run")
@@ -98,7 +98,7 @@ def assert_sound_convert(place: Path, *options, base="base", out="out") -> int:
 
 
 def assert_true_export(base: Path, out: Path) -> None:
-    """The base's config with our fields, its weights and small files byte for byte, a manifest that holds."""
+    """Assert that an export has the base's config with our fields, its files byte for byte, and a correct manifest."""
     theirs, ours = (json.loads((root / "config.json").read_bytes()) for root in (base, out))
     assert ours["model_type"] == f"looped_{theirs['model_type']}"
     assert set(ours) == set(theirs) | OURS

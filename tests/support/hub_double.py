@@ -111,17 +111,17 @@ class HubDouble(ThreadingHTTPServer):
         return None
 
     def handle_error(self, request, client_address):
-        """Be quiet: clients are killed on purpose."""
+        """Print nothing: tests kill clients on purpose."""
 
 
 class Handler(Requests, BaseHTTPRequestHandler):
-    """Reads a request, lets it fail if it shall, and gives it to the method of its route."""
+    """Reads a request, lets it fail if a fault matches, and calls the method of its route."""
 
     protocol_version = "HTTP/1.1"
     server: HubDouble
 
     def log_message(self, *arguments):
-        """Be quiet."""
+        """Print nothing."""
 
     def do_HEAD(self):
         self.respond()

@@ -1,4 +1,4 @@
-"""Answers of the Hub double to the requests that `huggingface_hub` sends."""
+"""The Hub double's responses to the requests that `huggingface_hub` sends."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import yaml
 
 from support.hub_storage import Blob, Commit, Refusal, Repository, is_large
 
-OWNER_TOKEN = "hf_owner"  # of the user `me`, who may write to `me/...` and `team/...`
-STRANGER_TOKEN = "hf_stranger"  # of a user who may write to neither
+OWNER_TOKEN = "hf_owner"  # the token of user `me`, who may write to `me/...` and `team/...`
+STRANGER_TOKEN = "hf_stranger"  # the token of a user who may write to neither
 EXPIRED_TOKEN = "hf_expired"
 USERS = {OWNER_TOKEN: "me", STRANGER_TOKEN: "stranger"}
 TEAMS = {"me": ["team"]}
 
 
 class Requests:
-    """What each route answers; `body`, `query` and `headers` are the request's."""
+    """A mixin of the request handler: one method for each route, which returns status, content and headers."""
 
     @property
     def user(self) -> str | None:

@@ -7,35 +7,40 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".onnx", ".onnx_data")
-LFS_BYTES = 1_000_000  # larger files are large files whatever they are called
+LFS_BYTES = 1_000_000  # a file of more bytes is a large file, whatever its name
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One file's content, as a regular file of the repository or as a large one in its object store."""
+    """The content of one file.
+
+    Attributes:
+        content: the bytes.
+        is_lfs: whether it is a large file, in the object store, and not a regular file of the repository.
+    """
 
     content: bytes
     is_lfs: bool
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the content: the name of a large file in the object store."""
+        """Digest of the content; the name of a large file in the object store."""
         return hashlib.sha256(self.content).hexdigest()
 
     @property
     def xet_hash(self) -> str:
-        """Another digest, by which the Hub copies large files; here one that is easily told from the sha256."""
+        """The digest by which the Hub copies large files; here the sha256 backwards, to tell the two apart."""
         return self.sha256[::-1]
 
     @cached_property
     def oid(self) -> str:
-        """The git object id: of the content, or of the pointer to it."""
+        """The git object id of the content; for a large file, of the pointer to it."""
         text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
         content = text.encode() if self.is_lfs else self.content
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
     def tree_entry(self, path: str) -> dict:
-        """The file in a tree listing."""
+        """The file's entry in a tree listing."""
         entry = {"type": "file", "path": path, "size": len(self.content), "oid": self.oid}
         if self.is_lfs:
             entry["lfs"] = {"oid": self.sha256, "size": len(self.content), "pointerSize": 134}
@@ -90,7 +95,7 @@ class Repository:
 
 
 class Refusal(Exception):  # noqa: N818
-    """An answer that is not what the client hoped for."""
+    """An error response, with the Hub's message and error code."""
 
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
@@ -98,4 +103,5 @@ class Refusal(Exception):  # noqa: N818
 
 
 def is_large(path: str, size: int) -> bool:
+    """Whether the Hub stores a file in the object store."""
     return path.endswith(LFS_SUFFIXES) or size > LFS_BYTES

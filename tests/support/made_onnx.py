@@ -1,14 +1,14 @@
-"""An export with ONNX graphs that tests use and spoil."""
+"""Helpers for tests that use or damage an export with ONNX graphs."""
 
 from __future__ import annotations
 
 from support.commands import run
 
-VOCAB = 300  # as many as the tokenizer has
+VOCAB = 300  # the vocabulary of `small_tokenizer`
 
 
 def refused(*arguments):
-    """The one line that a command ends with."""
+    """Run a command that must fail; its error line."""
     result = run(*arguments)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), result.exception
@@ -17,4 +17,5 @@ def refused(*arguments):
 
 
 def contents(root):
+    """Text of all files in a directory, by name."""
     return {path.name: path.read_text() for path in root.iterdir()}

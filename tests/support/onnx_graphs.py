@@ -8,11 +8,12 @@ import loopexport
 import loopexport.onnx
 from loopexport.onnx import OnnxModel
 from loopexport.onnx.check import TOLERANCES, load_torch, make_scenarios, run_graph, run_torch
+from support.compare import LARGEST
 from support.tiny import VOCAB
 
-# One family for each way in which graphs differ; the others are run with the matrix.
+# One family for each way in which graphs differ; the others run with the matrix.
 QUICK_FAMILIES = ("llama", "gemma3_text", "gpt2", "qwen3_moe", "deepseek_v3")
-# What GroupQueryAttention cannot do, and what then is said.
+# Families that GroupQueryAttention cannot run, and a part of the error.
 BEYOND_FUSED = {
     "deepseek_v2": "changes keys after it stored them in the cache",
     "deepseek_v3": "changes keys after it stored them in the cache",
@@ -36,7 +37,7 @@ MORE_LOOPS = (  # for a few families
 
 
 def largest_difference(root, scenario):
-    """Of the logits' scale, between a graph and torch, where tokens are not padding."""
+    """The largest difference between a graph and torch, of the logits' scale, without padded tokens."""
     spec = loopexport.open_export(root).spec
     return relative_difference(OnnxModel(root), load_torch(root, spec.steps), scenario)
 
@@ -48,8 +49,10 @@ def relative_difference(graph, model, scenario):
 
 
 def assert_equals_torch(root, padded=True):
+    """Assert that a graph equals torch in all scenarios; `padded` says whether to run those with padding."""
     for scenario in make_scenarios(VOCAB, loopexport.open_export(root).spec):
         if not (padded or scenario.mask.all()):
             continue
         difference = largest_difference(root, scenario)
+        LARGEST.append(difference)
         assert difference <= TOLERANCES["fp32"], f"{scenario.name}: {difference:.3g} of the logits' scale"

@@ -1,4 +1,4 @@
-"""Push an export to the Hub double, and look at what left and what arrived."""
+"""Push an export to the Hub double, and look at what the client sent and what the Hub received."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
 from loopexport.cli import main
 from support.commands import sha256, tree
 from support.hub_requests import OWNER_TOKEN
 
-# Clients below version 2 neither copy between repositories nor check the permission to write in advance.
+# Clients before version 2 cannot copy between repositories, and do not check the write permission in advance.
 HAS_COPY = "src_repo_id" in inspect.signature(huggingface_hub.CommitOperationCopy).parameters
 copies = pytest.mark.skipif(not HAS_COPY, reason="this huggingface_hub cannot copy between repositories")
-# The command line; the client's waits before it tries again are cut short.
+# The command line, with short waits between the client's retries.
 RUN = """
 import sys, time
 sleep = time.sleep
@@ -39,19 +40,20 @@ CARD = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Base\n"
 
 
 def environment(hub, home, token=OWNER_TOKEN):
+    """The environment of a client of the Hub double."""
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     settings |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
     return {**os.environ, **settings, **({"HF_TOKEN": token} if token else {})}
 
 
 def loopexport_process(hub, home, *arguments, token=OWNER_TOKEN):
-    """Run the command line in a process of its own, as a user does."""
+    """Run the command line in its own process, as a user does."""
     command = [sys.executable, "-c", RUN, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(hub, home, token))
 
 
 def loopexport_command(hub, home, *arguments, token=OWNER_TOKEN):
-    """Run the command line in this process, as a fresh one that has these settings of the Hub would."""
+    """Run the command line in this process, with the settings that a new process would read."""
     with this_process_as_a_client(hub, home, token):
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -61,7 +63,7 @@ def loopexport_command(hub, home, *arguments, token=OWNER_TOKEN):
 
 @contextmanager
 def this_process_as_a_client(hub, home, token):
-    """huggingface_hub reads its settings when it is imported, so that they are set in its `constants` too."""
+    """Set the Hub's settings, also in the `constants` of huggingface_hub, which read them once at import."""
     variables = {name: value for name, value in environment(hub, home, token).items() if name.startswith("HF_")}
     values = {
         "ENDPOINT": hub.url,
@@ -80,13 +82,20 @@ def this_process_as_a_client(hub, home, token):
         for name, value in variables.items():
             patch.setenv(name, value)
         for name, value in values.items():
-            patch.setattr(constants, name, value)
+            patch.setattr(constants, name, value, raising=False)
         patch.setattr(time, "sleep", _short_sleep)
+        _forget_sessions()
         yield
+    _forget_sessions()
+
+
+def _forget_sessions():
+    """Clients below version 1 decide at their first request whether they are offline."""
+    getattr(_http, "reset_sessions", lambda: None)()
 
 
 def _short_sleep(seconds, sleep=time.sleep):
-    """The client's waits before it tries again are cut short; the Hub double's are not."""
+    """Shorten the client's waits between retries, not the waits of the Hub double."""
     is_hub = "process_request_thread" in threading.current_thread().name
     sleep(seconds if is_hub else min(seconds, 0.01))
 
@@ -98,6 +107,7 @@ def pushed(done):
 
 
 def assert_refused(done, says):
+    """Assert that a command failed with one error line that contains `says`, and printed nothing else."""
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1, done.stderr
@@ -114,7 +124,7 @@ def bytes_received(hub):
 
 
 def writes(hub):
-    """What the Hub was asked to change."""
+    """The requests so far that change something on the Hub."""
     reads = ("/paths-info/", "/api/validate-yaml")
     return [
         (method, path) for method, path in hub.asked if method in ("POST", "PUT") and not any(r in path for r in reads)
@@ -128,7 +138,7 @@ def edit_manifest(root, change):
 
 
 def write_listed(root, name, text):
-    """Write a file and list it in the manifest, as if the conversion had written it."""
+    """Write a file and record it in the manifest, as the conversion does."""
     (root / name).write_text(text)
     record = {"size": len(text.encode()), "sha256": sha256(root / name)}
     edit_manifest(root, lambda values: values["files"].update({name: record}))
@@ -147,7 +157,7 @@ def edit_loop(root, steps):
 
 
 def assert_whole_or_untouched(hub, export, is_whole):
-    """The branch holds the whole export, or nothing of it."""
+    """Assert that the branch has the whole export, or nothing of it."""
     repository = hub.repositories.get(REPO)
     names = set() if repository is None else set(repository.files()) - {".gitattributes"}
     assert names == (set(tree(export)) if is_whole else set())
@@ -171,6 +181,7 @@ torch.save({"logits": model(tokens).logits, "class": type(model).__name__}, sys.
 
 
 def load(hub, home, model, revision, out):
+    """Load a model from the Hub double in a process without LoopExport; its logits and its class."""
     import torch
 
     command = [sys.executable, "-c", LOAD, str(model), revision, str(out)]

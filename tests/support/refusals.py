@@ -1,4 +1,4 @@
-"""Commands that are refused: one line on stderr, and nothing is written."""
+"""Check commands that must fail: one line on stderr, and no file written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ loopexport.cli.main(sys.argv[1:])
 
 
 def assert_refused(tmp_path, *arguments, says, status=1):
-    """The command fails with one line that contains `says`, and leaves `tmp_path` as it was."""
+    """Assert that a command fails with one line that contains `says`, and changes nothing in `tmp_path`."""
     before = tree(tmp_path)
     result = run(*arguments)
     assert result.exit_code == status, (result.exit_code, result.stdout, result.stderr)
@@ -30,5 +30,6 @@ def assert_refused(tmp_path, *arguments, says, status=1):
 
 
 def circle(path):
+    """Replace a file by a link to itself."""
     path.unlink(missing_ok=True)
     path.symlink_to(path.name)

@@ -39,7 +39,7 @@ class ByFile(LoadScopeScheduling):
 
     def __init__(self, config, log):
         super().__init__(config, log)
-        self.is_matrix = config.option.markexpr == "matrix"
+        self.is_matrix = bool(config.option.record) or config.option.markexpr == "matrix"
         config.option.loadscopereorder = False
 
     def _split_scope(self, nodeid: str) -> str:

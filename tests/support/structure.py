@@ -1,7 +1,6 @@
-"""Which family stands for which: the tiny families by what sets their layers apart.
+"""Classes of tiny families whose layers have the same structure.
 
-The first of each class is run in `make test`. The whole class is run with the matrix, whose records are kept in
-`tests/records`.
+`make test` runs the first family of each class. The matrix runs all of them, and `tests/records` keeps its records.
 """
 
 from __future__ import annotations
@@ -24,5 +23,5 @@ REPRESENTATIVES = tuple(families[0] for families in CLASSES.values())
 
 
 def by_class(families, sample=REPRESENTATIVES):
-    """Families as pytest takes them: those of `sample`, and the others with the matrix."""
+    """Parameters for pytest: the families of `sample` always run, the others only with the matrix."""
     return [each if each in sample else pytest.param(each, marks=pytest.mark.matrix) for each in families]

@@ -1,4 +1,4 @@
-"""Loops and settings that vLLM serves, or refuses."""
+"""Loops and settings that vLLM serves or refuses."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from loopexport.checks.vllm import (
-    ENGINE,
-)
+from loopexport.checks.vllm import ENGINE
 from support.tiny import MOE_FAMILIES, SPAN, tiny_tokens
 
 LENGTHS = (70, 41, 97, 5)
 NEW_TOKENS = 32
 BLOCK = ENGINE["block_size"]
-ENGINES_PER_PROCESS = 10  # each keeps its K/V cache of a GiB until the process ends
-# vLLM's attention on a CPU takes heads of 32 or more.
+ENGINES_PER_PROCESS = 10  # each engine keeps its K/V cache of 1 GiB until the process ends
+# vLLM's attention on a CPU needs a head size of 32 or more.
 LONG = {"max_position_embeddings": 256}
 WIDE = {**LONG, "head_dim": 32}
 SHAPES = {
@@ -35,7 +33,15 @@ TWO_PROCESSES = (PARALLEL, STAGES)
 
 @dataclass(frozen=True)
 class Case:
-    """A loop on a family, served in a setting; `engine` are further arguments, `refusal` what vLLM then says."""
+    """A loop on a family, served in a setting.
+
+    Attributes:
+        family: of the tiny base.
+        loop: fields of the spec.
+        setting: one of `ENGINES`.
+        engine: further arguments of the engine.
+        refusal: a part of the error, if vLLM refuses the case.
+    """
 
     family: str
     loop: dict = field(default_factory=dict)
@@ -45,12 +51,12 @@ class Case:
 
     @property
     def spec(self) -> dict:
-        """The whole loop."""
+        """All fields of the spec."""
         return {"span": SPAN, "steps": 3, **self.loop}
 
     @property
     def group(self) -> tuple[str, bool, str]:
-        """Cases of one group share a process; vLLM 0.28 does not take sparse models after dense ones."""
+        """Cases with the same group share a process; vLLM 0.28 cannot serve a sparse model after a dense one."""
         return self.setting, self.family in MOE_FAMILIES, ",".join(self.engine)
 
     def __str__(self):
@@ -61,7 +67,7 @@ class Case:
 SHARED, PER_STEP = {}, {"kv": "per_step"}
 POLICIES = (SHARED, PER_STEP)
 LAYERS = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True}
-# What `make test-vllm` serves, and what only the whole matrix does.
+# `make test-vllm` serves FEW; only the whole matrix serves MANY.
 FEW = [
     *(Case(family, kv) for family in ("llama", "gemma3_text", "qwen3_moe") for kv in POLICIES),
     Case("gpt_oss"),
@@ -98,7 +104,7 @@ MANY = [
         if (family, setting) != ("glm4_moe", COMPILED)  # refused
     ),
 ]
-# What a release of vLLM does not do, for the base neither: in a setting, or in all.
+# What a release of vLLM cannot do even for the base, by family and setting (None: all settings).
 LACKING = {
     ("0.28", "gpt_oss", None): "ignores the attention sinks",
     ("0.28", "gpt_neox", None): "no module or parameter named",
@@ -129,7 +135,7 @@ REFUSED = [
 
 
 def draw_prompts(seed):
-    """Prompts of token ids."""
+    """Four prompts of token ids."""
     return [tiny_tokens(1, length, seed=100 * (seed - 1) + length)[0].tolist() for length in LENGTHS]
 
 
@@ -137,6 +143,6 @@ PROMPTS = draw_prompts(1)
 
 
 def as_parameters(few, many=()):
-    """Cases as pytest takes them."""
+    """Parameters for pytest; the cases of `many` run only with the matrix."""
     marked = [(case, ()) for case in few] + [(case, (pytest.mark.matrix,)) for case in many]
     return [pytest.param(case, id=str(case), marks=marks) for case, marks in marked]

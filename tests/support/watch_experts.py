@@ -1,4 +1,4 @@
-"""What the experts of each layer are given, pass by pass."""
+"""Record which experts each layer chooses, in each pass."""
 
 from __future__ import annotations
 
@@ -14,19 +14,15 @@ from support.family_walk import save_tiny_family
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 STEPS = 3
 LENGTH = 9
-# Experts are off by default in these, or hold none of the layers that can be looped.
+# In these families experts are off by default, or only in layers that cannot be looped.
 OVERRIDES = {
     "doge": {"is_moe": True, "num_experts": 16},
     "gemma4_text": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
 }
 
 
-# What the experts of each layer are given, pass by pass.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def watch_experts(model) -> dict[str, list[list[torch.Tensor]]]:
-    """For each part of the span with experts, by path, what comes to be known of their choice, run by run."""
+    """Watch each block with experts; the choice of each run, as tensors, by the block's path."""
     seen: dict[str, list] = defaultdict(list)
     for path, block in model.named_modules():
         if hasattr(block, "router_gate"):
@@ -66,7 +62,7 @@ def _rows_of(expert: int, count: int, width: int) -> torch.Tensor:
 
 
 def _name_listed_experts(block, seen) -> None:
-    """Expert i answers the unit vector i, so that the block's output spells out its choice and weights."""
+    """Let expert i return the unit vector i, so that the block's output shows its choice and weights."""
     for number, expert in enumerate(block.experts.children()):
         expert.forward = lambda x, *_, number=number: _rows_of(number, len(x), x.shape[-1])
     _watch_output(block, seen)
@@ -81,7 +77,7 @@ def _name_grouped_experts(block, seen) -> None:
 
 
 def _watch_output(block, seen) -> None:
-    """Record what comes out of a block, without what shared experts add to it."""
+    """Record the output of a block, without its shared experts."""
     for name, module in block.named_children():
         if "share" in name and "gate" not in name:
             module.forward = torch.zeros_like
@@ -89,14 +85,14 @@ def _watch_output(block, seen) -> None:
 
 
 def _watch_parallel(block, seen) -> None:
-    """JetMoE's and Granite's of transformers 4: two stacks of weights beside a router that sorts the tokens."""
+    """Watch the experts of JetMoE, and of Granite on transformers 4: two stacks of weights, and a router that sorts."""
 
     def forward(x, counts):
         width = block.output_linear.weight.shape[1]
         return torch.cat([_rows_of(number, int(count), width) for number, count in enumerate(counts)])
 
     block.output_linear.forward = forward
-    if hasattr(block, "reduce"):  # experts for attention: what comes out of `map` goes back through `reduce`
+    if hasattr(block, "reduce"):  # experts of attention: `reduce` joins what `map` has split
         _watch_reduced(block, seen)
     else:
         _watch_output(block, seen)
@@ -114,7 +110,7 @@ def _watch_reduced(block, seen) -> None:
 
 
 def _watch_scaled_inputs(block, seen) -> None:
-    """Llama 4's experts all run, on inputs that are scaled by the weights, most of them 0."""
+    """Watch the experts of Llama 4: all run, on inputs multiplied by the weights, most of which are 0."""
     inputs = {}
     block.register_forward_pre_hook(lambda _, args: inputs.update(block=args[0].flatten(0, -2)))
 
@@ -126,14 +122,14 @@ def _watch_scaled_inputs(block, seen) -> None:
 
 
 def _watch_retrieved(block, seen) -> None:
-    """Doge's experts are rows of two embeddings."""
+    """Watch the experts of Doge, which are rows of two embeddings."""
     answers = []
     block.down_embed.register_forward_pre_hook(lambda _, args: answers.append(args[0].detach().clone()))
     block.register_forward_hook(lambda _, args, output: seen.append([answers[-1], output[1].detach().clone()]))
 
 
 def run_and_compare(model, span, tokens) -> tuple[int, int]:
-    """Of the runs of experts that iterations are, how many were given just what the natural pass gave, and all."""
+    """Run a model; the number of iterations that chose as in the natural pass, and the number of all iterations."""
     watched = watch_experts(model)
     with torch.no_grad():
         model(tokens, use_cache=False)
@@ -148,10 +144,10 @@ def run_and_compare(model, span, tokens) -> tuple[int, int]:
 
 
 def sparse_export(family, directory, **fields):
-    """Directory and span of an export with experts in the span.
+    """Convert a tiny base with experts in the span; the export's directory and its span.
 
     Raises:
-        ValueError: there is none, and why.
+        ValueError: no span has experts and can be looped; the message says why.
     """
     base = save_tiny_family(family, directory / "base", **OVERRIDES.get(family, {}))
     reasons = []

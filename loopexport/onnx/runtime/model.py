@@ -17,14 +17,10 @@ from loopexport.errors import CheckpointError, OnnxError, OnnxInputError, one_li
 from loopexport.export.onnx_files import graph_name
 from loopexport.export.stale_graphs import refuse_stale
 
+from .inputs import check_fused, checked_mask, padded_left
 from .prompts import encode, load_tokenizer
 from .sampling import Sampling
-
-PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
-
-MAX_REASON_CHARS = 300
+from .session import MAX_REASON_CHARS, choose_provider, empty_tensor, load_session
 
 
 @dataclass
@@ -72,8 +68,8 @@ class OnnxModel:
     ) -> None:
         self.root = Path(root).expanduser()
         self.path = self._find(file)
-        self.provider = _chosen_provider(provider)
-        self.session = _session(self.path, PROVIDERS[self.provider], threads)
+        self.provider = choose_provider(provider)
+        self.session = load_session(self.path, self.provider, threads)
         self._inputs = {each.name: each for each in self.session.get_inputs()}
         self._outputs = [each.name for each in self.session.get_outputs()]
         metadata = self.session.get_modelmeta().custom_metadata_map
@@ -119,7 +115,7 @@ class OnnxModel:
         for name, each in self._inputs.items():
             if name.startswith("past_key_values."):
                 shape = [batch, each.shape[1], 0, each.shape[3]]
-                values[name] = _empty(shape, each.type, self.provider)
+                values[name] = empty_tensor(shape, each.type, self.provider)
         return OnnxCache(values, 0)
 
     def forward(
@@ -142,14 +138,14 @@ class OnnxModel:
         batch, length = input_ids.shape
         cache = cache or self.empty_cache(batch)
         total = cache.length + length
-        mask = _checked_mask(attention_mask, (batch, total))
+        mask = checked_mask(attention_mask, (batch, total))
         self._check_cache(cache, batch)
         if self.max_positions is not None and total > self.max_positions:
             raise OnnxInputError(
                 f"{total} tokens are more than the {self.max_positions} that the model has positions for"
             )
         if self._is_fused:
-            _check_fused(mask, cache.length, length)
+            check_fused(mask, cache.length, length)
         positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
         feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
         binding = self.session.io_binding()
@@ -218,14 +214,14 @@ class OnnxModel:
         if max_new_tokens < 1:
             raise OnnxInputError(f"max_new_tokens {max_new_tokens} must be 1 or more")
         ids = self._checked_ids(input_ids)
-        mask = _checked_mask(attention_mask, ids.shape)
+        mask = checked_mask(attention_mask, ids.shape)
         empty = np.flatnonzero(~mask.any(axis=1))
         if empty.size:
             raise OnnxInputError(f"row {empty[0]} of attention_mask is all padding; it needs at least one token")
         if self.max_positions is not None:  # the last new token is not run, so it needs no position
             max_new_tokens = min(max_new_tokens, max(1, self.max_positions - ids.shape[1] + 1))
         ends = np.array(self.eos_token_ids if eos_token_ids is None else eos_token_ids, dtype=np.int64)
-        return self._stream(*_padded_left(ids, mask), max_new_tokens, sampling or Sampling(), ends)
+        return self._stream(*padded_left(ids, mask), max_new_tokens, sampling or Sampling(), ends)
 
     def _stream(
         self, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int, sampling: Sampling, ends: np.ndarray
@@ -367,72 +363,6 @@ def _token_ids(value, path: Path) -> tuple[int, ...]:
     if not all(isinstance(each, int) for each in ids):
         raise OnnxError(f"{path} has eos_token_id {value!r}, which is neither a token id nor a list of token ids")
     return ids
-
-
-def _padded_left(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shift the rows so that padding comes first: the next token then follows the last token of every row."""
-    shifts = [int(np.argmax(row[::-1])) for row in mask]
-    pairs = [(np.roll(row, by), np.roll(own, by)) for row, own, by in zip(ids, mask, shifts, strict=True)]
-    return np.stack([row for row, _ in pairs]), np.stack([own for _, own in pairs])
-
-
-def _checked_mask(mask: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    if mask is None:
-        return np.ones(shape, np.int64)
-    if np.shape(mask) != shape:
-        raise OnnxInputError(f"attention_mask {np.shape(mask)} must have the shape {shape}, cached tokens included")
-    if not np.isin(mask, (0, 1)).all():
-        raise OnnxInputError("attention_mask must hold 1, and 0 for padding")
-    return np.asarray(mask).astype(np.int64)
-
-
-def _check_fused(mask: np.ndarray, past: int, length: int) -> None:
-    """Raise OnnxError where GroupQueryAttention would silently compute something else."""
-    if not mask.all():
-        raise OnnxError("a graph with attention gqa takes no padded batch; use one with --attention portable")
-    if len(mask) > 1 and past and length > 1:
-        raise OnnxError(
-            f"with a cache, a graph with attention gqa takes {length} tokens for a single prompt only, not for "
-            f"{len(mask)}; run the prompts one by one, or use a graph with --attention portable"
-        )
-
-
-def _chosen_provider(provider: str) -> str:
-    import onnxruntime
-
-    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if provider == "auto":
-        return "cuda" if has_cuda else "cpu"
-    if provider not in PROVIDERS:
-        raise OnnxError(f"provider {provider!r} must be one of auto, {', '.join(PROVIDERS)}")
-    if provider == "cuda" and not has_cuda:
-        raise OnnxError("CUDA is not available to ONNX Runtime; install loopexport[onnx-cuda], or use --provider cpu")
-    return provider
-
-
-def _session(path: Path, providers: list[str], threads: int | None):
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised anyway
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # ONNX Runtime has no public error class of its own
-        reason = one_line(error, MAX_REASON_CHARS)
-        if "bfloat16" in reason or "NOT_IMPLEMENTED" in reason:
-            reason += "; a graph in bf16 runs on CUDA only: for the CPU use `loopexport onnx --dtype fp32`"
-        if "escapes model directory" in reason:
-            reason = f"its weights are links out of {path.parent}; copy the directory with `cp -rL`"
-        raise OnnxError(f"ONNX Runtime cannot run {path}: {reason}") from None
-
-
-def _empty(shape: list[int], type_name: str, device: str):
-    import onnxruntime
-
-    create = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-    return create(shape, _NUMPY.get(type_name, _BFLOAT16), device, 0)
 
 
 def _listed(root: Path) -> str:
