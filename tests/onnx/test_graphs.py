@@ -200,7 +200,7 @@ def test_fused_attention_refuses_what_it_would_get_wrong(graph):
     with pytest.raises(loopexport.LoopExportError, match="takes no padded batch"):
         model.forward(ids, np.array([[0, 1, 1], [1, 1, 1]]))
     _, cache = model.forward(ids)
-    with pytest.raises(loopexport.LoopExportError, match="takes 3 tokens on a cache for one prompt only"):
+    with pytest.raises(loopexport.LoopExportError, match="takes 3 tokens for a single prompt only"):
         model.forward(ids, cache=cache)
 
 
@@ -649,7 +649,7 @@ def test_graph_tells_nothing_of_where_it_was_made(graph):
 def test_old_runtimes_that_hold_shared_weights_several_times_are_refused(export, monkeypatch):
     real = planning.version
     monkeypatch.setattr(planning, "version", lambda name: "1.22.1" if name == "onnxruntime" else real(name))
-    assert "onnxruntime 1.22.1 holds weights" in run("onnx", export).stderr
+    assert "onnxruntime 1.22.1 loads a weight once for each place" in run("onnx", export).stderr
 
 
 def test_sampling_keeps_to_what_is_allowed():
