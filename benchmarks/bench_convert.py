@@ -1,6 +1,6 @@
-"""What converting costs: time and memory on a 60 GB checkpoint of zeros, copying against `cp`, and start-up.
+"""Cost of converting: time and memory on a 60 GB checkpoint of zeros, copying compared with `cp`, and start-up time.
 
-python benchmarks/bench_convert.py [DIRECTORY]      default: a temporary one
+python benchmarks/bench_convert.py [DIRECTORY]      DIRECTORY is where to work, by default a temporary directory
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ COPY_BYTES = int(os.environ.get("COPY_GIB", 8)) * GIB
 
 
 def convert(base: Path, out: Path, weights: str):
-    """Convert once into a fresh directory."""
+    """Convert once into a new directory."""
     shutil.rmtree(out, ignore_errors=True)
     return run_process([*LOOPEXPORT, "convert", str(base), str(out), *SPEC, "--weights", weights])
 
 
 def bench_large(work: Path) -> None:
-    """Hardlinking 13 shards of 4.6 GiB."""
+    """Convert a checkpoint of 13 shards of 4.6 GiB by hardlinks."""
     base = write_sparse_checkpoint(work / "large", shards=13, shard_bytes=46 * GIB // 10)
     size = sum(path.stat().st_size for path in base.iterdir())
     runs = [convert(base, work / "large-out", "hardlink") for _ in range(5)]
@@ -41,12 +41,12 @@ def bench_large(work: Path) -> None:
 
 
 def bench_copy(work: Path) -> None:
-    """`convert --weights copy` against `cp` of the same files, both to the disk and into the page cache alone."""
+    """Compare `convert --weights copy` with `cp` of the same files, to the disk and into the page cache alone."""
     base = write_sparse_checkpoint(work / "base", shards=4, shard_bytes=COPY_BYTES // 4, layers_per_shard=5)
     for path in base.glob("*.safetensors"):
         _fill(path)
     size = sum(path.stat().st_size for path in base.iterdir())
-    hub = _as_in_the_hub_cache(base, work / "hub")
+    hub = _hub_cache_layout(base, work / "hub")
     commands = {
         "cp": ["cp", "-r", str(base), str(work / "out")],
         "convert": [*LOOPEXPORT, "convert", str(base), str(work / "out"), *SPEC, "--weights", "copy"],
@@ -71,13 +71,13 @@ def bench_copy(work: Path) -> None:
 
 
 def bench_start(work: Path) -> None:
-    """`loopexport --help`."""
+    """Time `loopexport --help`."""
     runs = [run_process([*LOOPEXPORT, "--help"]) for _ in range(15)]
     print(f"--help: {statistics.median(run.seconds for run in runs):.3f} s, {runs[0].peak_mib:.0f} MiB")
 
 
-def _as_in_the_hub_cache(base: Path, root: Path) -> Path:
-    """Links to blobs that are named by their sha256, as the Hub's cache keeps large files."""
+def _hub_cache_layout(base: Path, root: Path) -> Path:
+    """Make links to blobs named by their sha256, the layout in which the Hub's cache keeps large files."""
     (root / "blobs").mkdir(parents=True)
     for path in base.iterdir():
         blob = root / "blobs" / file_sha256(path)
@@ -87,7 +87,7 @@ def _as_in_the_hub_cache(base: Path, root: Path) -> Path:
 
 
 def _fill(path: Path) -> None:
-    """Replace the hole in a sparse file by data, or copying it would cost nothing."""
+    """Fill the hole in a sparse file with data; copying a hole costs nothing."""
     block = os.urandom(2**20)
     with path.open("r+b") as file:
         start = 8 + int.from_bytes(file.read(8), "little")

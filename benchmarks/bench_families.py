@@ -1,8 +1,7 @@
-"""What the loop costs at run time in a dense, a sparse and an MLA model: random, but wide enough for compute to count.
+"""Run-time cost of the loop in a dense, a sparse and an MLA model: random weights, wide enough for compute to matter.
 
-Time is divided by the base's time and by the ratio of layer evaluations: 1.00 means that nothing is lost but the work
-that the loop asks for. All layers are of one kind and the vocabulary is small, so that the ratio of layer evaluations
-is that of the work.
+Overhead is the time relative to the base, divided by the ratio of layer evaluations: 1.00 means that the loop costs
+exactly its extra layers. All layers are of one kind and the vocabulary is small, so layer evaluations measure the work.
 
     python benchmarks/bench_families.py
 """
@@ -65,7 +64,7 @@ SPECS = {
 
 
 def main(family: str, work: Path) -> None:
-    """Measure one family and print."""
+    """Measure one family and print the results."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})).save_pretrained(
         work / "base"

@@ -1,7 +1,7 @@
-"""What the loop costs at run time, against the base and against mergekit's physically unrolled model.
+"""Run-time cost of the loop, compared with the base and with mergekit's physically unrolled model.
 
-Time is divided by the ratio of layer evaluations, so 1.00 means that nothing is lost but the work that the loop asks
-for. Each figure is the median of ratios within rounds in which the models take turns.
+Overhead is the time relative to the base, divided by the ratio of layer evaluations: 1.00 means that the loop costs
+exactly its extra layers. The models take turns; each figure is the median over rounds of the ratio within a round.
 
     python benchmarks/bench_forward.py MODEL
 """
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import loopexport
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_mergekit import unrolled
+from support.unrolled import unrolled
 
 PREFILL_TOKENS, DECODE_TOKENS, ROUNDS = 128, 16, 9
 LOAD = (
@@ -32,13 +32,13 @@ LOAD = (
 
 
 def load(directory: Path):
-    """A model in eval mode."""
+    """Load a model in fp32 and eval mode."""
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def prefill(model, tokens) -> float:
-    """Seconds of one forward over the prompt."""
+    """Seconds for one forward over the prompt, `(batch, seq)`."""
     start = time.perf_counter()
     model(tokens)
     return time.perf_counter() - start
@@ -46,7 +46,7 @@ def prefill(model, tokens) -> float:
 
 @torch.no_grad()
 def decode(model, tokens) -> float:
-    """Seconds of the decode steps behind the prompt."""
+    """Seconds for `DECODE_TOKENS` decode steps after the prompt."""
     cache = model(tokens, use_cache=True).past_key_values
     start = time.perf_counter()
     for _ in range(DECODE_TOKENS):
@@ -55,7 +55,7 @@ def decode(model, tokens) -> float:
 
 
 def main(base: Path, work: Path) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     plain = load(base)
     layers = plain.config.num_hidden_layers
     centre = layers // 2

@@ -1,10 +1,9 @@
-"""ONNX graphs of K = 1 and K = 6 against each other and against torch: exactness, export time, memory, speed.
+"""Compare ONNX graphs of K = 1 and K = 6 with each other and with torch: exactness, export time, memory, speed.
 
     python benchmarks/bench_onnx.py MODEL [--span 13:17] [--provider cuda] [--dtype fp16 bf16] [--attention gqa] [...]
 
-On the CPU it takes fp32, on CUDA fp16 and bf16, both with both attention layouts, unless told otherwise. Each graph is
-first held to torch, by the checks of the export itself. Each engine runs alone in a process; the processes take turns,
-and all ratios are of one run.
+Defaults: fp32 on the CPU, fp16 and bf16 on CUDA; both attention layouts. The export itself first compares each graph
+with torch. Each engine runs alone in a process, the processes take turns, and all ratios come from one run.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ DEFAULT_DTYPES = {"cpu": ["fp32"], "cuda": ["fp16", "bf16"]}
 
 
 def export(root: Path, steps: str, dtype: str, attention: str, *more: str) -> float:
-    """Seconds that an export takes in a process of its own, with the imports."""
+    """Seconds for an export in a process of its own, imports included."""
     command = ["loopexport", "onnx", str(root), "--steps", steps, "--dtype", dtype, "--attention", attention, *more]
     return run_process([sys.executable, "-m", *command]).seconds
 
 
 def run_engine(engine: str, root: Path, options, *more: str) -> dict:
-    """What `onnx_engine.py` measures, each figure a median of its rounds."""
+    """Run `onnx_engine.py` once; each figure is the median of its rounds."""
     command = [sys.executable, str(ENGINE), engine, str(root), "--provider", options.provider, *more]
     command += ["--past", str(options.past), "--threads", str(options.threads)]
     measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -43,7 +42,7 @@ def run_engine(engine: str, root: Path, options, *more: str) -> dict:
 
 
 def in_turn(engines: dict[str, tuple], root: Path, options) -> dict[str, dict[str, list[float]]]:
-    """For each figure and engine, the values of all rounds."""
+    """Run the engines in turn; the values of all rounds, by figure and engine."""
     rounds = [
         {name: run_engine(kind, root, options, *more) for name, (kind, *more) in engines.items()}
         for _ in range(options.rounds)
@@ -53,7 +52,7 @@ def in_turn(engines: dict[str, tuple], root: Path, options) -> dict[str, dict[st
 
 
 def bytes_per_second(provider: str) -> float:
-    """What the device reads from its memory: the best of several sums over half a GiB."""
+    """Memory bandwidth of the device for reading: the best of several sums over half a GiB."""
     import torch
 
     device = "cuda" if provider == "cuda" else "cpu"
@@ -67,10 +66,10 @@ def bytes_per_second(provider: str) -> float:
 
 
 def compare(looped, dtype: str, attention: str, options) -> dict:
-    """All figures of one dtype and attention layout."""
+    """Measure one dtype and attention layout."""
     root = looped.root
     seconds = {k: export(root, str(k), dtype, attention, "--no-verify") for k in (1, MANY)}
-    export(root, f"1,{MANY}", dtype, attention)  # fails where a graph differs from torch
+    export(root, f"1,{MANY}", dtype, attention)  # raises if a graph differs from torch
     records = loopexport.open_export(root).manifest.onnx
     graphs = {
         record.steps: name
@@ -110,12 +109,12 @@ def compare(looped, dtype: str, attention: str, options) -> dict:
         "decode, torch / onnx (at least 2)": ratio(decode[torch], decode[many]),
         "prefill, torch / onnx (at least 1)": ratio(prefill[torch], prefill[many]),
         "tokens per second": 1 / statistics.median(decode[many]),
-        "tokens per second that the memory's bandwidth allows": ideal,
+        "tokens per second that memory bandwidth allows": ideal,
     }
 
 
 def parse():
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--span", default="13:17")
@@ -129,7 +128,7 @@ def parse():
 
 
 def main() -> None:
-    """Measure all, print a JSON object."""
+    """Measure everything and print a JSON object."""
     options = parse()
     with tempfile.TemporaryDirectory(dir=Path(options.model).parent) as temporary:
         root = Path(temporary) / "looped"

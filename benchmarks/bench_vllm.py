@@ -1,9 +1,9 @@
-"""Tokens per second of an export on vLLM, looped against its own base (K = 1), and against the ratio of their layers.
+"""Tokens per second of an export on vLLM, compared with its own base (K = 1) and with the ratio of layer evaluations.
 
     python benchmarks/bench_vllm.py EXPORT [--prompts 8] [--new 64] [--rounds 3] [--tensor-parallel-size 1] [--eager]
 
-Needs vLLM, and nothing of LoopExport. Each engine runs alone in a process and the processes take turns; on a GPU they
-use CUDA graphs unless --eager is given. Prints a JSON object, all ratios of one run.
+Needs vLLM, not LoopExport. Each engine runs alone in a process, and the processes take turns. On a GPU they use CUDA
+graphs unless you give --eager. Prints a JSON object; all ratios come from one run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROMPT_TOKENS = 64
 
 
 def tokens_per_second(options) -> float:
-    """New tokens a second of one engine, all prompts at once, after a round that is not counted."""
+    """New tokens per second of one engine, all prompts at once, after one uncounted round."""
     import vllm
 
     engine = vllm.LLM(
@@ -47,7 +47,7 @@ def tokens_per_second(options) -> float:
 
 
 def evaluations(export: str) -> float:
-    """Layer evaluations of a token, looped against base, for a rule of one a step: what no engine can do without."""
+    """Layer evaluations per token, looped / base, for a rule that runs the span once in each step."""
     config = json.loads((Path(export) / "config.json").read_text())
     span = config["loop_span"]
     spans = span if isinstance(span[0], list) else [span]
@@ -56,14 +56,14 @@ def evaluations(export: str) -> float:
 
 
 def in_process(steps: int) -> float:
-    """The tokens per second of one engine, from a process of its own."""
+    """Tokens per second of one engine in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--steps", str(steps)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return float(output.splitlines()[-1])
 
 
 def parse():
-    """The options; --steps is for the processes that this one starts."""
+    """Parse the command line; --steps is only for the processes that this script starts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export")
     parser.add_argument("--prompts", type=int, default=8)
@@ -77,7 +77,7 @@ def parse():
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     options = parse()
     if options.steps:
         print(tokens_per_second(options))

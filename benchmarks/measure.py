@@ -1,4 +1,4 @@
-"""Run commands in turn and compare them within one run, since machines drift."""
+"""Time processes and functions in turn, and compare them within one run: a machine's speed drifts between runs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Process:
-    """What one process took: wall seconds and the largest resident size in MiB."""
+    """The cost of one process.
+
+    Attributes:
+        seconds: wall time.
+        peak_mib: largest resident size in MiB.
+    """
 
     seconds: float
     peak_mib: float
 
 
 def run_process(command: list[str]) -> Process:
-    """Run a command to its end, its output thrown away.
+    """Run a command to its end and discard its output.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed; run it by hand to see why.
     """
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -30,12 +35,20 @@ def run_process(command: list[str]) -> Process:
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"{command} exited with {process.returncode}")
+        raise RuntimeError(f"{command} exited with status {process.returncode}; run it by hand to see why")
     return Process(seconds, usage.ru_maxrss / 1024)
 
 
 def interleaved(actions: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action, taken in turn for `rounds` rounds after one that is not counted."""
+    """Run the actions in turn, for one uncounted round and then `rounds` counted ones.
+
+    Args:
+        actions: functions that return the seconds they took, by name.
+        rounds: number of counted rounds.
+
+    Returns:
+        The seconds of each action in each counted round.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
         for name, action in actions.items():
@@ -46,5 +59,5 @@ def interleaved(actions: dict[str, Callable[[], float]], rounds: int) -> dict[st
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:
-    """The median of the ratios, round by round."""
+    """The median over rounds of `numerator / denominator`."""
     return statistics.median(one / other for one, other in zip(numerator, denominator, strict=True))

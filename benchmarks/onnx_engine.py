@@ -1,9 +1,9 @@
-"""One engine on one export, alone in its process: its memory, and the seconds of prefills and of decode steps.
+"""Measure one engine on one export in its own process: memory, and seconds for prefills and decode steps.
 
     python benchmarks/onnx_engine.py onnx|torch ROOT --file model.onnx | --steps 6 [...]
 
-Alone, since engines in one process disturb each other: the idle threads of one session spin for a while on the cores
-that the next one works on. Prints a JSON object.
+Two engines in one process disturb each other: the idle threads of one session spin for a while on the cores that the
+other needs. Prints a JSON object.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import psutil
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
-# Runs tokens on a cache (None for none) and waits for the answer.
+# Runs tokens, `(batch, seq)`, on a cache (None: without one) and waits for the result.
 Forward = Callable[[np.ndarray, Any], Any]
-# Makes the cache of a prompt.
+# Makes the cache of a prompt, `(batch, seq)`.
 Fill = Callable[[np.ndarray], Any]
 
 
 def onnx_engine(options) -> tuple[Forward, Fill]:
-    """A graph in ONNX Runtime. Its cache is never changed, so that one serves all rounds."""
+    """A graph in ONNX Runtime; a forward does not change its cache, so one cache serves all rounds."""
     from loopexport.onnx import OnnxModel
 
     model = OnnxModel(options.root, options.file, provider=options.provider, threads=options.threads)
@@ -62,7 +62,7 @@ def torch_engine(options) -> tuple[Forward, Fill]:
 
 
 def seconds(forward: Forward, tokens: np.ndarray, make_cache: Callable[[], Any], rounds: int) -> list[float]:
-    """Seconds of each forward after two that are not counted; caches are made outside of what is timed."""
+    """Seconds for each forward after two uncounted ones; making the cache is not timed."""
     taken = []
     for _ in range(rounds + 2):
         cache = make_cache()
@@ -73,7 +73,7 @@ def seconds(forward: Forward, tokens: np.ndarray, make_cache: Callable[[], Any],
 
 
 def parse():
-    """The options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=["onnx", "torch"])
     parser.add_argument("root")
@@ -88,7 +88,7 @@ def parse():
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     options = parse()
     prompt = np.random.default_rng(0).integers(3, 100, size=(1, options.past))
     before = psutil.Process().memory_info().rss

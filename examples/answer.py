@@ -1,4 +1,4 @@
-"""Answer a question with a model directory, using transformers alone; LoopExport need not be installed.
+"""Ask a model directory a question with transformers alone; LoopExport need not be installed.
 
 python examples/answer.py demo/SmolLM2-135M-Instruct-looped "What is the capital of France?"
 """

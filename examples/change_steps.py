@@ -1,4 +1,4 @@
-"""Change the number of steps of a loaded model, and see what each costs and does to the loss of a text.
+"""Change the number of steps K of a loaded model; print the time and the loss on a text for each K.
 
 A lower loss does not mean a better model: on the paper's tasks, held-out loss and accuracy gain were anti-correlated.
 
@@ -23,7 +23,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 tokens = tokenizer(TEXT, return_tensors="pt").input_ids
 
 for steps in (1, 2, 3, 6):
-    model.config.loop_steps = steps  # checked at once; 1 is the base model
+    model.config.loop_steps = steps  # checked immediately; 1 is the base model
     start = time.perf_counter()
     with torch.no_grad():
         loss = model(tokens, labels=tokens).loss.item()
@@ -32,4 +32,4 @@ for steps in (1, 2, 3, 6):
 try:
     model.config.loop_steps = 0
 except ValueError as error:
-    print(f"as it should, this failed: {error}")
+    print(f"this failed, as it should: {error}")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From nothing to an answer of a looped model; prints each command before it runs it.
+# Make a base model, loop it, ask it a question; prints each command before running it.
 #
 #     examples/demo.sh demo
 #
-# `python` and `loopexport` have to be on the PATH.
+# `python` and `loopexport` must be on the PATH.
 set -euo pipefail
 
 if [ $# -ne 1 ]; then
@@ -31,11 +31,11 @@ run python "$here/answer.py" "$base" "$question"
 run python "$here/answer.py" "$looped" "$question" | tee "$work/answer.txt"
 run loopexport onnx "$looped"
 run loopexport run "$looped" "$question" | tee "$work/answer-onnx.txt"
-# Both files begin with the command, and the first answer with the name of the model's class.
+# Each file starts with an empty line and the command; answer.py also prints the class of the model before the answer.
 if [ "$(tail -n +3 "$work/answer.txt" | sed '1s/^[^:]*: //')" != "$(tail -n +3 "$work/answer-onnx.txt")" ]; then
-    echo "transformers and ONNX Runtime answer differently" >&2
+    echo "transformers and ONNX Runtime give different answers" >&2
     exit 1
 fi
-printf '\nONNX Runtime gives the answer of transformers.\n'
-printf '\nThe looped model is in %s. Models this small gained nothing from looping in reproductions:\n' "$looped"
+printf '\nONNX Runtime gives the same answer as transformers.\n'
+printf '\nThe looped model is in %s. In reproductions, models this small gained nothing from looping:\n' "$looped"
 printf 'this shows that the tool works, not that looping helps.\n'

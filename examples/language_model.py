@@ -1,6 +1,6 @@
-"""Take the language model out of a multimodal checkpoint, so that it can be looped.
+"""Extract the language model from a multimodal checkpoint, so that LoopExport can loop it.
 
-python examples/language_model.py gemma-3-4b-it gemma-3-4b-text        # a local directory, and a new one
+python examples/language_model.py gemma-3-4b-it gemma-3-4b-text        # a local checkpoint, a new directory
 """
 
 import shutil

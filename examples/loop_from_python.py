@@ -1,4 +1,4 @@
-"""Convert, inspect and verify from Python.
+"""Plan, convert and verify from Python, and catch an error.
 
 python examples/loop_from_python.py demo/SmolLM2-135M-Instruct demo/looped-from-python
 """
@@ -15,7 +15,7 @@ plan = loopexport.plan_convert(model, out, span=(13, 17), steps=3, overwrite=Tru
 print(f"{len(plan.spec.layers)} layers, {plan.cost.multiplier:.2f}x the layer evaluations of the base")
 
 export = plan.apply()
-print(f"{export.root} was made from {export.manifest.base.name} by {export.manifest.weights_method}")
+print(f"{export.root} was made from {export.manifest.base.name}, weights by {export.manifest.weights_method}")
 
 for check in loopexport.verify(export.root):
     print("passed" if check.passed else "FAILED", check.name, check.difference)
@@ -23,4 +23,4 @@ for check in loopexport.verify(export.root):
 try:
     loopexport.convert(model, out, span=(13, 99), steps=3)
 except loopexport.LoopExportError as error:
-    print(f"as it should, this failed: {error}")
+    print(f"this failed, as it should: {error}")

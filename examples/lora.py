@@ -1,4 +1,4 @@
-"""Train a LoRA adapter on a looped model; the loop is part of the forward, so gradients pass through every step.
+"""Train a LoRA adapter on a looped model; gradients flow through every step of the loop.
 
 python examples/lora.py demo/SmolLM2-135M-Instruct-looped demo/adapter
 """

@@ -1,9 +1,9 @@
-"""Generate with onnxruntime-genai, which knows nothing of loops: prints the tokens, then the text.
+"""Generate with onnxruntime-genai, which knows nothing about loops; prints the tokens, then the text.
 
     loopexport onnx demo/SmolLM2-135M-Instruct-looped        # once
     python examples/onnx_genai.py demo/SmolLM2-135M-Instruct-looped "Tell me a story about a lighthouse keeper." 64
 
-The last argument, the number of new tokens, can be left out.
+The last argument, the number of new tokens, is optional.
 """
 
 import json

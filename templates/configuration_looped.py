@@ -1,26 +1,35 @@
-"""Configuration of a looped causal language model: one config class per base family, with the loop's fields.
+"""The config of a looped causal language model: one class per base family, the native class plus the loop fields.
 
-Copied byte for byte into every exported directory, so it needs `transformers` and nothing else. All variation is in
-`config.json`: the base's own fields, `model_type: looped_<base type>`, and the `loop_*` fields defined by `LoopSpec`.
+Every export has a copy of this file. It needs only transformers. Exports differ only in `config.json`, which has the
+base's own fields, `model_type: looped_<base type>`, and the `loop_*` fields that `LoopSpec` defines.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 
-from .looped_spec import FIELD_PREFIX, LoopSpec, as_json
+_DIGEST_BEFORE = globals().get("CODE_DIGEST")  # not None if transformers runs this file again in the same module
 
-# Start of the sha256 of all other files that are copied along. transformers 5 tells local code apart by this file
-# alone: without it, two exports of one directory name with different code would share, in one process, whichever was
-# loaded first.
-CODE_DIGEST = "620e065324e8812d"
+# Start of the sha256 of all other copied files. transformers 5 caches local code by directory name and the content of
+# this file: without the digest, two exports with one directory name but different code would, in one process, both run
+# the code that was loaded first.
+CODE_DIGEST = "7ce1b4887f58ca19"
+
+if _DIGEST_BEFORE not in (None, CODE_DIGEST):
+    # transformers 4 copies the code of all exports with one directory name to one place. It runs a changed file again,
+    # but not the files that this one imports, so remove the modules of the other version.
+    for _name in [each for each in sys.modules if each.startswith(f"{__name__.rpartition('.')[0]}.looped_")]:
+        del sys.modules[_name]
+
+from .looped_spec import FIELD_PREFIX, LoopSpec, as_json  # noqa: E402
 
 MODEL_TYPE_PREFIX = "looped_"
 CLASS_PREFIX = "Looped"
 
 
 class LoopedConfigMixin:
-    """Adds the loop to a native config class: fields are checked when set, and a saved config loads by itself."""
+    """Adds the loop to a native config class: checks loop fields when they are set, and saves a complete `auto_map`."""
 
     def __setattr__(self, name, value):
         if name.startswith(FIELD_PREFIX):
@@ -28,7 +37,7 @@ class LoopedConfigMixin:
         super().__setattr__(name, value)
 
     def to_dict(self):
-        """The native dict, with an `auto_map` that never names another repository (a re-saved model stands alone)."""
+        """The native dict with our `auto_map`, which never names another repository, so a saved copy is complete."""
         values = super().to_dict()
         if any(name.startswith(FIELD_PREFIX) for name in values):
             values["auto_map"] = auto_map(base_model_type(self.model_type))
@@ -36,17 +45,17 @@ class LoopedConfigMixin:
 
 
 def base_model_type(model_type: str) -> str:
-    """The base's `model_type`: `looped_qwen3` -> `qwen3`."""
+    """The base's `model_type`, such as `qwen3` for `looped_qwen3`."""
     return model_type[len(MODEL_TYPE_PREFIX) :]
 
 
 def family_name(model_type: str) -> str:
-    """A base `model_type` as it stands in class names: `qwen3_moe` -> `Qwen3Moe`."""
+    """The spelling of a base `model_type` in class names, such as `Qwen3Moe` for `qwen3_moe`."""
     return "".join(part[:1].upper() + part[1:] for part in model_type.replace("-", "_").split("_"))
 
 
 def auto_map(model_type: str) -> dict[str, str]:
-    """`auto_map` of a looped model whose base has `model_type`; class names are unknown to transformers on purpose."""
+    """The `auto_map` for a base `model_type`; transformers has no classes of these names, so it must load ours."""
     name = CLASS_PREFIX + family_name(model_type)
     return {
         "AutoConfig": f"configuration_looped.{name}Config",
@@ -57,10 +66,10 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 @lru_cache(maxsize=None)
 def looped_config_class(family: str) -> type:
-    """The config class of a family named as by `family_name`: the native one with the loop's fields.
+    """The looped config class of a family, named as `family_name` spells it: the native class plus the loop fields.
 
     Raises:
-        AttributeError: the installed transformers has no such family.
+        AttributeError: the installed transformers has no such family; install a newer one.
     """
     from transformers import CONFIG_MAPPING, __version__
 
@@ -81,7 +90,7 @@ def looped_config_class(family: str) -> type:
 
 
 def _keep_tokenizer(model_type: str, native: type, config_class: type) -> None:
-    """Let AutoTokenizer choose as it does for the base: where files leave it open, it goes by the model's type."""
+    """Let AutoTokenizer choose as for the base: without a class in the files, it looks up the model type."""
     from transformers.models.auto import tokenization_auto as auto
 
     looped_type = MODEL_TYPE_PREFIX + model_type
@@ -95,7 +104,7 @@ def _keep_tokenizer(model_type: str, native: type, config_class: type) -> None:
 
 
 def __getattr__(name: str) -> type:
-    """Make `Looped<Family>Config` when it is first asked for, as `auto_map` and pickle do."""
+    """Make `Looped<Family>Config` when `auto_map` or pickle first looks it up."""
     if not (name.startswith(CLASS_PREFIX) and name.endswith("Config")):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return looped_config_class(name[len(CLASS_PREFIX) : -len("Config")])

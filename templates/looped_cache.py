@@ -1,11 +1,11 @@
-"""What a layer is handed in place of the K/V cache, for each K/V policy; and the extra slots of `per_step`.
+"""The cache stand-ins that a layer gets instead of the K/V cache, one for each K/V policy, and the slots of `per_step`.
 
-Copied byte for byte into every exported directory; it needs torch and transformers alone. No class here is a `Cache`
-subclass: those break when transformers is upgraded. A new K/V policy needs a stand-in here, a line in
+Every export has a copy of this file. It needs only torch and transformers. No class here is a `Cache` subclass, since
+those break when transformers is upgraded. A new K/V policy needs a stand-in here, a line in
 `looped_walk.LayerCall._iteration_cache`, and its name in `looped_spec.KV_POLICIES`.
 
-Keys and values are `(batch, heads, seq, head_dim)`. What `update()` takes holds the chunk's tokens alone, what it
-answers all that attention may read: the past and the chunk. Multi-head latent attention caches latents in their place.
+Keys and values are `(batch, heads, seq, head_dim)`. `update()` takes the keys and values of the current chunk and
+returns those that attention may read: the past and the chunk. Multi-head latent attention passes latents instead.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from transformers import DynamicCache
 
 from .looped_spec import LoopSpec
 
-# What native layers call the argument that carries the K/V cache, newest name first.
+# Names of the K/V cache argument in native layers, newest first.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class CacheArgument(NamedTuple):
-    """The argument in which a module takes the K/V cache.
+    """The argument of a module that takes the K/V cache.
 
     Attributes:
-        name: how it is called.
-        position: its number among the positional arguments, counted from 0.
+        name: its name.
+        position: its position among the positional arguments, counted from 0.
     """
 
     name: str
     position: int
 
     def value_in(self, args, kwargs):
-        """The cache that a call was given, or None."""
+        """The cache in the arguments of a call, or None."""
         return kwargs.get(self.name, args[self.position] if self.position < len(args) else None)
 
     def put(self, cache, args: list, kwargs: dict) -> None:
-        """Give a call another cache, in place."""
+        """Replace the cache in the arguments of a call, in place."""
         if self.position < len(args):
             args[self.position] = cache
         else:
@@ -48,19 +48,19 @@ class CacheArgument(NamedTuple):
 
 
 def find_cache_argument(module: nn.Module) -> CacheArgument | None:
-    """The argument in which a decoder layer or model takes the K/V cache; None where it takes none."""
+    """The argument of a decoder layer or model that takes the K/V cache; None if it has none."""
     names = list(inspect.signature(module.forward).parameters)
     found = next((name for name in CACHE_ARGUMENTS if name in names), None)
     return None if found is None else CacheArgument(found, names.index(found))
 
 
 class CacheStandIn:
-    """Answers everything but `update` like the cache behind it; like an empty one where the model runs without cache.
+    """Passes everything but `update` on to the real cache, or to an empty one if the model runs without a cache.
 
     Attributes:
-        cache: the cache behind it, or None.
-        length: how long the layer was told that the cache is in the natural pass. Llama 4 computes positions from it,
-            and its tokens are already stored when iterations run.
+        cache: the real cache, or None.
+        length: the cache length that the layer saw in the natural pass. Llama 4 computes positions from it, and by the
+            time of an iteration the real cache already holds the chunk.
     """
 
     length: Any = None
@@ -83,12 +83,12 @@ class CacheStandIn:
 
 
 class NaturalPass(CacheStandIn):
-    """Stores as usual, and records what iterations need.
+    """For the natural pass: stores in the real cache, and records what iterations need.
 
     Attributes:
-        new: the chunk's keys and values, each `(batch, heads, chunk, head_dim)`; empty until the layer stored them.
-        read: the keys and values that attention read, each `(batch, heads, past + chunk, head_dim)`.
-        rest: what else the layer passed to `update`, as `(args, kwargs)`.
+        new: the chunk's keys and values, each `(batch, heads, chunk, head_dim)`; empty until the layer stores them.
+        read: the keys and values that attention reads, each `(batch, heads, past + chunk, head_dim)`.
+        rest: the other arguments of `update`, as `(args, kwargs)`.
     """
 
     new: tuple = ()
@@ -97,7 +97,7 @@ class NaturalPass(CacheStandIn):
 
     def get_seq_length(self, *args, **kwargs):
         length = self._ask_length(*args, **kwargs)
-        if self.length is None:  # a static cache counts in place
+        if self.length is None:  # a static cache updates its count in place
             self.length = length.clone() if isinstance(length, torch.Tensor) else length
         return length
 
@@ -108,10 +108,10 @@ class NaturalPass(CacheStandIn):
 
 
 class SharedRead(CacheStandIn):
-    """Policy `shared`: stores nothing, and answers with the natural pass's keys and values.
+    """Policy `shared`: stores nothing, and returns the keys and values of the natural pass.
 
     Attributes:
-        read: as in `NaturalPass`, `(batch, heads, past + chunk, head_dim)` each.
+        read: `NaturalPass.read`, each `(batch, heads, past + chunk, head_dim)`.
     """
 
     def __init__(self, cache, read):
@@ -123,11 +123,11 @@ class SharedRead(CacheStandIn):
 
 
 class OwnChunk(CacheStandIn):
-    """Policy `reference`: stores nothing, and answers with the natural past and the iterate's own chunk.
+    """Policy `reference`: stores nothing, and returns the natural past joined with the iterate's own chunk.
 
     Attributes:
-        read: as in `NaturalPass`, `(batch, heads, past + chunk, head_dim)` each.
-        start: position of the chunk in `read`; None where the chunk is its end.
+        read: `NaturalPass.read`, each `(batch, heads, past + chunk, head_dim)`.
+        start: position of the chunk in `read`; None if it is at the end.
     """
 
     def __init__(self, cache, read, start):
@@ -147,10 +147,10 @@ class OwnChunk(CacheStandIn):
 
 
 class OwnSlot(CacheStandIn):
-    """Policy `per_step`: stores into, and reads from, the cache slot of this layer and iteration.
+    """Policy `per_step`: stores in the cache slot of this layer and iteration, and returns the contents of that slot.
 
     Attributes:
-        read: as in `NaturalPass`; the slot must have the same length.
+        read: `NaturalPass.read`; the slot must have the same length.
         slot: number of the slot in the cache.
     """
 
@@ -167,9 +167,9 @@ class OwnSlot(CacheStandIn):
 
 
 def chunk_start(cache, layer_idx: int, natural: NaturalPass):
-    """Position at which the chunk that the natural pass just stored starts in what it read.
+    """The position in `natural.read` where the chunk of the natural pass starts; None if the chunk is at the end.
 
-    None means at the end, as everywhere but in a static layer, which returns a buffer longer than what it holds.
+    Only a static cache layer can have it elsewhere: it returns a buffer longer than its contents.
     """
     length, read_length = natural.new[0].shape[-2], natural.read[0].shape[-2]
     layer = cache.layers[layer_idx] if hasattr(cache, "layers") else None
@@ -179,35 +179,35 @@ def chunk_start(cache, layer_idx: int, natural: NaturalPass):
     cache_kwargs = next(iter(natural.rest[0]), None)
     if cache_kwargs is not None and cache_kwargs.get("cache_position") is not None:  # transformers 4
         return cache_kwargs["cache_position"][0].clamp(max=last)
-    if hasattr(layer, "cumulative_length_int"):  # a sliding window, which stays at its end once it is full
+    if hasattr(layer, "cumulative_length_int"):  # a sliding window; once full, the chunk is at its end
         return min(layer.cumulative_length_int - length, last)
     return layer.cumulative_length - length
 
 
 def is_empty(cache, layer_idx: int, num_tokens: int) -> bool:
-    """Whether the cache held nothing for this layer before this forward, of `num_tokens`."""
+    """Whether the cache had nothing for this layer before this forward of `num_tokens` tokens."""
     if not hasattr(cache, "layers"):  # a family's own cache class, transformers 4
         return int(cache.get_seq_length(layer_idx)) == 0
     if layer_idx >= len(cache.layers) or not cache.layers[layer_idx].is_initialized:
         return True
-    # A static cache knows its length as a tensor only, which a compiled graph cannot branch on. What is compiled on an
-    # initialised static cache are decode steps.
+    # A static cache has its length only as a tensor, and a compiled graph cannot branch on a tensor. A compiled forward
+    # on an initialised static cache is a decode step, so the cache is not empty.
     if torch.compiler.is_compiling():
         return False
-    # A layer that reuses the keys of an earlier one holds none; the earlier one has stored this forward's already.
+    # A layer that reuses the keys of an earlier layer has none; the earlier one has already stored this forward's.
     owner = next(index for index in range(layer_idx, -1, -1) if getattr(cache.layers[index], "keys", None) is not None)
     return int(cache.get_seq_length(owner)) == (0 if owner == layer_idx else num_tokens)
 
 
 def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int) -> None:
-    """Give the cache one slot for each looped layer and iteration, of the kind that the layer itself has.
+    """Add one slot for each looped layer and iteration to the cache, of the same type as the layer's own slot.
 
-    A cache that was made without a config adds slots by itself when they are first stored into.
+    A cache that was made without a config needs no call: it adds slots by itself when a layer first stores there.
 
     Raises:
-        ValueError: the cache was filled under another loop setting, or is of a kind that takes no slots.
+        ValueError: the cache was filled under another loop setting, or is of a class that slots cannot be added to.
     """
-    if type(cache).__module__.startswith("transformers.models."):  # a family's own, which counts its slots its own way
+    if type(cache).__module__.startswith("transformers.models."):  # a family's own class, with its own slots
         raise ValueError(f"kv per_step cannot add slots to a {type(cache).__name__}; use kv shared")
     count = len(cache.layers)
     if count < num_layers or count == num_layers + spec.extra_kv_slots:

@@ -1,10 +1,10 @@
-"""Frozen routing: iterations reuse what the routers of sparse MoE layers answered in the natural pass.
+"""Frozen routing: iterations reuse the answers of the routers of sparse MoE layers in the natural pass.
 
-Copied byte for byte into every exported directory; it needs torch alone.
+Every export has a copy of this file. It needs only torch.
 
-A router is known by its path in the layer, not as a module: quantizers, adapters and parallelisation replace modules.
-While a layer runs, a stand-in shadows the router in the instance dictionary of the block that asks it, where Python
-looks before nn.Module does. A hook would be lost with its module, and none can be set inside a compiled graph.
+We store a router's path in its layer, not the module, because quantizers, adapters and parallelisation replace modules.
+While a layer runs, a stand-in shadows the router: it is in the instance dictionary of the router's parent, where Python
+looks before nn.Module does. A hook would be lost when its module is replaced, and cannot be set in a compiled graph.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-# What native layers call the module that chooses experts, wherever it is; `gate` is another name beside experts only.
+# Names of modules that choose experts. A module named `gate` does so too, but only next to experts.
 ROUTERS = ("router", "router_gate")
 
 
 class RecordRoute:
-    """Stands in for a router: asks it, and keeps the answers in order."""
+    """Stands in for a router in the natural pass: calls it, and records its answers in order."""
 
     def __init__(self, router, answers: list):
         self.router = router
@@ -36,7 +36,7 @@ class RecordRoute:
 
 
 class ReplayRoute(RecordRoute):
-    """Stands in for a router: gives the recorded answers, in order."""
+    """Stands in for a router in an iteration: returns the recorded answers in order."""
 
     def __call__(self, *args, **kwargs):
         self.count += 1
@@ -45,15 +45,15 @@ class ReplayRoute(RecordRoute):
 
 @contextmanager
 def routing(layer: nn.Module, stand_in, routes: dict[str, list]):
-    """Put `stand_in` in place of a layer's routers while the layer runs.
+    """Replace the routers of a layer by stand-ins while the layer runs.
 
     Args:
         layer: the decoder layer.
         stand_in: `RecordRoute` or `ReplayRoute`.
-        routes: by path of the router in the layer, its answers in the natural pass.
+        routes: for each router, by its path in the layer, its answers in the natural pass.
 
     Raises:
-        ValueError: a router was not asked, or not as often as in the natural pass.
+        ValueError: a router was not called, or not as often as in the natural pass; switch frozen_routing off.
     """
     shadowed = []
     for path, answers in routes.items():
@@ -72,24 +72,23 @@ def routing(layer: nn.Module, stand_in, routes: dict[str, list]):
 def _check_asked(path: str, stand_in) -> None:
     if stand_in.count == 0 or stand_in.count != len(stand_in.answers):
         raise ValueError(
-            f"cannot freeze the routing: {path} was asked {stand_in.count} times in a pass, and "
-            f"{len(stand_in.answers)} times in the natural one, so something else chooses the experts; switch "
-            "frozen_routing off"
+            f"cannot freeze the routing: a pass called {path} {stand_in.count} times, the natural pass "
+            f"{len(stand_in.answers)} times, so something else chooses the experts; switch frozen_routing off"
         )
 
 
 def _split(path: str) -> tuple[str, str]:
-    """A module's path as its parent's path and its own name."""
+    """Split a module's path into its parent's path and its own name."""
     parent, _, name = path.rpartition(".")
     return parent, name
 
 
 class Routers(NamedTuple):
-    """How the experts of a layer are chosen.
+    """The routers of a layer, which choose its experts.
 
     Attributes:
         known: paths of the routers in the layer.
-        missing: paths of modules with experts for which no router was found.
+        missing: paths of modules with experts but without a known router.
     """
 
     known: tuple[str, ...]
@@ -97,7 +96,7 @@ class Routers(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Module) -> Routers:
-        """Routers are called `router` or `router_gate`, or `gate` beside experts; they sit beside or in the experts."""
+        """Find the routers of a layer: modules named `router` or `router_gate`, or `gate` next to experts."""
         paths = [path for path, _ in layer.named_modules() if path]
         experts = [path for path in paths if _has_experts(_split(path)[1], layer.get_submodule(path))]
         blocks = {_split(path)[0] for path in experts}
@@ -117,6 +116,6 @@ def _is_router(parent: str, name: str, blocks_of_experts: set[str]) -> bool:
 
 
 def _has_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module is a choice of experts, by its name or class; experts that all tokens share are no choice."""
+    """Whether a module holds routed experts, by its name or class; experts that all tokens share do not count."""
     names = f"{name} {type(module).__name__}".lower()
     return ("expert" in names and "share" not in names) or names.endswith("moe")

@@ -1,10 +1,10 @@
-"""The update rules: how each step makes the next iterate. Pure functions of the hidden states and g.
+"""The update rules: how a step computes the next iterate. Each rule is a pure function of the hidden states and g.
 
-Copied byte for byte into every exported directory; it needs torch alone. `looped_spec.RULES` declares what each rule
-takes and costs. A new rule needs a line there, and a function and a line in `UPDATES` here.
+Every export has a copy of this file. It needs only torch. `looped_spec.RULES` declares the parameters and the cost of
+each rule. A new rule needs a line there, and a function and a line in `UPDATES` here.
 
 In every formula, x are the hidden states that enter the span, g(h) is one run of the span, h is the iterate (h = x
-before the first step), s the step size and K the number of steps. All tensors are `(batch, seq, hidden)`.
+before the first step), s is the step size and K is the number of steps. All tensors are `(batch, seq, hidden)`.
 
 Source: paper section 3; the rules besides euler from `_iterate_loop` of the authors' published `loop_qwen3.py`.
 """
@@ -17,26 +17,26 @@ from .looped_spec import LoopSpec
 
 
 def run_loop(x, g, spec: LoopSpec):
-    """The output of the loop: the rule's last iterate, blended with the natural pass by the anchor.
+    """The output of the loop: the anchor's blend of the natural pass and the last iterate.
 
         out = beta n + (1 - beta) h_K
 
-    Blends are computed in the model's dtype. A step size of 1 and an anchor of 0 leave no arithmetic behind, so that
-    naive looping is bitwise g applied K times.
+    Blends are computed in the model's dtype. A step size of 1 and an anchor of 0 skip their arithmetic, so that naive
+    looping is bitwise g applied K times.
 
     Args:
-        x: hidden states that entered the span, `(batch, seq, hidden)`.
+        x: the hidden states that enter the span, `(batch, seq, hidden)`.
         g: a `looped_walk.Body`; its first call is the natural pass.
         spec: the loop.
     """
-    h = UPDATES[spec.rule](x.to(g.natural.device), g, spec)  # the span may cross devices under a device_map
+    h = UPDATES[spec.rule](x.to(g.natural.device), g, spec)  # a device_map may split the span over devices
     return h if spec.anchor == 0 else spec.anchor * g.natural + (1 - spec.anchor) * h
 
 
 def _euler(x, g, spec):
     """`h <- h + s (g(h) - h)`, K times: the paper's damped sub-step.
 
-    With norm interpolation, iterate k < K is rescaled to the norm `|x| + (|n| - |x|) k/K`.
+    With norm interpolation, rescale iterate k < K to the norm `|x| + (|n| - |x|) k/K`.
     """
     h, s = x, spec.step_size
     for k in range(1, spec.steps + 1):
@@ -57,7 +57,7 @@ def _residual_scaled(x, g, spec):
 
 
 def _ema(x, g, spec):
-    """`h <- (1 - s) h + s g(h)`; under ema_sched, step k has its own `s_k`."""
+    """`h <- (1 - s) h + s g(h)`; with rule ema_sched, `s_k` of the schedule for s in step k."""
     h = x
     for s in spec.schedule or (spec.step_size,) * spec.steps:
         h = (1 - s) * h + s * g(h)
@@ -108,11 +108,11 @@ def _heavy_ball(x, g, spec):
 
 
 def _anderson(x, g, spec):
-    """`h <- h - (1 - s) dH mix + s (r - dR mix)`, r = g(h) - h, with the mix that minimises `|r - dR mix|`.
+    """`h <- h - (1 - s) dH mix + s (r - dR mix)`, where r = g(h) - h and mix minimises `|r - dR mix|`.
 
-    dH and dR are the latest `history` differences of the iterates and of their residuals. Least squares runs over all
-    tokens of the chunk at once. As in the authors' code, a step takes (1 - s) of the mixed points where Walker and Ni
-    (2011) take all of them.
+    dH and dR are the latest `history` differences of the iterates and of their residuals. The least-squares fit is over
+    all tokens of the chunk at once. Like the authors' code, a step multiplies dH mix by (1 - s); Walker and Ni (2011)
+    do not.
     """
     h, s, history = x, spec.step_size, spec.history or 2
     points, residuals = [], []
@@ -130,12 +130,12 @@ def _anderson(x, g, spec):
 
 
 def _differences(values):
-    """Differences of neighbours in fp32, `(batch, seq, hidden, len(values) - 1)`."""
+    """Differences of consecutive values in fp32, `(batch, seq, hidden, len(values) - 1)`."""
     return torch.stack([values[i + 1] - values[i] for i in range(len(values) - 1)], dim=-1).float()
 
 
 def _least_squares(columns, target):
-    """The mix of the last dimension of `columns` that is nearest to `target`, with a little Tikhonov regularisation."""
+    """The mix that minimises `|target - columns mix|`, with slight Tikhonov regularisation; `(columns.shape[-1],)`."""
     columns = columns.flatten(0, -2)
     gram = columns.T @ columns
     gram = gram + 1e-6 * gram.diagonal().max().clamp_min(1e-8) * torch.eye(len(gram), device=gram.device)
@@ -143,9 +143,9 @@ def _least_squares(columns, target):
 
 
 def _aitken(x, g, spec):
-    """`h <- h - (g(h) - h)^2 / (g(g(h)) - 2 g(h) + h)` on each coordinate, in fp32: Aitken's delta-squared.
+    """`h <- h - (g(h) - h)^2 / (g(g(h)) - 2 g(h) + h)` for each coordinate, in fp32: Aitken's delta-squared.
 
-    No coordinate moves further than one application of g moves it; where the denominator vanishes, it moves so far.
+    A step moves a coordinate by at most |g(h) - h|, and by exactly g(h) - h if the denominator is close to 0.
     """
     h = x
     for _ in range(spec.steps // 2):
@@ -159,7 +159,7 @@ def _aitken(x, g, spec):
 
 
 def _norm_stab(x, g, spec):
-    """`h <- (1 - s) h + s g(h)`, rescaled to the norm of x for each token."""
+    """`h <- (1 - s) h + s g(h)`, with each token rescaled to the norm of its x."""
     h, s = x, spec.step_size
     for _ in range(spec.steps):
         h = _rescale((1 - s) * h + s * g(h), _norm(x))
@@ -167,7 +167,7 @@ def _norm_stab(x, g, spec):
 
 
 def _poly_blend(x, g, spec):
-    """`w_0 x + w_1 g(x) + ... + w_K g^K(x)`, with the schedule for w."""
+    """`w_0 x + w_1 g(x) + ... + w_K g^K(x)`, where w is the schedule."""
     h, blend = x, spec.schedule[0] * x
     for weight in spec.schedule[1:]:
         h = g(h)
@@ -184,7 +184,7 @@ def _input_anchor(x, g, spec):
 
 
 def _uniform(x, g, spec):
-    """Each layer's output is the mean of its outputs so far, this one included."""
+    """Replace each layer's output by the mean of its outputs so far, including this one."""
     h, sums = g(x), list(g.natural_outputs)
     for k in range(2, spec.steps + 1):
 
@@ -202,6 +202,7 @@ def _norm(h):
 
 
 def _rescale(h, norm):
+    """Scale each token of h to a norm, in fp32."""
     return (h.float() * (norm / _norm(h))).to(h.dtype)
 
 

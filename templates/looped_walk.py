@@ -1,10 +1,10 @@
-"""One forward of the looped model: calls of span layers, run as asked first, then again on the iterates.
+"""One forward of the looped model: run the layers of the span once, then run them again on the iterates.
 
-Copied byte for byte into every exported directory; it needs torch alone.
+Every export has a copy of this file. It needs only torch.
 
-The native model walks its layer list. Outside the span it meets the layers themselves. Inside, it meets a `Visit`,
-which runs the layer as asked (the natural pass) and records the call as a `LayerCall`. At the end of the span (or of
-each layer, in layer mode) the recorded calls are replayed on the iterates of the update rule.
+The native model walks over its layer list and calls each layer. For a layer of the span, the list holds a `Visit`: it
+runs the layer as called (the natural pass) and records the call as a `LayerCall`. At the end of the span (in layer
+mode, after each layer), the update rule runs the recorded calls again on its iterates.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from .looped_routing import RecordRoute, ReplayRoute, Routers, routing
 from .looped_rules import run_loop
 from .looped_spec import LoopSpec
 
-# Attribute that we set on a cache: decode steps since its latest longer chunk, counted as far as `first_n`.
+# Attribute that we set on a cache: the number of decode steps since the latest longer chunk, up to `first_n` + 1.
 DECODE_STEPS = "loop_decode_steps"
 
 
 class LayerTraits(NamedTuple):
-    """What the walk needs to know of a decoder layer besides the module, which others may replace.
+    """What the walk needs to know about a decoder layer; it holds no module, since modules may be replaced.
 
     Attributes:
         number: its number in the decoder, counted from 0.
-        cache_argument: the argument in which it takes the K/V cache; None where it takes none.
-        routers: how its tokens' experts are chosen.
+        cache_argument: its argument for the K/V cache; None if it has none.
+        routers: the modules that choose its experts.
     """
 
     number: int
@@ -50,19 +50,19 @@ class LayerTraits(NamedTuple):
 
     @classmethod
     def of(cls, number: int, layer: nn.Module) -> LayerTraits:
-        """The traits of a layer as the native model built it."""
+        """The traits of a layer that the native model has just built."""
         return cls(number, find_cache_argument(layer), Routers.of(layer))
 
 
 class Walk:
-    """One walk of the native model over its layer list, that is, one forward.
+    """One walk of the native model over its layer list, which is one forward.
 
     Attributes:
         spec: the loop.
         num_layers: L, the number of decoder layers.
-        vllm: a `looped_vllm.VllmSeam` where vLLM runs the model, else None.
-        calls: the span layers called so far, by number, so that a recomputed call replaces itself.
-        loops: whether this forward loops; None until the first span layer is called.
+        vllm: a `looped_vllm.VllmSeam` if vLLM runs the model, else None.
+        calls: the calls of span layers so far, by layer number, so that a recomputed call replaces the earlier one.
+        loops: whether this forward loops; None until the first call of a span layer.
     """
 
     def __init__(self, spec: LoopSpec, num_layers: int, vllm=None):
@@ -73,7 +73,7 @@ class Walk:
         self.loops: bool | None = None
 
     def run(self, call: LayerCall):
-        """Run the natural pass of a span layer and, where the loop's body ends with it, the iterations."""
+        """Run the natural pass of a span layer and, if it is the last layer of a body, the iterations."""
         if self.loops is None:
             self.loops = self._begin(call)
         if not (self.loops or self.spec.kv == "per_step"):
@@ -91,18 +91,18 @@ class Walk:
         return _with_hidden(output, run_loop(body.calls[0].hidden, body, self.spec))
 
     def slot(self, index: int, k: int) -> int:
-        """Number of the cache slot of a layer in iteration k >= 1, under `per_step`."""
+        """With `per_step`, the number of a layer's cache slot for iteration k >= 1."""
         layers = self.spec.layers
         return self.num_layers + (k - 1) * len(layers) + layers.index(index)
 
     def _bounds(self, index: int) -> tuple[int, int]:
-        """First layer and end of the body that a layer belongs to."""
+        """The half-open range of layers of the body that a layer belongs to."""
         if self.spec.mode == "layer":
             return index, index + 1
         return next((start, stop) for start, stop in self.spec.spans if start <= index < stop)
 
     def _begin(self, call: LayerCall) -> bool:
-        """Prepare the cache and decide whether this forward loops, see `LoopSpec.decode`."""
+        """Prepare the cache and decide whether this forward loops; see `LoopSpec.decode`."""
         spec, cache, num_tokens = self.spec, call.cache, call.hidden.shape[-2]
         if cache is None:
             return True
@@ -121,7 +121,7 @@ class Walk:
 
 
 class Visit:
-    """What the native model meets in place of a span layer: calls go to the walk, attributes to the layer."""
+    """Replaces a span layer in the native model's walk: calls go to the walk, attributes to the layer."""
 
     def __init__(self, walk: Walk, layer: nn.Module, traits: LayerTraits):
         vars(self).update(walk=walk, layer=layer, traits=traits)
@@ -137,20 +137,21 @@ class Visit:
 
 
 class LayerCall:
-    """A call of one span layer by the native model: run as asked first, then again on other hidden states.
+    """The native model's call of one span layer, which runs once as called and then again on other hidden states.
 
     Attributes:
         walk: the forward that it belongs to.
-        layer, index: the module, and its number in the decoder.
-        cache_argument: the argument in which it takes the cache.
-        hidden: the hidden states it was called with, `(batch, seq, hidden)`.
-        cache: the cache it was called with, or None.
-        natural: the keys and values that the natural pass stored and read, once it has run.
-        routes: by path of each router in the layer, its answers in the natural pass, if routing is frozen.
+        layer: the decoder layer.
+        index: its number in the decoder, counted from 0.
+        cache_argument: its argument for the K/V cache.
+        hidden: the hidden states of the call, `(batch, seq, hidden)`.
+        cache: the cache of the call, or None.
+        natural: the keys and values that the natural pass stored and read.
+        routes: for each router of the layer, by path, its answers in the natural pass; used with frozen routing.
     """
 
     def __init__(self, walk: Walk, layer: Any, traits: LayerTraits, args, kwargs):
-        assert traits.cache_argument is not None, "LoopedLayers.check has refused layers without one"
+        assert traits.cache_argument is not None, "LoopedLayers.check refuses layers without one"
         self.walk = walk
         self.layer = layer
         self.index = traits.number
@@ -160,11 +161,11 @@ class LayerCall:
         self.kwargs = kwargs
         self.hidden = args[0] if args else kwargs["hidden_states"]
         cache = traits.cache_argument.value_in(args, kwargs)
-        self.cache = getattr(cache, "self_attention_cache", cache)  # what a decoder with room for an encoder has
+        self.cache = getattr(cache, "self_attention_cache", cache)  # in decoders that can attend to an encoder
         self.natural = NaturalPass(None)
 
     def run(self, hidden, cache):
-        """The layer's output for other hidden states and another cache; all other arguments as recorded."""
+        """The layer's output for these hidden states and this cache, with all other arguments as recorded."""
         args, kwargs = self._arguments(hidden, cache)
         return self.layer(*args, **kwargs)
 
@@ -178,20 +179,20 @@ class LayerCall:
         return args, kwargs
 
     def run_natural(self):
-        """The layer's output as the native model asked for it; keeps what iterations need of it."""
+        """The layer's output for the call as recorded; also records what iterations need."""
         spec = self.walk.spec
         if not self._is_checkpointing():
             self.natural = NaturalPass(self.cache)
             with self._frozen(RecordRoute):
                 return self.run(self.hidden, self.natural)
         if spec.frozen_routing and self.routes:
-            raise ValueError("frozen routing does not work under gradient checkpointing; switch one of them off")
-        # Gradient checkpointing takes the cache from a layer; without one, only `shared` needs the natural K/V.
+            raise ValueError("frozen routing does not work with gradient checkpointing; switch one of them off")
+        # Gradient checkpointing runs layers without a cache. Then only `shared` needs the natural K/V.
         self.cache = None
         return self._run_natural_checkpointed() if spec.kv == "shared" else self.run(self.hidden, None)
 
     def run_iteration(self, k: int, hidden):
-        """The hidden states `(batch, seq, hidden)` after this layer in iteration k, counted from 1."""
+        """The layer's output hidden states `(batch, seq, hidden)` in iteration k, counted from 1."""
         spec, vllm = self.walk.spec, self.walk.vllm
         if spec.kv == "shared" and self._is_checkpointing():
             return self.layer._gradient_checkpointing_func(self._run_shared, hidden, *self.natural.read)
@@ -208,7 +209,7 @@ class LayerCall:
         return routing(self.layer, stand_in, self.routes if self.walk.spec.frozen_routing else {})
 
     def store_natural(self) -> None:
-        """Fill the slots of all passes with the natural keys and values: those of a token that does not loop."""
+        """Store the natural keys and values in the slots of all iterations, for tokens that do not loop."""
         if not self.natural.new:
             return
         for k in range(1, self.walk.spec.evaluations):
@@ -216,21 +217,21 @@ class LayerCall:
             self.cache.update(*self.natural.new, self.walk.slot(self.index, k), *args, **kwargs)
 
     def _iteration_cache(self, k: int):
-        """What iteration k is handed in place of the cache, by K/V policy."""
+        """The cache stand-in for iteration k, by K/V policy."""
         if self.walk.spec.kv == "shared":
             return SharedRead(self.cache, self.natural.read)
         if self.cache is None or not self.natural.new:
-            return self.cache  # a layer without cache attends to its own K/V, one that stores none to another layer's
+            return self.cache  # no cache: the layer attends to its own K/V; nothing stored: to another layer's
         if self.walk.spec.kv == "per_step":
             return OwnSlot(self.cache, self.natural.read, self.walk.slot(self.index, k))
         return OwnChunk(self.cache, self.natural.read, chunk_start(self.cache, self.index, self.natural))
 
-    # Under gradient checkpointing the natural K/V travel as inputs and outputs of the checkpointed functions, so that
-    # gradients reach them, reentrant or not.
+    # With gradient checkpointing, the natural K/V are inputs and outputs of the checkpointed functions. So gradients
+    # reach them, with reentrant and with non-reentrant checkpointing.
 
     def _is_checkpointing(self) -> bool:
         layer = self.layer
-        # Since 5.24, a layer in training mode keeps its cache where no gradients are wanted, and checkpoints nothing.
+        # Since transformers 5.24, a training layer keeps its cache and does not checkpoint if gradients are off.
         pauses_itself = hasattr(layer, "_can_checkpoint_with_cache") and not torch.is_grad_enabled()
         return layer.training and getattr(layer, "gradient_checkpointing", False) and not pauses_itself
 
@@ -254,13 +255,13 @@ class LayerCall:
 
 
 class Body:
-    """g for one span (or, in layer mode, one layer) of one forward: each call runs the recorded layers once more.
+    """g for one span (in layer mode, one layer) in one forward: each call runs the recorded layers once more.
 
-    The first call is the natural pass, which the native model has already run; it returns that.
+    The first call runs nothing: it returns the result of the natural pass, which the native model has already run.
 
     Attributes:
-        calls: of the layers, in order.
-        natural_outputs: each layer's hidden states in the natural pass, `(batch, seq, hidden)`.
+        calls: the recorded calls of the layers, in order.
+        natural_outputs: each layer's output in the natural pass, `(batch, seq, hidden)`.
     """
 
     def __init__(self, calls: list[LayerCall], natural):
@@ -270,11 +271,11 @@ class Body:
 
     @property
     def natural(self):
-        """n, the hidden states after the natural pass."""
+        """n, the output of the natural pass, `(batch, seq, hidden)`."""
         return self.natural_outputs[-1]
 
     def __call__(self, hidden, replace=None):
-        """The hidden states after the body; `replace(position, output)` may change each layer's output on the way."""
+        """g(hidden), `(batch, seq, hidden)`; `replace(position, output)`, if given, replaces each layer's output."""
         self.count += 1
         if self.count == 1:
             return self.natural

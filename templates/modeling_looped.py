@@ -1,12 +1,12 @@
 """A causal language model whose middle layers are applied several times, in small damped steps, without training.
 
-Copied byte for byte into every exported directory, with the files that it imports. It needs `torch` and `transformers`
-and nothing else, subclasses the native model of the base's family, and changes one thing: what iterating the decoder's
-layer list yields. Weights, parameter names, masks, position embeddings and the forward are the native model's own.
+Every export has a copy of this file and of the files that it imports. They need only torch and transformers. The model
+class is a subclass of the native model of the base's family. It changes one thing: the items that the decoder's layer
+list yields. Weights, parameter names, masks, position embeddings and the forward are the native model's.
 
-How a forward runs is in `looped_walk`, what an iteration computes in `looped_rules`, what it attends to in
-`looped_cache`, which experts it uses in `looped_routing`; `looped_spec` defines the loop's fields, and `looped_vllm`
-matters under vLLM alone. This file makes the model classes.
+This file makes the model classes. `looped_walk` runs a forward, `looped_rules` computes the iterates, `looped_cache`
+decides what they attend to, `looped_routing` which experts they use. `looped_spec` defines the fields of the loop.
+`looped_vllm` is used only under vLLM.
 
 Source: "Training-Free Looped Transformers" (arXiv 2605.23872).
 """
@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from .configuration_looped import CLASS_PREFIX, base_model_type, looped_config_class
 from .looped_cache import CACHE_ARGUMENTS
 from .looped_routing import ROUTERS
-from .looped_rules import run_loop  # noqa: F401  transformers 4 copies only the files that this one names
+from .looped_rules import run_loop  # noqa: F401  transformers 4 copies only files that this one imports
 from .looped_spec import LoopSpec
 from .looped_vllm import VLLM, VllmSeam, check_vllm, count_layers, count_slots, scale_logits
 from .looped_vllm_limits import vllm_refusal  # noqa: F401  as above
@@ -29,14 +29,15 @@ from .looped_walk import LayerTraits, Visit, Walk
 
 
 class LoopedLayers(nn.ModuleList):
-    """The decoder's layer list. Iterating it (or a slice) is one forward of the looped model; indexing is as ever.
+    """The decoder's layer list. To iterate over it (or a slice) is one forward of the looped model.
 
-    The loop is read from `config` at each forward, so `model.config.loop_steps = 6` takes effect at once.
+    Each forward reads the loop from `config`, so `model.config.loop_steps = 6` takes effect immediately. Indexing by a
+    number returns the native layer.
 
     Attributes:
         config: the model's config.
-        traits: what the walk needs to know of each layer.
-        vllm: where the layers meet vLLM, if it runs them.
+        traits: what the walk needs to know about each layer.
+        vllm: the seam to vLLM's attention layers; None outside vLLM.
     """
 
     config: Any
@@ -55,22 +56,22 @@ class LoopedLayers(nn.ModuleList):
         return iter(layers)
 
     def _held(self, spec: LoopSpec) -> list[int]:
-        """The looped layers that this process holds: in a pipeline, those of other stages are identities.
+        """The looped layers in this process; in a pipeline, the layers of other stages are `nn.Identity`.
 
         Raises:
-            ValueError: a stage ends inside of a span that loops as one.
+            ValueError: a stage boundary cuts a span in block mode.
         """
         held = [index for index in spec.layers if not isinstance(self._modules[str(index)], nn.Identity)]
         for start, stop in spec.spans if spec.mode == "block" else ():
             if 0 < len([index for index in held if start <= index < stop]) < stop - start:
                 raise ValueError(
-                    f"span {start}:{stop} crosses the stages of a pipeline, which cannot loop it as one; choose a span "
-                    "inside of one stage, or mode layer"
+                    f"span {start}:{stop} crosses pipeline stages, which block mode cannot loop; choose a span inside "
+                    "one stage, or mode layer"
                 )
         return held
 
     def check(self, spec: LoopSpec) -> None:
-        """Raise ValueError unless all layers of the spec exist and can be run again."""
+        """Raise ValueError unless all looped layers exist and can be run again."""
         spec.check_depth(len(self))
         spec.check_layer_types(getattr(self.config, "layer_types", None))
         spec.check_layer_types(getattr(self.config, "layers_block_type", None))
@@ -84,7 +85,7 @@ class LoopedLayers(nn.ModuleList):
             if spec.frozen_routing and missing:
                 raise ValueError(
                     f"cannot freeze the routing of layer {index}: {', '.join(missing)} has experts "
-                    f"but no router that is known ({', '.join(ROUTERS)} or gate); switch frozen_routing off"
+                    f"but no known router ({', '.join(ROUTERS)} or gate); switch frozen_routing off"
                 )
 
     def __getitem__(self, index):
@@ -92,14 +93,14 @@ class LoopedLayers(nn.ModuleList):
 
 
 class LoopedModelMixin:
-    """Turns the native model that it is mixed into into a looped one, once its layers exist."""
+    """Turns a native model into a looped one, after the native constructor has built its layers."""
 
     def __init__(self, config, *inputs, **kwargs):
         count_layers(config)
         super().__init__(config, *inputs, **kwargs)
         layers: Any = layer_list(self.base_model, config.num_hidden_layers)
-        # The class is swapped, rather than the list replaced, so that parameter names, device maps, tensor-parallel
-        # plans and everything else that goes by module paths stay the native model's.
+        # Change the class of the list instead of wrapping the list: everything that depends on module paths, such as
+        # parameter names, device maps and tensor-parallel plans, stays the native model's.
         layers.__class__ = LoopedLayers
         layers.config = config
         layers.traits = [LayerTraits.of(index, layer) for index, layer in enumerate(layers._modules.values())]
@@ -116,7 +117,7 @@ class LoopedModelMixin:
 
 
 def layer_list(model: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The decoder's layer list: the outermost ModuleList of `num_layers` modules."""
+    """The decoder's layer list: the only outermost ModuleList of `num_layers` modules."""
     lists = [
         (name.count("."), module)
         for name, module in model.named_modules()
@@ -132,7 +133,7 @@ def layer_list(model: nn.Module, num_layers: int) -> nn.ModuleList:
 
 
 def __getattr__(name: str) -> type:
-    """Make `Looped<Family>ForCausalLM` or `Looped<Family>Model` when first asked for, as `auto_map` and pickle do."""
+    """Make `Looped<Family>ForCausalLM` or `Looped<Family>Model` when `auto_map` or pickle first looks it up."""
     for suffix, mapping in (("ForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING), ("Model", MODEL_MAPPING)):
         if name.startswith(CLASS_PREFIX) and name.endswith(suffix):
             model_class = _looped_class(name, name[len(CLASS_PREFIX) : -len(suffix)], mapping)
@@ -152,10 +153,10 @@ def _looped_class(name: str, family: str, mapping) -> type:
 
 
 def _load_as_native(native: type, looped: type) -> None:
-    """Let transformers 5 load, save and run the looped class's experts as it does the native one's.
+    """Let transformers 5 load, save and run the experts of the looped class like those of the native class.
 
-    It fuses the weights of experts by a table of model types that foreign classes are not looked up in, and decides by
-    a class's source, and for good, whether faster experts may run: both go wrong without an error.
+    transformers fuses expert weights by a table of model types that has no looped types. It also decides once, from the
+    source of a class, whether faster attention and experts may run. Without this, both go wrong silently.
     """
     try:
         from transformers.conversion_mapping import (
@@ -176,7 +177,7 @@ def _load_as_native(native: type, looped: type) -> None:
 
 
 def _quantise_as_native(model_type: str) -> None:
-    """Let transformers scale and fuse the modules of an AWQ checkpoint that it looks up by the native model's type."""
+    """Let transformers scale and fuse AWQ modules, whose tables it looks up by model type, like the native model's."""
     try:
         from transformers.integrations import awq
     except ImportError:

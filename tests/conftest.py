@@ -1,15 +1,16 @@
-"""Shared fixtures: tiny bases, made once a session, and their exports, loaded as a user loads them."""
+"""Shared fixtures: tiny bases and exports, made once per session, and models loaded as users load them."""
 
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network; those of the Hub set their own endpoint
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may use the network; tests of the Hub set their own endpoint
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# transformers copies a model's code there in place: a process could import what another one has copied by half.
+# transformers copies a model's code to this folder. If processes shared it, one could import another's partial copy.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="loopexport-modules-")
 
 import pytest
@@ -18,16 +19,46 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import loopexport
+from support.recording import Recorder, largest_difference_of_the_test  # noqa: F401
+from support.records import RECORDS
 from support.tiny import SPAN, save_tiny
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # the models are too small for more
 logging.disable_progress_bar()
+gc.freeze()  # what is imported stays: the collector need not look at it again
+
+
+def pytest_addoption(parser):
+    """`--record NAME` runs a long walk; see `support/records.py`."""
+    parser.addoption("--record", choices=sorted(RECORDS), help="run a long walk and write its record")
+
+
+def pytest_configure(config):
+    """Record a walk where that is asked for."""
+    if config.option.record:
+        config.pluginmanager.register(Recorder(config), "recorder")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give whole files to workers, long ones first."""
+    from support.scheduling import ByFile
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """In a worker, long files come first."""
+    if hasattr(config, "workerinput"):
+        from support.scheduling import place_of
+
+        items.sort(key=lambda item: place_of(item.nodeid))
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
-    """`tiny_base(family)`: the directory of that family's tiny base checkpoint."""
+    """`tiny_base(family)`: directory of the family's tiny base checkpoint."""
     made = {}
 
     def make(family="llama", **overrides):
@@ -41,7 +72,7 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def export_dir(tiny_base, tmp_path_factory):
-    """`export_dir(family, **spec)`: the directory of an export of that family's tiny base."""
+    """`export_dir(family, **spec)`: directory of an export of the family's tiny base."""
     made = {}
 
     def make(family="llama", **spec):
@@ -57,7 +88,7 @@ def export_dir(tiny_base, tmp_path_factory):
 
 @pytest.fixture
 def looped(export_dir):
-    """`looped(family, **spec)`: a looped tiny model, loaded through the auto class."""
+    """`looped(family, **spec)`: a looped tiny model, loaded by the auto class."""
 
     def make(family="llama", **spec):
         return AutoModelForCausalLM.from_pretrained(export_dir(family, **spec), trust_remote_code=True).eval()
@@ -67,7 +98,7 @@ def looped(export_dir):
 
 @pytest.fixture
 def plain(tiny_base):
-    """`plain(family)`: the tiny base itself."""
+    """`plain(family)`: the tiny base, loaded."""
 
     def make(family="llama"):
         return AutoModelForCausalLM.from_pretrained(tiny_base(family)).eval()

@@ -1,4 +1,4 @@
-"""Ask a served model a question with the openai client.
+"""Ask a server a question with the `openai` client.
 
 python examples/serve_vllm/ask.py http://127.0.0.1:8000/v1 "What is the capital of France?"
 """

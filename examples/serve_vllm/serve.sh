@@ -3,8 +3,8 @@
 #
 #     examples/serve_vllm/serve.sh demo/SmolLM2-135M-Instruct-looped "What is the capital of France?" --dtype float32
 #
-# What follows the question goes to vLLM, such as --tensor-parallel-size 2 or --port 8001. The `python` that has vLLM has to
-# be on the PATH.
+# The script passes all further options to vLLM, such as --tensor-parallel-size 2 or --port 8001. The `python` on the
+# PATH must have vLLM.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
@@ -30,7 +30,7 @@ server=$!
 trap 'kill "$server" 2>/dev/null; wait "$server" || true' EXIT
 
 until python -c "import urllib.request as r; r.urlopen('http://127.0.0.1:$port/health')" 2>/dev/null; do
-    kill -0 "$server" # ends this script if the server has ended; it has told why
+    kill -0 "$server" # ends this script if the server has ended; the server printed why
     sleep 1
 done
 python "$(dirname "$0")/ask.py" "http://127.0.0.1:$port/v1" "$question"

@@ -1,1 +1,1 @@
-"""The base model: find its checkpoint, read it without loading it, and tell whether it can be looped."""
+"""The base model: find its checkpoint, read it without loading the weights, and check that it can be looped."""

@@ -1,4 +1,4 @@
-"""Read a base checkpoint: which files it has, what its config says, and what its weights are, without loading them."""
+"""Read a base checkpoint: its file names, its config, and the headers of its weights, never the weights themselves."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .tokenizer import FILES as TOKENIZER_FILES
 
 CONFIG = "config.json"
 CARD = "README.md"
-MANIFEST = "loopexport.json"  # of an export, which is no base
+MANIFEST = "loopexport.json"  # only exports have it, and an export is not a base
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 LICENCE_TEXT = re.compile(r"(?i:(licen[cs]e|notice|copying|use_policy|usage_policy)([._-][\w.-]*)?)")
 
-# The small files that an export carries, by name. Everything else stays behind: foreign code, pickles, secrets.
+# Names of the small files that an export copies from the base. It copies nothing else: no foreign code, no pickles,
+# no secrets.
 CARRIED = re.compile(
     rf"""
       generation_config\.json
@@ -37,9 +38,10 @@ CARRIED = re.compile(
     re.VERBOSE,
 )
 
+# Folders that may hold such files.
 CARRYING_FOLDERS = ("", "additional_chat_templates/")
 
-# Weights in other formats, and how to come by safetensors from each.
+# Other weights formats by suffix, and how to turn each into safetensors.
 FOREIGN_WEIGHTS = {
     ".gguf": "load it with transformers (`from_pretrained(dir, gguf_file=...)`) and `save_pretrained` it",
     ".bin": "load it with transformers and `save_pretrained` it",
@@ -48,16 +50,15 @@ FOREIGN_WEIGHTS = {
     ".h5": "load it with transformers and `save_pretrained` it",
 }
 
-# Parameters of layers whose memory is more than a K/V cache: state spaces, linear attention, convolutions, indexers.
+# Parameters of layers that remember more than a K/V cache: state spaces, linear attention, convolutions, indexers.
 RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|indexer)\b")
 
-# What the number of experts to choose from is called.
+# Config keys for the number of experts in a sparse layer.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
 
 LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d{1,6})\.")
 
-MAX_LAYERS = 100_000  # far beyond any model, and few enough to be counted one by one
+MAX_LAYERS = 100_000  # far more than any model has, and a loop over them still takes no time
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ class Shard:
 
     Attributes:
         name: its name in the checkpoint.
-        path: the real file behind it, all links resolved; it need not exist where only a plan is wanted.
-        sha256: of the whole file where it is known for free (the Hub cache names blobs by it), else None.
+        path: the real file, with all links resolved; a plan that read only headers from the Hub has no file there yet.
+        size: in bytes.
+        header: its tensors.
+        sha256: of the whole file if no hashing is needed to know it (the Hub cache names its blobs by it), else None.
     """
 
     name: str
@@ -79,7 +82,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a base came from, as far as it can be told to others: never an absolute path.
+    """Where a base came from, in terms that may be published: never an absolute path.
 
     Attributes:
         name: a Hub id, or the name of a local directory.
@@ -92,14 +95,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A decoder-only causal language model on disk, checked.
+    """A decoder-only causal language model on disk that has passed all checks.
 
     Attributes:
         root: its directory.
-        config: `config.json`, parsed.
+        origin: where it came from.
+        config: the parsed `config.json`.
         shards: its weights files, in the index's order.
-        carried: names of the small files that an export takes along, sorted.
-        left_behind: names of those that it does not, sorted.
+        carried: names of the small files that an export copies, sorted.
+        left_behind: names of the files that an export does not copy, sorted.
     """
 
     root: Path
@@ -118,7 +122,7 @@ class Checkpoint:
     def num_layers(self) -> int:
         """L, the number of decoder layers."""
         count = layer_count(self.config)
-        assert count is not None, "check_family has seen to it"
+        assert count is not None, "check_family refuses such a config"
         return count
 
     @property
@@ -128,7 +132,7 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of all weights files together."""
+        """Total size of all weights files."""
         return sum(shard.size for shard in self.shards)
 
     @cached_property
@@ -138,28 +142,28 @@ class Checkpoint:
 
     @property
     def num_params(self) -> int:
-        """Number of elements of all tensors; quantised ones are packed, so that it says little of them."""
+        """Total number of tensor elements; quantised weights pack several parameters into one element."""
         return sum(tensor.num_elements for tensor in self.tensors.values())
 
     @property
     def is_sparse(self) -> bool:
-        """Whether it has layers that send a token to some of many experts."""
+        """Whether the model has sparse layers, which send each token to a few of many experts."""
         return any(".experts." in name for name in self.tensors) or any(
             isinstance(self.config.get(key), int) and self.config[key] > 1 for key in EXPERTS
         )
 
     @property
     def quantisation(self) -> str | None:
-        """What the weights are quantised by, as transformers calls it (`gptq`, `fp8`); None where they are not."""
+        """The quantisation method by its name in transformers, such as `gptq` or `fp8`; None for plain weights."""
         values = self.config.get("quantization_config")
         if not values:
             return None
         method = values.get("quant_method") if isinstance(values, dict) else None
-        return str(method or "bitsandbytes")  # whose first configs did not name it
+        return str(method or "bitsandbytes")  # its early configs did not name the method
 
     @cached_property
     def recurrent_tensors(self) -> dict[int, str]:
-        """By layer number, a tensor that shows the layer to keep more of the past than keys and values."""
+        """For each layer that remembers more than keys and values, the name of a tensor that shows it."""
         found = {}
         for name in self.tensors:
             layer = layer_of(name)
@@ -169,7 +173,7 @@ class Checkpoint:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the decoder layer that a tensor belongs to; None for one outside the layers."""
+    """The number of the decoder layer that owns a tensor; None for a tensor outside the layers."""
     match = LAYER_TENSOR.search(name)
     return int(match[1]) if match else None
 
@@ -181,17 +185,17 @@ def open_checkpoint(
     read_shard: Callable[[Path, str], Shard] | None = None,
     config_path: Path | None = None,
 ) -> Checkpoint:
-    """Read and check the checkpoint in a directory; every error is found before anything is written.
+    """Read and check the checkpoint in a directory; it writes nothing.
 
     Args:
-        root: the directory, with at least `config.json` and, for several shards, their index.
-        origin: what to call it; None names it after the directory.
-        names: the files that the checkpoint has, where `root` does not hold all of them (yet).
-        read_shard: how to come by a shard, given `root` and a name; None reads it from `root`.
-        config_path: the config, where it is not `config.json` of `root`.
+        root: the directory; it holds at least `config.json` and, for several shards, their index.
+        origin: where the checkpoint came from; None means a local directory, named after `root`.
+        names: all files of the checkpoint, if `root` does not hold them all yet; None lists `root`.
+        read_shard: called with `root` and a file name, returns the shard; None reads it from `root`.
+        config_path: the config to read instead of `config.json` in `root`.
 
     Raises:
-        CheckpointError: it cannot be read, or is not a model that can be looped; the message says which and why.
+        CheckpointError: a file cannot be read, or the model cannot be looped; the message names the file or the reason.
     """
     names = file_names(root) if names is None else names
     config = read_config(config_path or root / CONFIG)
@@ -214,13 +218,13 @@ def open_checkpoint(
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the file is missing or unreadable, or holds something else.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+        if path.exists() and not path.is_file():  # reading a pipe would block
             raise CheckpointError(f"{path} is not a file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -235,16 +239,16 @@ def read_json(path: Path) -> dict:
 
 
 def _directory_name(root: Path) -> str:
-    """The name of a directory as text: what is no text in it, or cannot be printed, is replaced."""
+    """The name of a directory as printable text, with U+FFFD for anything else."""
     name = os.fsencode(os.path.basename(os.path.realpath(root))).decode("utf-8", errors="replace")
     return "".join(char if char.isprintable() else "\ufffd" for char in name)
 
 
 def file_names(root: Path) -> set[str]:
-    """Relative names of the files in a directory; hidden folders (`.git`, the Hub client's `.cache`) left out.
+    """List the files in a directory by relative name, skipping hidden folders (`.git`, the Hub client's `.cache`).
 
     Raises:
-        CheckpointError: the directory, or a folder in it that may hold what an export carries, cannot be listed.
+        CheckpointError: the directory, or a folder in it that may hold files to copy, cannot be listed.
     """
     names, folders = set(), [""]
     while folders:
@@ -254,7 +258,7 @@ def file_names(root: Path) -> set[str]:
         except OSError as error:
             if folder in CARRYING_FOLDERS:
                 raise CheckpointError(f"cannot list {root / folder}: {error.strerror}") from None
-            continue  # another's folder, such as lost+found: it would stay behind anyway
+            continue  # such as lost+found; an export copies nothing from there
         names |= {folder + entry.name for entry in entries if os.path.isfile(entry.path)}
         inner = (entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         folders += [f"{folder}{name}/" for name in inner if not name.startswith(".")]
@@ -262,17 +266,17 @@ def file_names(root: Path) -> set[str]:
 
 
 def read_config(path: Path) -> dict:
-    """The config in a file, with its number of layers and its `model_type`, if it has them, of the right types.
+    """Read a config and check the types of its `model_type` and its number of layers, if it has them.
 
     Raises:
-        CheckpointError: it cannot be read, or holds them in other types.
+        CheckpointError: the file cannot be read, or one of the two has a wrong type or value.
     """
     config = read_json(path)
     layers = layer_count(config)
     if config.get("model_type") is not None and not isinstance(config["model_type"], str):
         raise CheckpointError(f"model_type {config['model_type']!r} in {path} is not a string")
     if layers is not None and (type(layers) is not int or not 1 <= layers <= MAX_LAYERS):
-        raise CheckpointError(f"{layers!r} in {path} is not a number of layers, 1 to {MAX_LAYERS:,}")
+        raise CheckpointError(f"{layers!r} in {path} is not a number of layers from 1 to {MAX_LAYERS:,}")
     return config
 
 
@@ -293,21 +297,21 @@ def _read_shards(root: Path, names: set[str], read_shard: Callable[[Path, str], 
     held = {shard.name: shard.header.tensors for shard in shards}
     for tensor, name in weight_map.items():
         if tensor not in held[name]:
-            raise CheckpointError(f"{INDEX} places {tensor} in {name}, which does not hold it; download both again")
+            raise CheckpointError(f"{INDEX} says that {name} holds {tensor}, but it does not; download both again")
     return shards
 
 
 def _check_is_base(root: Path, config: dict) -> None:
-    """An export with its manifest gives its base back; to one without, the advice of `check_family` applies."""
+    """Refuse an export and name `restore`, which needs its manifest; without one, `check_family` gives other advice."""
     if str(config.get("model_type")).startswith(MODEL_TYPE_PREFIX) and (root / MANIFEST).is_file():
         raise CheckpointError(
             f"the model is looped already ({config['model_type']}); change the loop_* fields of its config.json, or "
-            f"`loopexport restore {root} OUT` and convert that"
+            f"run `loopexport restore {root} OUT` and convert OUT"
         )
 
 
 def _check_causal(config: dict, shards: tuple[Shard, ...]) -> None:
-    """An encoder of the BERT kind attends to both sides unless its config says that it is a decoder."""
+    """Refuse BERT-like encoders: they attend to later tokens too, unless the config sets `is_decoder`."""
     has_encoder = any(".encoder.layer." in f".{tensor}" for shard in shards for tensor in shard.header.tensors)
     if has_encoder and not config.get("is_decoder"):
         raise CheckpointError(
@@ -316,23 +320,23 @@ def _check_causal(config: dict, shards: tuple[Shard, ...]) -> None:
 
 
 def _check_shard_name(name) -> None:
-    """Only plain file names: an index must not reach outside the directory."""
+    """Allow plain file names only, so that an index cannot reach outside its directory."""
     is_plain = isinstance(name, str) and name.isprintable() and "\\" not in name and name.strip(".")
     if not is_plain or PurePosixPath(name).name != name:
-        raise CheckpointError(f"{INDEX} names {name!r}, which is not a file of its own directory; do not trust it")
+        raise CheckpointError(f"{INDEX} names {name!r}, which is not a plain file name; do not trust this checkpoint")
     if not name.endswith(".safetensors"):
         raise CheckpointError(f"{INDEX} names {name!r}, which is not safetensors; {FOREIGN_WEIGHTS['.bin']} first")
 
 
 def read_local_shard(root: Path, name: str) -> Shard:
-    """The weights file `name` of a directory.
+    """Read the header of the weights file `name` in a directory.
 
     Raises:
-        CheckpointError: it is missing, unreadable or damaged.
+        CheckpointError: the file is missing, unreadable or damaged.
     """
     try:
         path = Path(os.path.realpath(root / name, strict=True))
-        if not path.is_file():  # a pipe would keep us waiting
+        if not path.is_file():  # reading a pipe would block
             raise CheckpointError(f"weights file {name} in {root} is not a regular file")
         return Shard(name, path, path.stat().st_size, read_header(path), _sha256_of_hub_blob(path))
     except FileNotFoundError:
@@ -342,7 +346,7 @@ def read_local_shard(root: Path, name: str) -> Shard:
 
 
 def _sha256_of_hub_blob(path: Path) -> str | None:
-    """The sha256 of a large file in the Hub's cache, which is its name there."""
+    """The sha256 of a large file in the Hub's cache, read off its name; None for other files."""
     is_blob = path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name)
     return path.name if is_blob else None
 
@@ -351,5 +355,5 @@ def _no_weights(root: Path, names: set[str]) -> str:
     for suffix, remedy in FOREIGN_WEIGHTS.items():
         found = sorted(name for name in names if name.endswith(suffix))
         if found:
-            return f"the weights in {root} are not safetensors but {found[0]}; {remedy}, then convert the result"
-    return f"no weights in {root}: neither {SINGLE_FILE} nor {INDEX}"
+            return f"the weights in {root} are not safetensors ({found[0]}); {remedy}, then convert the result"
+    return f"no weights in {root}: it has neither {SINGLE_FILE} nor {INDEX}; download them"

@@ -1,4 +1,4 @@
-"""Find a base by name: a local directory, or a repository on the Hugging Face Hub, resolved once to a commit."""
+"""Find a base by name: a local directory, or a Hugging Face Hub repository at one commit."""
 
 from __future__ import annotations
 
@@ -15,26 +15,31 @@ from .safetensors_header import Header, Tensor
 def find_checkpoint(
     model: str, revision: str | None = None, *, token: str | None = None, headers_only: bool = False
 ) -> Checkpoint:
-    """Open the base named `model`, a directory or a Hub id; Hub files are downloaded into the Hub's own cache.
+    """Open a base; Hub files are downloaded into the Hub client's cache, unless they are there already.
 
-    `HF_HUB_OFFLINE` and a warm cache are respected; `revision` (a branch, tag or commit) is resolved once. Small files
-    come first and are checked, so that most errors show before gigabytes travel; with `headers_only`, only the headers
-    of the weights are read, which is enough for a plan.
+    Small files come first and are checked, so that most errors show before gigabytes are downloaded. With
+    `HF_HUB_OFFLINE` set, only the cache is used.
+
+    Args:
+        model: a directory or a Hub id.
+        revision: a branch, tag or commit of a Hub id, resolved once to a commit; None is the main branch.
+        token: the Hub token; None uses the one that is logged in.
+        headers_only: read only the headers of the weights, which is enough for a plan.
 
     Raises:
-        CheckpointError: there is no such directory, or it cannot be looped.
-        HubError: the Hub refused or could not be reached.
+        CheckpointError: there is no such directory, or the model cannot be looped.
+        HubError: the Hub refused or could not be reached; the message says what to do.
     """
     path = Path(os.path.expanduser(model))
     if _is_directory(path):
         if revision is not None:
-            raise CheckpointError(f"--revision goes with a Hub id, but {model} is a local directory")
+            raise CheckpointError(f"--revision needs a Hub id, but {model} is a local directory; leave --revision out")
         return open_checkpoint(path)
     if path.exists():
         raise CheckpointError(f"{model} is a file; give the model's directory{_file_remedy(path)}")
     if not _is_hub_id(model):
         raise CheckpointError(
-            f"no directory {model}, and that is no Hub id either; give a model directory, or a Hub id such as org/name"
+            f"{model} is neither a directory nor a Hub id; give a model directory, or a Hub id such as org/name"
         )
     return _download(model, revision, token, headers_only)
 
@@ -47,7 +52,7 @@ def _is_directory(path: Path) -> bool:
 
 
 def _file_remedy(path: Path) -> str:
-    return " (a GGUF file has to be converted to a Hugging Face checkpoint first)" if path.suffix == ".gguf" else ""
+    return " (convert a GGUF file to a Hugging Face checkpoint first)" if path.suffix == ".gguf" else ""
 
 
 def _is_hub_id(model: str) -> bool:
@@ -65,9 +70,9 @@ def _download(repo_id: str, revision: str | None, token: str | None, headers_onl
 
     api = HfApi(token=token)
     with _explained(repo_id, revision):
-        if not constants.HF_HUB_OFFLINE:  # fails at once where there is no network; downloads try for half a minute
+        if not constants.HF_HUB_OFFLINE:  # without a network this fails at once; a download retries for half a minute
             api.model_info(repo_id, revision=revision)
-        # The first file settles which commit the revision stands for; all others are of that commit.
+        # The first download resolves the revision to a commit; all later ones name that commit.
         root = Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token)).parent
         origin = Origin(repo_id, revision=root.name)
         if constants.HF_HUB_OFFLINE:
@@ -92,7 +97,7 @@ def _download(repo_id: str, revision: str | None, token: str | None, headers_onl
 
 
 def _remote_shard(root: Path, file, metadata) -> Shard:
-    """A shard that is still on the Hub, for a plan: all but the digest of its header is known."""
+    """A shard that is still on the Hub, for a plan: only the digest of its header is unknown."""
     tensors = {
         name: Tensor(str(each.dtype), tuple(each.shape), each.data_offsets[1] - each.data_offsets[0])
         for name, each in metadata.tensors.items()
@@ -103,7 +108,7 @@ def _remote_shard(root: Path, file, metadata) -> Shard:
 
 @contextmanager
 def _explained(repo_id: str, revision: str | None):
-    """Turn what the Hub client raises into one line that says what to do."""
+    """Turn an error of the Hub client into a `HubError`: one line that says what to do."""
     from huggingface_hub import errors
 
     try:
@@ -114,8 +119,8 @@ def _explained(repo_id: str, revision: str | None):
         ) from None
     except errors.RepositoryNotFoundError:
         raise HubError(
-            f"no directory {repo_id}, and no model of that name on the Hub that you can see; a private one needs "
-            "HF_TOKEN"
+            f"no directory {repo_id}, and no model of that name on the Hub that you can see; check the name, and set "
+            "HF_TOKEN for a private model"
         ) from None
     except errors.RevisionNotFoundError:
         raise HubError(f"{repo_id} has no revision {revision!r}; leave --revision out for its main branch") from None
@@ -125,8 +130,8 @@ def _explained(repo_id: str, revision: str | None):
         raise HubError(f"{repo_id} has no {CONFIG}; is it a transformers model?") from None
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
         raise HubError(
-            f"no directory {repo_id}, and the Hub could not be asked for a model of that name ({first_line(error)}); "
-            "check the path or the network, or set HF_HUB_OFFLINE=1 to use what is cached"
+            f"no directory {repo_id}, and asking the Hub for a model of that name failed ({first_line(error)}); "
+            "check the path or the network, or set HF_HUB_OFFLINE=1 to use the cache"
         ) from None
 
 
@@ -135,7 +140,7 @@ def _not_cached(repo_id: str, cause: str) -> str:
 
     if constants.HF_HUB_OFFLINE:
         return (
-            f"no directory {repo_id}, and no model of that name is in the Hub's cache; check the path, or unset "
+            f"no directory {repo_id}, and no model of that name in the Hub's cache; check the path, or unset "
             "HF_HUB_OFFLINE to ask the Hub"
         )
-    return f"{repo_id} cannot be fetched ({cause}); check the network and run the same command again"
+    return f"cannot download {repo_id} ({cause}); check the network and run the same command again"

@@ -1,8 +1,8 @@
-"""Which models can be looped, told from `config.json` alone.
+"""Which models can be looped, decided from `config.json` alone.
 
-The modeling template works on any native decoder that iterates one list of layers, so there is no list of allowed
-families. `families.json` records what came of each family of transformers. It is written by `tests/family_walk.py`,
-and by `tests/onnx_walk.py` as to ONNX.
+The templates work on any native decoder that iterates one list of layers, so there is no list of allowed families.
+`families.json` records the outcome for each family of transformers: `tests/support/family_walk.py` writes it, and
+`tests/support/onnx_walk.py` writes the outcomes for ONNX.
 """
 
 from __future__ import annotations
@@ -15,38 +15,42 @@ from pathlib import Path
 from loopexport.errors import CheckpointError
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
-# What the number of decoder layers is called; the first that a config has counts.
+# Config keys for the number of decoder layers; the first one present counts.
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
-# What the record has in the words of code, and what it means; the first that matches a reason counts.
+# Reasons recorded in the words of code, and the same in plain words; the first pattern that matches counts.
 IN_WORDS = (
-    (r"cannot loop a layer: \w+ takes no K/V cache.*", "a layer of it takes no K/V cache"),
-    (r"cannot loop \w+: it has \d+ lists of \d+ layers, not one", "its code does not hold its layers in one list"),
-    (r"Incremental decoding only supports self sequence length of 1.*", "it decodes one token at a time only"),
-    (r"its tiny model has ([\d,]+) parameters", r"its smallest model has \1 parameters, too many to try"),
-    (r"cached decoding of the base itself is off by .*", "the base's own cached decoding is not its full forward"),
+    (r"cannot loop a layer: \w+ takes no K/V cache.*", "one of its layers takes no K/V cache"),
+    (r"cannot loop \w+: it has \d+ lists of \d+ layers, not one", "its code does not keep its layers in one list"),
+    (r"Incremental decoding only supports self sequence length of 1.*", "it decodes only one token at a time"),
+    (r"its tiny model has ([\d,]+) parameters", r"its smallest model has \1 parameters, too many to test"),
+    (
+        r"cached decoding of the base itself is off by .*",
+        "the base's own cached decoding differs from its full forward",
+    ),
     (r"the base itself cannot decode with a cache here: .*", "the base's own cached decoding fails on a tiny model"),
+    (r"config.json tells (no number of layers .*)", r"config.json gives \1"),
     (r"\w+ requires the ([\w-]+) library but .*", r"it needs the library \1"),
 )
-NOT_MADE = "no tiny model of it could be made"  # whatever transformers said: that is of no use to a reader
+NOT_MADE = "no tiny model of it could be built"  # the error of transformers itself would tell a reader nothing
 
 FILE = Path(__file__).with_name("families.json")
-ONNX = "onnx"  # the key beside the releases: what came of an ONNX export on the newest
+ONNX = "onnx"  # key of the outcome of the ONNX export, beside the keys of the releases
 
 
 @lru_cache(maxsize=1)
 def outcomes() -> dict[str, dict[str, str]]:
-    """For each `model_type`, what came of it by release of transformers: "works", or "refused: why", and the like.
+    """For each `model_type`, its outcome by release of transformers, such as "works" or "refused: why".
 
-    Under `ONNX` it says what came of the ONNX export of a family that works at least in part on the newest release.
+    The key `ONNX` has the outcome of the ONNX export, for families that work at least in part on the newest release.
     """
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def newest_outcome(model_type: str) -> tuple[str, str]:
-    """Status and reason of a family on the newest release that was tried; both empty for one that never was.
+    """Status and reason of a family on the newest release it was tested on; both empty if it never was.
 
-    The statuses are those of `Outcome` in `tests/family_walk.py`.
+    `Outcome` in `tests/support/family_walk.py` defines the statuses.
     """
     record = outcomes().get(model_type, {})
     newest = max(record.keys() - {ONNX}, key=_version, default="")
@@ -55,22 +59,22 @@ def newest_outcome(model_type: str) -> tuple[str, str]:
 
 
 def onnx_outcome(model_type: str) -> tuple[str, str]:
-    """Status ("works" or "refused") and reason of a family's ONNX export; both empty for one that was not tried."""
+    """Status ("works" or "refused") and reason of a family's ONNX export; both empty if it was never tested."""
     status, _, reason = outcomes().get(model_type, {}).get(ONNX, "").partition(": ")
     return status, reason
 
 
 def releases() -> list[str]:
-    """The releases of transformers on which families were tried, newest first."""
+    """The releases of transformers on which families were tested, newest first."""
     found = {release for record in outcomes().values() for release in record}
     return sorted(found - {ONNX}, key=_version, reverse=True)
 
 
 def grouped_outcomes() -> list[tuple[tuple[str, ...], str, list[str]]]:
-    """Families of like outcome: their statuses, why, and their names.
+    """Families grouped by outcome: `(statuses, reason, families)`.
 
-    The statuses are those by `releases()`, then that of the ONNX export; "" where one has no such family, or none that
-    could be exported.
+    There is one status for each of `releases()`, then one for the ONNX export. "" means that the release does not have
+    the family, or that no ONNX export was tested.
     """
     groups: dict[tuple, list[str]] = {}
     for family, record in outcomes().items():
@@ -90,7 +94,7 @@ def _version(release: str) -> list[int]:
 
 
 def _in_words(status: str, reason: str) -> str:
-    """A recorded reason as a plain sentence; `families.json` keeps what the code said."""
+    """A recorded reason in plain words; `families.json` keeps the words of the code."""
     for pattern, words in IN_WORDS:
         match = re.fullmatch(pattern, reason)
         if match:
@@ -99,24 +103,24 @@ def _in_words(status: str, reason: str) -> str:
 
 
 def _short(reason: str) -> str:
-    """A reason without the names of classes and tensors, and without advice."""
+    """A reason without class names, tensor names and advice."""
     reason = re.split(r"[;(]|, and cannot|, for which|: choose", reason)[0].strip()
     return re.sub(r"^\w+(ForCausalLM|ForConditionalGeneration|Decoder|LMHead) is", "it is", reason)
 
 
 def check_family(config: dict) -> None:
-    """Check that a config describes a decoder-only causal language model that transformers has and can be looped.
+    """Check that a config describes a decoder-only causal language model that transformers has and that can be looped.
 
     Raises:
-        CheckpointError: it does not; the message says what it is and what can be done.
+        CheckpointError: it does not; the message says what the model is and what to do.
     """
     model_type = config.get("model_type")
     if not model_type:
-        raise CheckpointError("config.json names no model_type; is it a Hugging Face model directory?")
+        raise CheckpointError("config.json has no model_type; is it in a Hugging Face model directory?")
     if model_type.startswith(MODEL_TYPE_PREFIX):
         raise CheckpointError(
-            f"the model is looped already ({model_type}); change the loop_* fields of its config.json, or convert the "
-            "base that it was made from"
+            f"the model is looped already ({model_type}); change the loop_* fields of its config.json, or convert its "
+            "base"
         )
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -139,7 +143,7 @@ def check_family(config: dict) -> None:
         )
     if not layer_count(config):
         raise CheckpointError(
-            f"config.json tells no number of layers ({', '.join(LAYER_COUNT_KEYS)}), so there are none to loop"
+            f"config.json gives no number of layers ({', '.join(LAYER_COUNT_KEYS)}), so there are none to loop"
         )
     status, reason = newest_outcome(model_type)
     if status == "refused":
@@ -149,25 +153,25 @@ def check_family(config: dict) -> None:
 
 
 def _check_native(model_type: str) -> None:
-    """An export runs the native model of its family, so transformers has to have one; asked where no record tells."""
+    """Check that transformers has the family's native model, which an export runs; for families without a record."""
     from transformers import CONFIG_MAPPING, __version__
 
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"transformers {__version__} has no model family {model_type!r}; an export runs the native code of its "
-            "family, never code that comes with a checkpoint: install a transformers that has it"
+            f"transformers {__version__} has no model family {model_type!r}, and an export never runs code that comes "
+            "with a checkpoint; install a transformers that has the family"
         )
 
 
 def layer_count(config: dict) -> int | None:
-    """L, the number of decoder layers, or None where the config does not tell."""
+    """L, the number of decoder layers; None if the config does not say."""
     count = next((config[key] for key in LAYER_COUNT_KEYS if config.get(key) is not None), None)
     types = layer_types(config)
     return len(types) if count is None and types else count
 
 
 def layer_types(config: dict) -> list | None:
-    """The type of each layer by name, or None where the config does not tell."""
+    """The type of each layer, such as `full_attention`; None if the config does not say."""
     types = config.get("layer_types") or config.get("layers_block_type")
     return types if isinstance(types, list) else None
 

@@ -1,7 +1,7 @@
-"""What the licences of some bases demand of whoever distributes the model on: a notice, a name, a copy of their text.
+"""What some licences require from anyone who redistributes the model: a NOTICE file, a name prefix, the licence text.
 
 Sources: section 1.b of the Llama Community Licences (2, 3, 3.1, 3.2, 3.3, 4); section 3.1 of the Gemma Terms of Use.
-This is help with what is easily forgotten, not legal advice.
+It is a reminder, not legal advice.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ NOTICE = "NOTICE"
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence that demands something.
+    """A licence with conditions on redistribution.
 
     Attributes:
-        title: what it is called.
-        notice: the text that a file named `NOTICE` has to hold.
-        built_with: what has to be displayed, such as "Built with Llama"; may be empty.
-        name_prefix: what the name of a model that was made from it has to begin with; may be empty.
+        title: its full name.
+        notice_text: the required text of the file `NOTICE`.
+        built_with: the words that must be displayed, such as "Built with Llama"; empty for none.
+        name_prefix: the required start of the name of a derived model; empty for none.
     """
 
     title: str
-    notice: str
+    notice_text: str
     built_with: str = ""
     name_prefix: str = ""
 
 
 def _llama(version: str) -> Licence:
     title = f"{version} Community License"
-    notice = f"{version} is licensed under the {title}, Copyright © Meta Platforms, Inc. All Rights Reserved."
-    return Licence(title, notice, "Built with Llama", "Llama")
+    notice_text = f"{version} is licensed under the {title}, Copyright © Meta Platforms, Inc. All Rights Reserved."
+    return Licence(title, notice_text, "Built with Llama", "Llama")
 
 
-# By the Hub's `license`, or `license_name` where that is "other".
+# By `license` in the metadata of the model card, or by `license_name` if that is "other".
 LICENCES = {
     "llama2": Licence(
         "LLAMA 2 Community License",
@@ -60,18 +60,18 @@ LICENCES = {
 
 
 def licence_of(metadata: dict) -> Licence | None:
-    """The licence in a model card's metadata, if it is one that demands something."""
+    """The licence in a model card's metadata, if it is one of `LICENCES`."""
     names = (metadata.get("license"), metadata.get("license_name"))
     return next((LICENCES[name] for name in names if isinstance(name, str) and name in LICENCES), None)
 
 
 def licence_warnings(metadata: dict, file_names: list[str], repo_name: str | None = None) -> list[str]:
-    """What the licence demands and an export with these files, published under this name, does not fulfil.
+    """The conditions of the licence that an export does not meet, one line each.
 
     Args:
-        metadata: of the model card.
-        file_names: of all files that are published.
-        repo_name: name of the repository, without its namespace; None where it is not known yet.
+        metadata: the metadata of the model card.
+        file_names: names of all files of the export.
+        repo_name: name of the repository without its namespace; None if it is not known yet.
     """
     licence = licence_of(metadata)
     if licence is None:
@@ -79,7 +79,7 @@ def licence_warnings(metadata: dict, file_names: list[str], repo_name: str | Non
     warnings = []
     prefix = licence.name_prefix.replace(" ", "-")
     if prefix and repo_name and not repo_name.lower().replace("_", "-").startswith(prefix.lower()):
-        warnings.append(f"the {licence.title} wants the model's name to begin with {prefix!r}; {repo_name!r} does not")
+        warnings.append(f"the {licence.title} requires a name that begins with {prefix!r}; {repo_name!r} does not")
     if not any(name.lower().startswith(("license", "licence")) for name in file_names):
-        warnings.append(f"the {licence.title} wants a copy of its text to go along; add it to the directory as LICENSE")
+        warnings.append(f"the {licence.title} requires a copy of its text; add it to the directory as LICENSE")
     return warnings

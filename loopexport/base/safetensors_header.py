@@ -1,7 +1,7 @@
-"""The header of a `.safetensors` file: tensor names, dtypes, shapes and extents, without touching the data.
+"""The header of a `.safetensors` file: tensor names, dtypes, shapes and byte ranges, without reading the data.
 
-Read here rather than through the safetensors library because a plan needs the header's digest and exact end, and must
-stay cheap: no numpy, no memory map, whatever the size of the file.
+This module does not use the safetensors library, because a plan needs the header's digest and its exact end, and must
+stay cheap for files of any size: no numpy, no memory map.
 
 Source: the format's description, github.com/huggingface/safetensors (8 bytes little-endian length, JSON, data).
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from loopexport.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library refuses longer ones
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
-# Bits of one element; sub-byte types exist.
+# Bits per element; some types are smaller than a byte.
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
@@ -30,13 +30,13 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor's entry.
+    """One tensor of a file.
 
     Attributes:
-        dtype: as in the format, such as `BF16`.
+        dtype: its name in the format, such as `BF16`.
         shape: its sizes.
-        nbytes: how many bytes it takes in the file.
-        start: where in the file they begin; 0 where the header was not read from a file.
+        nbytes: its size in the file, in bytes.
+        start: offset of its first byte in the file; 0 if the header came from the Hub.
     """
 
     dtype: str
@@ -52,7 +52,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """A shard's header: `tensors` by name, and the sha256 of the header's own bytes, length prefix included."""
+    """A shard's header: its tensors by name, and the sha256 of the header's bytes, length prefix included."""
 
     tensors: dict[str, Tensor]
     sha256: str
@@ -62,7 +62,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header of one shard.
 
     Raises:
-        CheckpointError: the file cannot be read, is not safetensors, or is shorter or longer than its header says.
+        CheckpointError: the file cannot be read, is not safetensors, or does not have the size that its header gives.
     """
     try:
         size = path.stat().st_size
@@ -81,13 +81,13 @@ def read_header(path: Path) -> Header:
     expected = 8 + length + data_bytes
     if size != expected:
         raise CheckpointError(
-            f"{path.name} has {size} bytes where its header promises {expected}; it is damaged, download it again"
+            f"{path.name} has {size} bytes but its header says {expected}; it is damaged, download it again"
         )
     return Header(tensors, hashlib.sha256(prefix + raw).hexdigest())
 
 
 def _parse(text: str, data_start: int) -> tuple[dict[str, Tensor], int]:
-    """The tensors by name, and the bytes of data that they fill, end to end and without holes."""
+    """The tensors by name, and the size of their data in bytes, which they must fill without gaps or overlaps."""
     if not text.startswith("{"):
         raise ValueError("not an object")
     entries = json.loads(text)
@@ -96,7 +96,7 @@ def _parse(text: str, data_start: int) -> tuple[dict[str, Tensor], int]:
     filled = 0
     for start, end in sorted(entry["data_offsets"] for entry in entries.values()):
         if start != filled:
-            raise ValueError("a hole or an overlap")
+            raise ValueError("a gap or an overlap")
         filled = end
     return tensors, filled
 
@@ -108,7 +108,7 @@ def _check_metadata(metadata: dict | None) -> None:
 
 
 def _text(value) -> str:
-    """A string that is Unicode text: JSON's escapes can spell half a character, which no other reader takes."""
+    """Check that a value is valid Unicode text: JSON escapes can spell half a character, which other readers refuse."""
     if not isinstance(value, str):
         raise TypeError("not a string")
     value.encode()
@@ -120,12 +120,12 @@ def _tensor(entry: dict, data_start: int) -> Tensor:
     shape = tuple(entry["shape"])
     sizes = (*shape, *accumulate(shape, operator.mul), start, end)
     if not all(type(size) is int and 0 <= size < 2**64 for size in sizes) or end < start:
-        raise ValueError("not an extent")
+        raise ValueError("not a byte range")
     tensor = Tensor(_text(entry["dtype"]), shape, end - start, data_start + start)
     bits = DTYPE_BITS.get(tensor.dtype)
-    if bits is None:  # a dtype newer than this table is passed through, if its elements have a bit each
+    if bits is None:  # a dtype newer than this table passes if each element has at least one bit
         if tensor.num_elements > 8 * tensor.nbytes:
             raise ValueError("more elements than bits")
     elif tensor.num_elements * bits != 8 * tensor.nbytes:
-        raise ValueError("extent and shape differ")
+        raise ValueError("byte range and shape do not agree")
     return tensor

@@ -1,7 +1,7 @@
-"""The base's tokenizer in an export: carried as it is, unless it needs code that came with the base.
+"""The base's tokenizer in an export: copied unchanged, unless it needs code that came with the base.
 
-Such code stays behind, always. What `tokenizer.json` describes can be loaded without it; anything else cannot, and then
-the tokenizer is put out of reach in `base/`, because transformers would make a wrong one of its files without an error.
+An export never copies such code. With a `tokenizer.json`, the tokenizer loads without it. Otherwise its files move to
+`base/`, where nothing loads them: from the same files transformers would silently build a wrong tokenizer.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FILES = re.compile(
 
 
 def foreign_class(config: bytes) -> str | None:
-    """The class, as `module.Class`, of a tokenizer whose code came with the base; None for all others.
+    """The class, as `module.Class`, of a tokenizer that needs code of the base; None for any other tokenizer.
 
     Args:
-        config: the content of its `tokenizer_config.json`; empty where it has none.
+        config: the content of `tokenizer_config.json`; empty if there is none.
     """
     entry = _auto_map(config)
     entry = entry.get("AutoTokenizer") if isinstance(entry, dict) else entry
@@ -34,7 +34,7 @@ def foreign_class(config: bytes) -> str | None:
 
 
 def without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Make the tokenizer in `files`, by name, stand without code of the base; returns the originals it replaces."""
+    """Edit `files`, contents by name, so that the tokenizer needs no code of the base; return the files it replaced."""
     name = foreign_class(files.get(CONFIG, b""))
     if name is None:
         return {}
@@ -45,24 +45,24 @@ def without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     else:
         originals = {each: files.pop(each) for each in list(files) if FILES.fullmatch(each)}
-        config = {"tokenizer_class": name}  # known to no transformers, so that loading it fails
+        config = {"tokenizer_class": name}  # transformers knows no such class, so loading fails with an error
     files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     return originals
 
 
 def is_left_out(config: bytes, names: Collection[str]) -> bool:
-    """Whether an export goes without the tokenizer of a base that has files of these `names`."""
+    """Whether an export leaves the tokenizer out; `names` are the base's files."""
     return foreign_class(config) is not None and SERIALISED not in names
 
 
-def notice(config: bytes, names: Collection[str], base_name: str) -> str | None:
-    """What a user has to know of the tokenizer, if anything."""
+def tokenizer_warning(config: bytes, names: Collection[str], base_name: str) -> str | None:
+    """What the user should know about the tokenizer, in one line; None if there is nothing to say."""
     name = foreign_class(config)
     if name is None:
         return None
     if not is_left_out(config, names):
-        return f"the base's tokenizer class {name} is left behind; tokenizer.json is read without it: compare some ids"
-    return f"the tokenizer needs code of the base ({name}) and is left out: load it from {base_name}"
+        return f"the base's tokenizer class {name} is not copied; tokenizer.json loads without it: compare token ids"
+    return f"the tokenizer needs code of the base ({name}) and is not copied: load it from {base_name}"
 
 
 def _auto_map(config: bytes):

@@ -11,7 +11,7 @@ from loopexport.export.check import Check
 from loopexport.export.conversion import WITHOUT, ConvertPlan
 from loopexport.export.directory import Export
 from loopexport.export.integrity import WITHOUT_WEIGHTS
-from loopexport.export.small_files import export_notices
+from loopexport.export.small_files import export_warnings
 from loopexport.hub.publication import PushPlan, PushResult
 from loopexport.hub.transfers import COPY, DELETE, THERE, UPLOAD
 from loopexport.loop.cost import Cost, dtype_name
@@ -51,7 +51,7 @@ def export_lines(export: Export) -> list[str]:
             for name, record in export.manifest.onnx.items()
             if record.steps is not None
         ),
-        *(f"Note     {notice}" for notice in export_notices(export)),
+        *(f"Note     {warning}" for warning in export_warnings(export)),
     ]
 
 

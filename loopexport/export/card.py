@@ -1,4 +1,4 @@
-"""The model card of an export, as a pure function of what is known about it."""
+"""The model card of an export, a pure function of `CardFacts`."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from loopexport.loop.wording import describe_layers, describe_refinements, descr
 from .card_usage import on_the_hub, onnx_section, transformers_section, vllm_section
 from .manifest import OnnxRecord
 
-# Card metadata that an export inherits from its base.
+# Metadata that the card copies from the base's card.
 INHERITED = ("license", "license_name", "license_link", "language")
 
 KV_MEANING = {
     "shared": "every iteration attends to the natural pass's keys and values; cached decoding equals a full forward",
     "per_step": "every pass has its own cache slots, as in a physically unrolled model; cached decoding equals a full "
     "forward",
-    "reference": "past keys and values of the natural pass, the iterate's own for the current chunk, as the paper's "
-    "authors do; cached decoding does **not** equal a full forward",
+    "reference": "iterations attend to the natural keys and values of the past and to their own in the current chunk, "
+    "like the paper's authors; cached decoding does **not** equal a full forward",
 }
 DECODE_MEANING = {
     "full": "every token loops",
-    "bypass": "only longer chunks (the prompt) loop; single-token decode steps run the base model",
+    "bypass": "the prompt and other longer chunks loop; single-token decode steps run the base model",
     "first_n": "the prompt and the first {n} decode steps loop; later ones run the base model",
 }
 
-
+# `published_card` finds this text in cards of earlier versions too: do not change it.
 NO_WEIGHTS = """
 > **There are no weights in this directory**, and it cannot be loaded. It was converted with `--weights none`;
 > `loopexport push` completes it on the Hub with the base's own weights.
@@ -41,17 +41,19 @@ NO_WEIGHTS = """
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells of.
+    """Everything that the card is made from.
 
     Attributes:
         base: where the base came from.
-        base_card: the base's own card, whose licence and language are inherited; may be empty.
-        model_type, num_layers: the base's family and depth.
-        spec, cost: the loop and its cost.
-        published: the preset that was measured with this loop on this model, if one was.
-        quantisation: the method that the base is quantised by, if it is.
-        has_tokenizer: whether the export holds the base's tokenizer.
-        has_weights: whether the weights are in the directory that the card is for.
+        base_card: the base's own card, for its licence and language; may be empty.
+        model_type: the base's family.
+        num_layers: the base's number of decoder layers.
+        spec: the loop.
+        cost: the cost of the loop.
+        published: the preset that was measured with this loop on this model; None if there is none.
+        quantisation: the base's quantisation method; None for plain weights.
+        has_tokenizer: whether the export has the base's tokenizer.
+        has_weights: whether the export has its weights.
         onnx: the ONNX files of the export, by name.
         config: the base's config.
     """
@@ -71,7 +73,7 @@ class CardFacts:
 
 
 def make_card(facts: CardFacts) -> str:
-    """The README.md of an export: Hub metadata, then what it is, what it costs and how to load it."""
+    """The README.md of an export: metadata for the Hub, the loop, its cost, and how to load the model."""
     inherited = read_metadata(facts.base_card)
     return _metadata(facts, inherited) + _BODY.format(
         name=facts.base.name.rsplit("/", 1)[-1],
@@ -86,14 +88,14 @@ def make_card(facts: CardFacts) -> str:
 
 
 def published_card(card: str, repo_id: str) -> str:
-    """The card of an export as it is right on the Hub: it has its weights there, and an id."""
+    """The card for the Hub: without the warning about missing weights, and with `repo_id` in the examples."""
     return on_the_hub(card.replace(NO_WEIGHTS, ""), repo_id)
 
 
 def merge_card(ours: str, theirs: str) -> str:
-    """A card that was edited on the Hub, with what it lacks of ours.
+    """Merge our card into `theirs`, which was edited on the Hub.
 
-    Its text stays, unless there is none; of the metadata, what it says stays, and what it does not say is added.
+    Their text wins, unless it is empty. Their metadata wins too; keys and tags that only ours has are added.
     """
     known, edited = read_metadata(ours), read_metadata(theirs)
     body = _body(theirs) if _body(theirs).strip() else _body(ours)
@@ -108,7 +110,7 @@ def _tags(metadata: dict) -> list:
 
 
 def read_metadata(card: str) -> dict:
-    """The YAML block at the head of a model card; empty where there is none."""
+    """The metadata at the head of a model card; empty if there is none."""
     from loopexport.files.yaml_text import CardLoader, load_yaml
 
     match = _HEAD.match(card)
@@ -120,7 +122,7 @@ def read_metadata(card: str) -> dict:
 
 
 def _table(facts: CardFacts) -> dict[str, object]:
-    """What the table and the formula say."""
+    """The values for the table and the formula."""
     spec = facts.spec
     return {
         "model_type": facts.model_type,
@@ -144,7 +146,7 @@ def _table(facts: CardFacts) -> dict[str, object]:
 
 
 def _use(facts: CardFacts) -> list[str]:
-    """How to load it, a section for each runtime that can; an empty one says nothing."""
+    """How to load the model: a section for each runtime, empty for a runtime that cannot."""
     return [
         transformers_section(facts.spec.steps, "path" if facts.has_tokenizer else f'"{facts.base.name}"'),
         onnx_section(facts.onnx, facts.num_layers),
@@ -153,22 +155,22 @@ def _use(facts: CardFacts) -> list[str]:
 
 
 def _quantised(method: str | None) -> str:
-    return f" The base is quantised by {method}: loading needs the libraries that it needs." if method else ""
+    return f" The base is quantised with {method}: loading needs the same libraries as the base." if method else ""
 
 
 def _results(published: Preset | None) -> str:
-    """What was measured for this very cell."""
+    """The published results for this model and loop."""
     if published is None:
-        return "No gain was measured for this export."
+        return "No measured gain is known for this model and loop."
     lines = "\n".join(f"- {result}" for result in published.results)
-    return f"Published for this cell, {published.status} ({STATUSES[published.status]}):\n\n{lines}"
+    return f"Published for this model and loop, {published.status} ({STATUSES[published.status]}):\n\n{lines}"
 
 
 _HEAD = re.compile(r"\ufeff?\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 
 
 def _body(card: str) -> str:
-    """A card without its metadata."""
+    """The text of a card, without its metadata."""
     match = _HEAD.match(card)
     return card[match.end() :] if match else card
 
@@ -185,16 +187,16 @@ def _licence_text(metadata: dict) -> str:
         return ""
     built_with = f"**{licence.built_with}.** " if licence.built_with else ""
     return (
-        f"\n## Licence\n\n{built_with}{licence.notice.rstrip('.')}.\n\nThe base's files were modified: `config.json` "
-        "and this card are new, modeling code was added, the weights are unchanged.\n"
+        f"\n## Licence\n\n{built_with}{licence.notice_text.rstrip('.')}.\n\nThe base's files were modified: "
+        "`config.json` and this card are new, modeling code was added, the weights are unchanged.\n"
     )
 
 
 def _metadata(facts: CardFacts, inherited: dict) -> str:
     values: dict = {key: inherited[key] for key in INHERITED if key in inherited}
-    if facts.base.revision is not None:  # a local directory's name is no Hub id
+    if facts.base.revision is not None:  # the name of a local directory is not a Hub id
         values["base_model"] = facts.base.name
-        values["base_model_relation"] = "finetune"  # the Hub knows no better word for other code, same weights
+        values["base_model_relation"] = "finetune"  # the Hub has no word for the same weights with other code
     values |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -212,18 +214,18 @@ def _base_link(base: Origin) -> str:
 _BODY = """
 # {name}, looped
 {no_weights}
-{base}, with {layers} of its {num_layers} applied {steps} times over, without any training
+This is {base}, with {layers} of its {num_layers} layers applied {steps} times, without any training
 ([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). The weights are the base model's, byte for
-byte, stored once; only the forward differs.{quantised}
+byte, and are stored once; only the forward pass differs.{quantised}
 
-**Gains are not guaranteed.** Published gains are a few points on some tasks for some models; other spans, tasks and
-models lost, and models under 3B parameters gained nothing in reproductions. Compare it with the base on your own task
-before you rely on it. {results}
+**Gains are not guaranteed.** Published gains are a few points, on some tasks and some models. Other spans, tasks and
+models lost, and models under 3B parameters gained nothing in reproductions. Compare this model with its base on your
+own task before you rely on it. {results}
 
 | | |
 | --- | --- |
 | family | `{model_type}` |
-| span | `{span}`, half-open: {layers} of 0 to {last_layer} |
+| span | `{span}`, half-open: {layers}; the model has layers 0 to {last_layer} |
 | steps K | {steps} |
 | update rule | {rule} |
 | anchor (beta) | {anchor} |
@@ -231,10 +233,10 @@ before you rely on it. {results}
 | refinements | {refinements} |
 | K/V policy | `{kv}`: {kv_meaning} |
 | decoding | `{decode}`: {decode_meaning} |
-| cost | {evaluations} layer evaluations a token instead of {num_layers}: {multiplier}x |
+| cost | {evaluations} layer evaluations per token instead of {num_layers}: {multiplier}x |
 
-With x the hidden states that enter the span and g one run through it (in layer mode, through each of its layers in
-turn):
+Here x are the hidden states that enter the span, and g is one run through it. In layer mode, each layer of the span
+loops by itself, in turn.
 
 ```
 {formula}
@@ -243,6 +245,6 @@ turn):
 ## Use
 
 {use}
-Made with LoopExport; `loopexport.json` records the base and a digest of every
-file, `base/` holds the originals of the files that differ.
+Made with LoopExport. `loopexport.json` records the base and the digests of the files; `base/` has the originals of the
+files that were changed.
 {licence}"""

@@ -1,4 +1,4 @@
-"""How an export is loaded, for its card: a section for each runtime."""
+"""How to load an export, for its card: a section for each runtime."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from loopexport.templates.looped_vllm_limits import VLLM_EAGER, vllm_context, vl
 from .manifest import OnnxRecord
 from .onnx_files import GENAI_CONFIG, graph_name
 
-# Lines of the examples that are other ones on the Hub.
+# Lines of the examples that `on_the_hub` replaces, in cards of earlier versions too: do not change them.
 LOCAL_PATH = 'path = "."  # this directory, or its Hub id\n'
 LOCAL_SNAPSHOT = '\npath = "."  # this directory, or what snapshot_download gives for its Hub id\n'
 LOCAL_ID = 'const id = "NAMESPACE/NAME";  // on the Hub\n'
 
 
 def on_the_hub(card: str, repo_id: str) -> str:
-    """A card with its examples as they are right for a repository."""
+    """The card with `repo_id` in its examples instead of a local path."""
     snapshot = f'from huggingface_hub import snapshot_download\n\npath = snapshot_download("{repo_id}")\n'
     lines = {
         LOCAL_PATH: f'path = "{repo_id}"\n',
@@ -30,39 +30,39 @@ def on_the_hub(card: str, repo_id: str) -> str:
 
 
 def transformers_section(steps: int, tokenizer: str) -> str:
-    """The section for transformers; `tokenizer` is what its tokenizer is loaded from, in Python."""
+    """The section for transformers; `tokenizer` is the Python expression to load the tokenizer from."""
     return f"""\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {LOCAL_PATH}tokenizer = AutoTokenizer.from_pretrained({tokenizer}, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-model.config.loop_steps = {steps}  # may be changed at any time; 1 is the base model
+model.config.loop_steps = {steps}  # change it at any time; 1 is the base model
 ```
 """
 
 
 def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
-    """The section for ONNX Runtime and what is built on it; empty without graphs.
+    """The section for ONNX Runtime and the libraries on top of it; empty without graphs.
 
     Args:
         files: the ONNX files of the export, by name.
-        num_layers: of the base.
+        num_layers: the base's number of decoder layers.
     """
     graphs = {name: record for name, record in files.items() if record.steps is not None}
     if not graphs:
         return ""
     name = graph_name(1, 1) if graph_name(1, 1) in graphs else min(graphs)
     parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=name)]
-    if GENAI_CONFIG in files:  # else the cache is not of one shape, which the others take for granted
+    if GENAI_CONFIG in files:  # it exists only if all cache slots have one shape, which these libraries assume
         parts += [_GENAI, _OPTIMUM.format(name=name)]
-        if graphs[name].attention == "portable":  # the fused kind ends Node by a segmentation fault
+        if graphs[name].attention == "portable":  # fused attention crashes Node with a segmentation fault
             parts.append(_transformers_js(name, graphs[name], num_layers))
     return "\n".join(parts)
 
 
 def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) -> str:
-    """The section for vLLM; empty where it refuses to serve the loop, or was not tried."""
+    """The section for vLLM; empty if it refuses to serve the loop, or if this was not tested."""
     if is_quantised or vllm_refusal(family, spec, config):
         return ""
     context = vllm_context(config)
@@ -86,7 +86,7 @@ def _data_text(record: OnnxRecord) -> str:
 
 def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
     num_slots = num_layers + make_spec(**(record.spec or {})).extra_kv_slots
-    slots = f"config.num_hidden_layers = {num_slots};  // slots of the cache\n" if num_slots != num_layers else ""
+    slots = f"config.num_hidden_layers = {num_slots};  // number of cache slots\n" if num_slots != num_layers else ""
     data = ", ".join(f'"{each}"' for each in record.data or ())
     return _TRANSFORMERS_JS.format(id=LOCAL_ID, slots=slots, data=data, stem=name.removesuffix(".onnx"))
 
@@ -94,20 +94,20 @@ def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
 _VLLM = """\
 ### vLLM
 
-vLLM's Transformers backend serves this directory or repository by the code in it, also with `--tensor-parallel-size`:
+vLLM's Transformers backend serves this directory or repository with the code in it; `--tensor-parallel-size` works too:
 
 ```sh
 python -m vllm.entrypoints.openai.api_server --model PATH_OR_ID --trust-remote-code{options}
 ```
 
-The greedy tokens of tiny models of this family were those of transformers, on the CPU in fp32, with vLLM 0.32.
+Tested with tiny models of this family, on the CPU in fp32, with vLLM 0.32: greedy tokens equal those of transformers.
 """
 
 _GRAPHS = """\
 ### ONNX Runtime
 
-The loop is unrolled in these graphs, which run without the code of this model. Each reads its weights from files beside
-it, so keep all in one directory. Graphs in bf16 run on CUDA only.
+These graphs contain the unrolled loop and run without the code of this model. Each graph reads its weights from files
+next to it, so keep them in one directory. Graphs in bf16 run on CUDA only.
 
 | graph | K | computes in | attention | weights |
 | --- | --- | --- | --- | --- |"""
@@ -122,7 +122,7 @@ from loopexport.onnx import OnnxModel
 """
 
 _GENAI = """\
-With onnxruntime-genai, which finds the graph by `genai_config.json`:
+With onnxruntime-genai, which finds the graph through `genai_config.json`:
 
 ```python
 import onnxruntime_genai
@@ -132,8 +132,8 @@ model = onnxruntime_genai.Model(path)
 """
 
 _OPTIMUM = """\
-With optimum-onnx, by the base's config, since the loop is in the graph; the last line tells the shape of the cache,
-which is otherwise guessed from the name of the family:
+With optimum-onnx, use the base's config, because the loop is in the graph. The last line sets the shape of the cache,
+which optimum-onnx otherwise guesses from the name of the family:
 
 ```python
 from optimum.onnxruntime import ORTModelForCausalLM
@@ -146,7 +146,7 @@ _, model.num_key_value_heads, _, model.embed_size_per_head = model.input_shapes[
 """
 
 _TRANSFORMERS_JS = """\
-With transformers.js 4, where it knows the base's family; it holds the files with the weights in memory:
+With transformers.js 4, if it supports the base's family; it keeps the weights files in memory:
 
 ```js
 import {{ AutoModelForCausalLM }} from "@huggingface/transformers";

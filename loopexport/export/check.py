@@ -1,4 +1,4 @@
-"""The outcome of one check, as `verify` reports it."""
+"""The result of one check of `verify`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """Outcome of one check.
+    """The result of one check.
 
     Attributes:
         name: the invariant, as a sentence.
-        passed: True or False; None where the invariant does not apply, as `detail` explains.
-        detail: what was seen.
-        difference: the largest absolute difference that was measured, if the check measures one.
+        passed: whether it holds; None if it does not apply or was not proved, as `detail` explains.
+        detail: what the check compared or found.
+        difference: the largest absolute difference; None if the check does not measure one.
     """
 
     name: str
@@ -22,5 +22,5 @@ class Check:
     difference: float | None = None
 
     def to_dict(self) -> dict:
-        """The outcome for `--json`."""
+        """The result for `--json`."""
         return asdict(self)

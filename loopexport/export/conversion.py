@@ -21,7 +21,7 @@ from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
 from loopexport.files.output import check_output, check_space, output_path
 from loopexport.files.placement import place, settle_method
 from loopexport.files.staged_directory import staged_directory
-from loopexport.loop.advice import notices
+from loopexport.loop.advice import loop_warnings
 from loopexport.loop.auto_span import AUTO, auto_span, why_auto_span
 from loopexport.loop.cost import Cost, loop_cost
 from loopexport.loop.presets import find_preset, preset_fields
@@ -29,7 +29,7 @@ from loopexport.loop.spec import LoopSpec, check_first_n, make_spec
 
 from .directory import Export, is_export, open_export
 from .manifest import MANIFEST, FileRecord, Manifest
-from .small_files import added_notice, small_file_notices, small_files
+from .small_files import base_file_warnings, licence_notice_file, small_files
 
 WITHOUT = "none"  # leave the weights on the Hub, where `push` copies them
 WEIGHTS = get_args(Weights)
@@ -105,7 +105,7 @@ class ConvertPlan:
                 weights,
                 files,
                 self.base.left_behind,
-                tuple(added_notice(self.base)),
+                tuple(licence_notice_file(self.base)),
             )
             (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return open_export(self.out)
@@ -201,8 +201,8 @@ def plan_convert(
     cost = loop_cost(base, loop)
     warnings = [
         *([why_auto_span(base)] if is_auto else []),
-        *notices(base, loop, find_preset(preset) if preset is not None else None),
-        *small_file_notices(base),
+        *loop_warnings(base, loop, find_preset(preset) if preset is not None else None),
+        *base_file_warnings(base),
     ]
     files = small_files(base, loop, cost, has_weights=weights != WITHOUT)
     return ConvertPlan(base, out, loop, cost, weights, overwrite, tuple(warnings), files)

@@ -1,4 +1,4 @@
-"""An exported directory: how its config differs from the base's, and how to open one."""
+"""An export on disk: how its config differs from the base's, and how to open it."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from loopexport.templates.looped_spec import FIELD_PREFIX
 
 from .manifest import MANIFEST, Manifest, read_manifest
 
-BASE_FOLDER = "base"  # originals of the base's files that the export replaces
+BASE_FOLDER = "base"  # the folder for originals of the base's files that the export changes
 
 
 def looped_config(config: dict, spec: LoopSpec) -> dict:
-    """The base's raw config with the loop added; nothing else is touched, nothing re-serialised by transformers.
+    """The base's config with the loop added; every other value stays as the base has it.
 
     Raises:
-        CheckpointError: the config names no `model_type`, or has a field named like those of a loop.
+        CheckpointError: the config has no `model_type`, or has a field with the prefix `loop_`.
     """
     if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"config.json names no model_type but {config.get('model_type')!r}")
+        raise CheckpointError(f"model_type {config.get('model_type')!r} in config.json is not a string such as 'llama'")
     loop = spec.to_config_fields()
     foreign = [name for name in config if name.startswith(FIELD_PREFIX) and name not in loop]
     if foreign:
         raise CheckpointError(
-            f"the base's config.json has {foreign[0]}, and a looped model takes names with {FIELD_PREFIX} for fields "
-            "of its loop; take it out there if the model does not need it"
+            f"the base's config.json has {foreign[0]}, but names with {FIELD_PREFIX} are reserved for the loop; remove "
+            "it there if the model does not need it"
         )
     entries = auto_map(config["model_type"])
     added = {
@@ -53,8 +53,8 @@ class Export:
 
     Attributes:
         root: its directory.
-        manifest: what it was made from and of.
-        config: its `config.json` as it is now.
+        manifest: its manifest.
+        config: the current content of its `config.json`.
     """
 
     root: Path
@@ -63,7 +63,7 @@ class Export:
 
     @cached_property
     def spec(self) -> LoopSpec:
-        """The loop that the export runs now: `config.json` may have been edited since it was converted."""
+        """The loop in the current `config.json`, which the user may have edited since the conversion."""
         self._check_field_names()
         try:
             spec = LoopSpec.from_config(SimpleNamespace(**self.config))
@@ -77,12 +77,12 @@ class Export:
         for name in self.config:
             if name.startswith(FIELD_PREFIX) and name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ExportError(f"{self.root / CONFIG} has {name}, which is no field of the loop{hint}")
+                hint = f"; did you mean {near[0]}?" if near else "; remove it"
+                raise ExportError(f"{self.root / CONFIG} has {name}, which is not a field of the loop{hint}")
 
     @property
     def edited(self) -> dict[str, tuple]:
-        """What was edited of the loop since the conversion: was and is, by field of `LoopSpec`."""
+        """Edits of the loop since the conversion: `(old, new)` by field of `LoopSpec`."""
         pairs = {
             each.name: (getattr(self.manifest.spec, each.name), getattr(self.spec, each.name))
             for each in fields(LoopSpec)
@@ -91,20 +91,20 @@ class Export:
 
     @cached_property
     def base(self) -> Checkpoint:
-        """The base checkpoint that the export holds: its own weights under the base's config."""
+        """The base checkpoint inside the export: its weights with the base's config."""
         config_path = self.root / BASE_FOLDER / CONFIG
-        if self.lacking:  # nothing is known of the tensors then
+        if self.lacking:  # without weights there are no tensor headers to read
             return Checkpoint(self.root, self.manifest.base, read_json(config_path), shards=(), carried=())
         return open_checkpoint(self.root, self.manifest.base, config_path=config_path)
 
     @cached_property
     def lacking(self) -> tuple[str, ...]:
-        """Names of the weights files that are not here, as after a conversion that took none along."""
+        """Names of the weights files that are missing here, as after `convert --weights none`."""
         return tuple(name for name in self.manifest.weights if not (self.root / name).exists())
 
     @property
     def cost(self) -> Cost:
-        """What the loop costs per token."""
+        """The cost of the loop per token."""
         return loop_cost(self.base, self.spec)
 
 
@@ -112,11 +112,11 @@ def open_export(root: str | Path) -> Export:
     """Open the export in a directory.
 
     Raises:
-        ExportError: it is not one, or is damaged.
+        ExportError: the directory is not an export, or is damaged; the message says what to do.
     """
     root = Path(os.path.expanduser(root))
     if not os.path.isdir(root):
-        raise ExportError(f"no directory {root}, or none that can be read")
+        raise ExportError(f"no directory {root}, or it is unreadable; give one that `loopexport convert` wrote")
     manifest = read_manifest(root)
     try:
         return Export(root, manifest, read_config(root / CONFIG))
@@ -125,7 +125,7 @@ def open_export(root: str | Path) -> Export:
 
 
 def is_export(root: Path) -> bool:
-    """Whether a directory was written by LoopExport, in whatever format and state it is now."""
+    """Whether LoopExport wrote this directory, in any format and even if it is damaged now."""
     try:
         return {"format", "loopexport"} <= read_json(root / MANIFEST).keys()
     except CheckpointError:

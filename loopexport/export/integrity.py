@@ -1,4 +1,4 @@
-"""Is an export still what was written? Checks on its files alone, without loading the model."""
+"""Check that the files of an export have not changed since they were written, without loading the model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .manifest import FileRecord, OnnxRecord
 from .own_code import code_files
 
 WITHOUT_WEIGHTS = (
-    "converted with --weights none; `loopexport push` completes it on the Hub, `convert` with other weights here"
+    "converted with --weights none; `loopexport push` adds the weights on the Hub, or convert again without that option"
 )
 
-# Files that a user may edit: the card freely, the config in its loop fields.
+# Files that the user may edit: all of the card, and the loop fields of the config.
 EDITABLE = (CARD, CONFIG)
 
-UNKNOWN_DIGEST = "size and header (no digest is known of weights that were linked, not copied)"
+UNKNOWN_DIGEST = "size and header (linked weights have no recorded digest)"
 
 
 def check_files(export: Export, *, full: bool = False, progress: Progress = lambda count: None) -> list[Check]:
@@ -31,8 +31,8 @@ def check_files(export: Export, *, full: bool = False, progress: Progress = lamb
 
     Args:
         export: what to check.
-        full: hash all weights; otherwise their size and header are compared.
-        progress: called with the number of weight bytes just hashed.
+        full: hash all weights; otherwise compare only their sizes and headers.
+        progress: called with the number of bytes just hashed.
     """
     return [
         check_small_files(export),
@@ -44,7 +44,7 @@ def check_files(export: Export, *, full: bool = False, progress: Progress = lamb
 
 
 def check_small_files(export: Export) -> Check:
-    """All files but weights, card and config have the recorded digests."""
+    """Check that all files but weights, card and config have the recorded digests."""
     name = "files are as written"
     records = {name: record for name, record in export.manifest.files.items() if name not in EDITABLE}
     for file, record in records.items():
@@ -57,14 +57,14 @@ def check_small_files(export: Export) -> Check:
 
 
 def check_config(export: Export) -> Check:
-    """The config is the base's with our fields added, whatever their values are now."""
+    """Check that the config is the base's plus the loop fields, with any values."""
     name = "config is the base's plus the loop"
     try:
         base = read_config(export.root / BASE_FOLDER / CONFIG)
         expected = looped_config(base, export.spec)
     except CheckpointError as error:
         return Check(name, False, str(error))
-    # As JSON, where NaN is NaN, and neither true nor 1.0 is 1.
+    # As JSON text: there NaN equals NaN, and true, 1.0 and 1 differ.
     expected, actual = ({key: json.dumps(value) for key, value in each.items()} for each in (expected, export.config))
     changed = sorted(key for key in {*expected, *actual} if expected.get(key) != actual.get(key))
     if changed:
@@ -74,10 +74,10 @@ def check_config(export: Export) -> Check:
 
 
 def hash_weights(export: Export, name: str, progress: Progress = lambda count: None) -> str:
-    """The sha256 of a weights file, which is compared with all that the manifest knows of it.
+    """Check a weights file against its record in the manifest and return its sha256.
 
     Raises:
-        ExportError: the file is not what was written.
+        ExportError: the file has changed; convert the base again.
     """
     path, record = export.root / name, export.manifest.weights[name]
     changed, _ = _weights_changed(path, record, full=False, progress=progress)
@@ -87,12 +87,12 @@ def hash_weights(export: Export, name: str, progress: Progress = lambda count: N
 
 
 def hash_onnx(export: Export, name: str, progress: Progress = lambda count: None) -> str:
-    """The sha256 of an ONNX file, which is compared with what the manifest knows of it.
+    """Check an ONNX file against its record in the manifest and return its sha256.
 
     Raises:
-        ExportError: the file is not what was written.
+        ExportError: the file has changed; export the ONNX files again.
     """
-    remedy = f"`loopexport onnx {export.root}` makes the ONNX files anew"
+    remedy = f"run `loopexport onnx {export.root}` to export the ONNX files again"
     return _hash(export.root / name, export.manifest.onnx[name], progress, remedy)
 
 
@@ -124,7 +124,7 @@ def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
 
 
 def _check_records(export: Export) -> Check:
-    """Nothing that belongs to the model lies beside what the manifest knows, and nothing that it needs is unknown."""
+    """Check that the manifest records every file that belongs to the model, and no other weights."""
     name = "the manifest knows every file"
     try:
         base = export.base
@@ -135,12 +135,12 @@ def _check_records(export: Export) -> Check:
     unknown = sorted(needed - export.manifest.files.keys())
     unknown += sorted(({shard.name for shard in base.shards} ^ export.manifest.weights.keys()) - {*export.lacking})
     if unknown:
-        return Check(name, False, f"{unknown[0]} is not recorded in it, or not part of the model")
+        return Check(name, False, f"{unknown[0]} is not recorded in it, or is not part of the model")
     return Check(name, True, f"{len(needed)} and {len(base.shards)} with weights")
 
 
 def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progress) -> tuple[str, str]:
-    """What differs from the record, or an empty string, and how far the comparison went."""
+    """What differs from the record (empty for nothing), and what was compared."""
     if path.stat().st_size != record.size:
         return "size", ""
     try:
@@ -161,13 +161,13 @@ def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progr
 def check_onnx(
     export: Export, *, full: bool = False, needs_weights: bool = True, progress: Progress = lambda count: None
 ) -> Check:
-    """Graphs and their data are as written; what they read of the weights is checked with the weights.
+    """Check that ONNX graphs and their data files have not changed; `check_files` checks the weights that they read.
 
     Args:
         export: what to check.
-        full: hash all data; otherwise its size is compared.
-        needs_weights: whether the weights that the graphs read have to be here.
-        progress: called with the number of bytes of data just hashed.
+        full: hash all data files; otherwise compare only their sizes.
+        needs_weights: whether the weights files that the graphs read must be here.
+        progress: called with the number of bytes just hashed.
     """
     name = "ONNX files are as written"
     here = {each for each in {*export.manifest.onnx, *export.manifest.weights} if (export.root / each).is_file()}
@@ -183,7 +183,7 @@ def check_onnx(
 
 
 def _onnx_changed(path: Path, record: OnnxRecord, full: bool, progress: Progress) -> str:
-    """What differs from the record, or an empty string."""
+    """What differs from the record; empty for nothing."""
     if path.stat().st_size != record.size:
         return "size"
     if record.sha256 is not None and file_sha256(path) != record.sha256:

@@ -1,4 +1,4 @@
-"""The manifest of an export, `loopexport.json`: where it came from, its loop, and a digest of every file."""
+"""The manifest of an export, `loopexport.json`: its base, its loop, and a record of every file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What is known of a file.
+    """Size and digests of a file.
 
     Attributes:
         size: in bytes.
-        sha256: of all small files; of weights where the Hub's cache tells it.
-        xxh3_128: of weights that were copied and have no known sha256; it takes no time beside a copy, sha256 does.
-        header_sha256: of the header alone, for weights.
+        sha256: of every small file, and of weights if the Hub's cache has it; else None.
+        xxh3_128: of copied weights without a sha256, since it is much faster; else None.
+        header_sha256: of the header of a weights file; None for other files.
     """
 
     size: int
@@ -32,15 +32,19 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class OnnxRecord:
-    """What is known of a file that the ONNX export wrote.
+    """A file that the ONNX export wrote. Fields that only graphs have are None for other files.
 
     Attributes:
         size: in bytes.
-        sha256: of graphs and configs; xxh3_128 of a data file.
-        steps, dtype, attention: of a graph, else None: its K, what it computes in, and its attention layout.
+        sha256: of a graph or config; None for a data file.
+        xxh3_128: of a data file; None for others.
+        steps: K of a graph.
+        dtype: the dtype that a graph computes in: fp32, fp16 or bf16.
+        attention: the attention layout of a graph.
         spec: the loop of a graph, as fields of `LoopSpec`.
-        data: files that a graph reads its weights from.
-        difference: the largest that verification against torch saw, of the logits' scale; None where it did not run.
+        data: names of the files that a graph reads its weights from.
+        difference: the largest difference of a graph's logits from torch, as a fraction of the logits' scale; None if
+            they were not compared.
     """
 
     size: int
@@ -56,17 +60,18 @@ class OnnxRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that an export knows of itself.
+    """The record that an export keeps of itself.
 
     Attributes:
         loopexport: version of LoopExport that wrote it.
         base: where the base came from.
-        spec: the loop as converted; `config.json` may have been edited since.
-        weights_method: how the weights were put in place ("reflink", "hardlink" or "copy"); "none": they were not.
-        weights, files: weights files and all others, by name; the manifest itself is not among them.
-        left_behind: names of the base's files that were not taken along.
-        added: names of files that the base does not have, such as a notice that its licence demands.
-        onnx: files of the ONNX export, by name; they come after the conversion, and may be made again.
+        spec: the loop at the time of conversion; the user may have edited `config.json` since.
+        weights_method: how the weights were put in place: "reflink", "hardlink" or "copy"; "none" for no weights.
+        weights: the weights files, by name.
+        files: all other files but the manifest itself and the ONNX files, by name.
+        left_behind: names of the base's files that were not copied.
+        added: names of files that the base does not have, such as the NOTICE that its licence requires.
+        onnx: files of the ONNX export, by name; `loopexport onnx` adds and replaces them after the conversion.
     """
 
     loopexport: str
@@ -80,20 +85,20 @@ class Manifest:
     onnx: dict[str, OnnxRecord] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The manifest as it is written: one JSON object, keys in a fixed order."""
+        """The text of the file: one JSON object, with its keys in a fixed order."""
         values = {"format": FORMAT, **asdict(self)}
         for group in ("weights", "files", "onnx"):
             values[group] = {name: _without_none(record) for name, record in sorted(values[group].items())}
         if not self.onnx:
             del values["onnx"]
-        return json_text(values)  # in ASCII: names of files need not be text
+        return json_text(values)  # in ASCII, since a file name need not be valid text
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of the export in `root`.
+    """Read the manifest of the export in `root`.
 
     Raises:
-        ExportError: there is none, or it is damaged or of a newer format.
+        ExportError: there is none, or it is damaged or has another format; the message says what to do.
     """
     path = root / MANIFEST
     try:
@@ -108,7 +113,7 @@ def read_manifest(root: Path) -> Manifest:
     except CheckpointError as error:
         raise ExportError(str(error)) from None
     if values.get("format") != FORMAT:
-        raise ExportError(f"{path} is not of format {FORMAT}; it takes another version of LoopExport")
+        raise ExportError(f"{path} is not of format {FORMAT}; use the version of LoopExport that wrote it")
     try:
         return Manifest(
             loopexport=_typed(values["loopexport"], str),
@@ -122,14 +127,14 @@ def read_manifest(root: Path) -> Manifest:
             onnx={_file_name(name): _onnx_record(record) for name, record in values.get("onnx", {}).items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError, SpecError) as error:
-        raise ExportError(f"{path} is damaged: {error!r}") from None
+        raise ExportError(f"{path} is damaged ({error!r}); convert the base again") from None
 
 
 def _file_name(name: str) -> str:
-    """A name that stays inside the directory that it is looked up in, or written to."""
+    """Check that a name stays inside the directory of the export."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or not name.isprintable():
-        raise ValueError(f"{name!r} is not the name of a file of an export; do not trust it")
+        raise ValueError(f"{name!r} is not a file name inside an export; do not trust it")
     return name
 
 

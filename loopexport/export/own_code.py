@@ -1,4 +1,4 @@
-"""Is the code in an export LoopExport's own: of this version, or of an earlier one?"""
+"""Check that the code in an export is LoopExport's own, of this version or an earlier one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .directory import Export
 
 CUSTOM_GENERATE = "custom_generate/generate.py"
 
-# The sets of files, by sha256, that earlier versions wrote. Exports keep the code that they were made with, and it
-# stays right: a set is entered here whenever the templates change after a release.
+# Code files that earlier versions wrote, with their sha256. An export keeps the code that it was made with, and that
+# code stays valid. Whenever the templates change after a release, add the released set here.
 EARLIER_SETS = (
     {
         "configuration_looped.py": "b521683be2b846de60527ca56b2f3228f6aa5fb9a55e51ce2dafe098f28cf6ff",
@@ -28,12 +28,12 @@ EARLIER_SETS = (
 
 
 def template_bytes(name: str) -> bytes:
-    """One of the files in `templates.FILES`, as this LoopExport ships it."""
+    """Content of one of the files in `templates.FILES`."""
     return (Path(templates.__file__).parent / name).read_bytes()
 
 
 def code_digest() -> str:
-    """What `CODE_DIGEST` in configuration_looped.py must be: it stands for all other files of the set."""
+    """The right value of `CODE_DIGEST` in configuration_looped.py: a digest of all other template files."""
     digest = hashlib.sha256()
     for name in FILES:
         if name != "configuration_looped.py":
@@ -42,15 +42,15 @@ def code_digest() -> str:
 
 
 def code_files(root: Path) -> tuple[str, ...]:
-    """Names of the code files that belong in an export: those of an earlier set if it has one, else ours."""
+    """Names of the code files that an export must have: an earlier set if it has one, else today's."""
     earlier = (tuple(digests) for digests in EARLIER_SETS if _holds(root, digests))
     return next(earlier, FILES)
 
 
 def foreign_code(export: Export) -> str | None:
-    """The first part of an export that is, or asks for, code that no LoopExport wrote; None where there is none.
+    """The first file of an export that is foreign code, or asks for it; None if there is none.
 
-    transformers, told to trust a directory, runs what `auto_map` names, and `custom_generate` beside that.
+    With `trust_remote_code=True`, transformers runs the code that `auto_map` names, and `custom_generate/generate.py`.
     """
     names = code_files(export.root)
     for name in names if names == FILES else ():

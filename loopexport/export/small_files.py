@@ -1,4 +1,4 @@
-"""What an export holds beside the weights and the manifest, by name: worked out from the base, in memory."""
+"""The small files of an export: everything but weights, manifest and ONNX files, made in memory from the base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loopexport.base.checkpoint import CARD, CONFIG, LICENCE_TEXT, Checkpoint
 from loopexport.base.licence import NOTICE, licence_of, licence_warnings
 from loopexport.errors import CheckpointError
 from loopexport.files.digests import file_sha256
-from loopexport.loop.advice import notices
+from loopexport.loop.advice import loop_warnings
 from loopexport.loop.cost import Cost
 from loopexport.loop.presets import published_cell
 from loopexport.loop.spec import LoopSpec
@@ -23,7 +23,7 @@ from .own_code import template_bytes
 
 
 def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bool) -> dict[str, bytes]:
-    """Contents of all files of the export but weights and manifest.
+    """Contents of the small files of a new export, by name.
 
     Raises:
         CheckpointError: a file of the base cannot be read.
@@ -35,25 +35,25 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
     facts = _card_facts(base, spec, cost, originals.get(CARD, b""), has_tokenizer, has_weights)
     files[CARD] = make_card(facts).encode()
     originals |= tokenizer.without_foreign_code(files)
-    files |= {name: template_bytes(name) for name in TEMPLATES} | added_notice(base)
+    files |= {name: template_bytes(name) for name in TEMPLATES} | licence_notice_file(base)
     return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
 
 
 def export_card(export: Export) -> str:
-    """The card of an export as it is now: its loop, its weights, its ONNX files."""
+    """A new card for the current state of an export: its loop, its weights, its ONNX files."""
     has_tokenizer = not tokenizer.is_left_out(_original_tokenizer_config(export), _base_names(export))
     base_card = _original(export, CARD)
     facts = _card_facts(export.base, export.spec, export.cost, base_card, has_tokenizer, not export.lacking)
     return make_card(replace(facts, onnx=export.manifest.onnx))
 
 
-def export_notices(export: Export) -> list[str]:
-    """What a user should know of an export as it is now, as `convert` tells it of what it writes."""
+def export_warnings(export: Export) -> list[str]:
+    """What the user should know about the current state of an export, one line each, as `convert` prints it."""
     names = _base_names(export)
-    about_tokenizer = tokenizer.notice(_original_tokenizer_config(export), names, export.manifest.base.name)
+    about_tokenizer = tokenizer.tokenizer_warning(_original_tokenizer_config(export), names, export.manifest.base.name)
     metadata = read_metadata(_original(export, CARD).decode("utf-8", errors="replace"))
     return [
-        *notices(export.base, export.spec),
+        *loop_warnings(export.base, export.spec),
         *filter(None, [about_tokenizer]),
         *licence_warnings(metadata, sorted(path.name for path in export.root.iterdir())),
     ]
@@ -70,27 +70,27 @@ def _original_tokenizer_config(export: Export) -> bytes:
 
 
 def _base_names(export: Export) -> set[str]:
-    """Names of the base's small files."""
+    """Names of the small files, including the originals in `base/`."""
     return {name.removeprefix(f"{BASE_FOLDER}/") for name in export.manifest.files}
 
 
 def is_card_edited(export: Export) -> bool:
-    """Whether somebody has changed the card since LoopExport wrote it."""
+    """Whether someone has edited the card since LoopExport wrote it."""
     path, record = export.root / CARD, export.manifest.files.get(CARD)
     return path.is_file() and (record is None or file_sha256(path) != record.sha256)
 
 
-def small_file_notices(base: Checkpoint) -> list[str]:
-    """What a user should know of the base's tokenizer and licence."""
-    about_tokenizer = tokenizer.notice(_tokenizer_config(base), base.carried, base.origin.name)
+def base_file_warnings(base: Checkpoint) -> list[str]:
+    """What the user should know about the base's tokenizer and licence, one line each."""
+    about_tokenizer = tokenizer.tokenizer_warning(_tokenizer_config(base), base.carried, base.origin.name)
     return [*filter(None, [about_tokenizer]), *licence_warnings(_metadata(base), list(base.carried))]
 
 
-def added_notice(base: Checkpoint) -> dict[str, bytes]:
-    """The notice that the base's licence demands, by its name, unless the base has one."""
+def licence_notice_file(base: Checkpoint) -> dict[str, bytes]:
+    """The NOTICE file that the base's licence requires, by name; empty if none is required or the base has one."""
     licence = licence_of(_metadata(base))
     has_one = any(LICENCE_TEXT.fullmatch(name) and name.lower().startswith("notice") for name in base.carried)
-    return {} if licence is None or has_one else {NOTICE: f"{licence.notice}\n".encode()}
+    return {} if licence is None or has_one else {NOTICE: f"{licence.notice_text}\n".encode()}
 
 
 def _card_facts(
@@ -112,10 +112,10 @@ def _card_facts(
 
 
 def _looped_config(base: Checkpoint, spec: LoopSpec) -> bytes:
-    try:  # in ASCII, which can spell whatever JSON can hold
+    try:  # in ASCII, since a JSON string need not be valid text
         return (json.dumps(looped_config(base.config, spec), indent=2) + "\n").encode()
     except RecursionError:
-        raise CheckpointError(f"{base.root / CONFIG} is nested too deeply") from None
+        raise CheckpointError(f"{base.root / CONFIG} is nested too deeply; is it a Hugging Face config?") from None
 
 
 def _metadata(base: Checkpoint) -> dict:

@@ -1,7 +1,7 @@
-"""Does a graph still hold the loop of its export? It is unrolled in the graph, whatever `config.json` says since.
+"""Find ONNX graphs that contain another loop than the current `config.json`.
 
-A graph whose name tells its K, such as `model_k8.onnx`, is of that K on purpose; all else of its loop, and the K of any
-other graph, has to be that of `config.json`, which users edit.
+The loop is unrolled in a graph, so editing `config.json` makes the graph stale. A graph with K in its name, such as
+`model_k8.onnx`, keeps that K on purpose; the other fields of its loop must still match.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from .directory import Export
 from .onnx_files import options_for, steps_in_name
 
 
-def loop_change(name: str, made: LoopSpec, now: LoopSpec) -> str:
-    """What differs between the loop that a graph was made of and the one of `config.json`; empty where nothing does.
+def loop_difference(name: str, made: LoopSpec, now: LoopSpec) -> str:
+    """The fields that differ between the loop of a graph and the loop of its export, such as `loop_steps 4 -> 6`.
 
     Args:
-        name: of the graph's file.
-        made: the graph's loop.
-        now: that of the export.
+        name: the file name of the graph.
+        made: the loop in the graph.
+        now: the loop in the export's `config.json`.
     """
     was, wanted = made.to_config_fields(), now.to_config_fields()
     if steps_in_name(name) == made.steps:
         del was[f"{FIELD_PREFIX}steps"]
     if (made.steps, made.rule, made.step_size) == (now.steps, now.rule, now.step_size):
-        del was[f"{FIELD_PREFIX}damping"]  # one may leave to the rule what the other says
+        del was[f"{FIELD_PREFIX}damping"]  # equal, even if one of them leaves it to the default
     changed = [field for field in was if was[field] != wanted[field]]
     return ", ".join(f"{field} {json.dumps(was[field])} -> {json.dumps(wanted[field])}" for field in changed)
 
 
 def stale_graphs(export: Export) -> str:
-    """What to tell of the first graph that holds another loop than the export; empty where there is none."""
+    """The error message for the first stale graph of an export; empty if there is none."""
     for name, record in export.manifest.onnx.items():
-        changed = "" if record.spec is None else loop_change(name, make_spec(**record.spec), export.spec)
+        changed = "" if record.spec is None else loop_difference(name, make_spec(**record.spec), export.spec)
         if changed:
-            return explanation(name, export.root, changed)
+            return stale_message(name, export.root, changed)
     return ""
 
 
-def explanation(name: str, root: Path, changed: str) -> str:
-    """What to tell of a graph that is stale, and what to do."""
+def stale_message(name: str, root: Path, changed: str) -> str:
+    """The error message for a stale graph; `changed` is the result of `loop_difference`."""
     command = f"loopexport onnx {root}{options_for(name)}"
-    return f"{name}: the graph was made for another loop ({changed}): run `{command}` again"
+    return f"{name}: the graph contains another loop ({changed}): run `{command}` again"
 
 
 def check_loops(export: Export) -> list[Check]:
-    """One check for all graphs of an export, by what the manifest says of them; none where there are none."""
+    """One check that no graph of an export is stale, based on the manifest; no check without graphs."""
     count = sum(record.spec is not None for record in export.manifest.onnx.values())
     if not count:
         return []
@@ -63,30 +63,30 @@ def check_loops(export: Export) -> list[Check]:
 
 
 def refuse_stale(path: Path, metadata: Mapping[str, str]) -> None:
-    """Check a graph, by what it says of itself, before it is run.
+    """Check a graph before it runs: its metadata must match the `config.json` next to it.
 
     Args:
-        path: the graph; where no looped config lies beside it, there is nothing that it could differ from.
-        metadata: its properties, see `exporting.build_graph`.
+        path: the graph; without a looped `config.json` next to it, any graph passes.
+        metadata: the graph's metadata properties, which the ONNX export wrote.
 
     Raises:
-        OnnxError: it holds another loop than the config beside it.
+        OnnxError: the graph is stale; the message has the command that exports it again.
     """
     now = _loop_beside(path)
     fields = {key: value for key, value in metadata.items() if key.startswith(FIELD_PREFIX)}
     if now is None or not fields:
         return
-    changed = loop_change(path.name, _loop_of_graph(path, fields), now)
+    changed = loop_difference(path.name, _loop_of_graph(path, fields), now)
     if changed:
-        raise OnnxError(explanation(path.name, path.parent, changed))
+        raise OnnxError(stale_message(path.name, path.parent, changed))
 
 
 def _loop_of_graph(path: Path, fields: Mapping[str, str]) -> LoopSpec:
     try:
         return LoopSpec.from_config(SimpleNamespace(**{key: json.loads(value) for key, value in fields.items()}))
-    except ValueError as error:  # JSON's own are of that kind
+    except ValueError as error:  # includes errors of JSON
         again = f"`loopexport onnx {path.parent}{options_for(path.name)}`"
-        raise OnnxError(f"{path.name} does not tell which loop it holds ({error}): run {again} again") from None
+        raise OnnxError(f"{path.name} has a damaged loop in its metadata ({error}): run {again} again") from None
 
 
 def _loop_beside(path: Path) -> LoopSpec | None:

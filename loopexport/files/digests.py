@@ -1,4 +1,4 @@
-"""Digests of files and of bytes, each read once."""
+"""Digests of bytes and of files; each file is read once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loopexport.errors import CheckpointError
 
-HASH_CHUNK_BYTES = 2**20  # fits the processor's cache
+HASH_CHUNK_BYTES = 2**20  # fits into the processor's cache
 
 Progress = Callable[[int], object]
 
@@ -20,7 +20,7 @@ def bytes_sha256(content: bytes) -> str:
 
 
 def git_blob_id(content: bytes) -> str:
-    """What git, and the Hub for its regular files, calls this content."""
+    """The id that git, and the Hub for regular files, gives to this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -32,7 +32,7 @@ def file_sha256(path: Path, progress: Progress = lambda count: None) -> str:
 
 
 def file_xxh3(path: Path, progress: Progress = lambda count: None) -> str:
-    """The 128-bit XXH3 of a file's bytes, as hex digits: it shows damage, not forgery, and runs faster than a copy."""
+    """The 128-bit XXH3 of a file's bytes, as hex digits: faster than copying; detects damage but not tampering."""
     import xxhash
 
     digest = xxhash.xxh3_128()
@@ -41,7 +41,7 @@ def file_xxh3(path: Path, progress: Progress = lambda count: None) -> str:
 
 
 def file_digests(path: Path, progress: Progress = lambda count: None) -> tuple[str, str]:
-    """The sha256 and the 128-bit XXH3 of a file's bytes, which are read once."""
+    """The sha256 and the 128-bit XXH3 of a file's bytes, in one pass."""
     import xxhash
 
     digests = hashlib.sha256(), xxhash.xxh3_128()
@@ -59,7 +59,7 @@ def _feed(path: Path, digests, progress: Progress) -> None:
 
 
 def open_to_read(path: Path) -> FileIO:
-    """A file opened to be read, so that what cannot be read is not taken for what cannot be written."""
+    """Open a file for reading; its own error tells an unreadable source from an unwritable target."""
     try:
         return path.open("rb", buffering=0)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""JSON as every reader takes it."""
+"""JSON text that every JSON parser accepts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def json_text(values: dict) -> str:
-    """A JSON object as text, in ASCII; a number that JSON cannot spell, NaN or an infinity, becomes null."""
+    """Format a JSON object in ASCII; NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_finite(values), indent=2, allow_nan=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Put a weights file in place without loading it: shared blocks (reflink), a second name (hardlink), or a copy."""
+"""Put a weights file in place without loading it: share its blocks (reflink), add a name (hardlink), or copy it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .digests import Progress, open_to_read
 METHODS = get_args(Placement)
 COPY_CHUNK_BYTES = 16 * 2**20
 
-# What copy_file_range answers where source and target cannot be joined in the kernel.
+# Errors of copy_file_range that mean that the kernel cannot copy between these two files.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM}
 
 
 def settle_method(method: str, source: Path, directory: Path) -> str:
-    """The method that "auto" stands for between these two places, reflink where possible, else copy.
+    """Resolve the method "auto": reflink if the file system can, else copy.
 
     Args:
-        method: one of `METHODS`; all but "auto" stand for themselves.
-        source: a file to be put in place.
-        directory: where to; a file is made there for a moment.
+        method: one of `METHODS`; any but "auto" is returned unchanged.
+        source: one of the files to place.
+        directory: the target directory; a probe file is created there and removed again.
     """
     if method != "auto":
         return method
@@ -39,14 +39,14 @@ def place(source: Path, target: Path, method: str, progress: Progress = lambda c
     """Make `target` hold the bytes of `source`.
 
     Args:
-        source: a real file, links resolved; it is never written to.
+        source: a real file, with links resolved; it is only read.
         target: a path that does not exist.
-        method: "reflink", "hardlink" or "copy", see `settle_method`.
+        method: "reflink", "hardlink" or "copy"; see `settle_method`.
         progress: called with the number of bytes just copied.
 
     Raises:
         CheckpointError: the source cannot be read.
-        OutputError: the method is not possible between these two places.
+        OutputError: the file system cannot reflink or hardlink these files; use "auto" or "copy".
     """
     if method == "hardlink":
         _hardlink(source, target)
@@ -70,7 +70,7 @@ def _hardlink(source: Path, target: Path) -> None:
 
 
 def _reflink(source: Path, target: Path) -> bool:
-    """Share the blocks of `source` copy-on-write; False where the file system cannot."""
+    """Share the blocks of `source`, copy-on-write; return False if the file system cannot."""
     import reflink_copy
 
     try:
@@ -90,7 +90,7 @@ def _copy_bytes(reader, writer, progress: Progress) -> None:
         except OSError as error:
             if step is _plain_copy or error.errno not in _NO_KERNEL_COPY:
                 raise
-            step = _plain_copy  # both files stand where the kernel left them
+            step = _plain_copy  # both files are at the position where the kernel stopped
             continue
         if not count:
             return

@@ -1,4 +1,4 @@
-"""YAML as people write it, in spec files and at the head of model cards, without the surprises of YAML 1.1."""
+"""Read YAML from spec files and model cards without the surprises of YAML 1.1."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _ALL = yaml.SafeLoader.yaml_implicit_resolvers
 
 
 def _resolvers(*kinds: str) -> dict:
-    """What SafeLoader reads plain scalars as, kept to these kinds; all else stays text."""
+    """SafeLoader's resolvers of these kinds; any other plain scalar stays text."""
     tags = {f"tag:yaml.org,2002:{kind}" for kind in kinds}
     return {first: [each for each in known if each[0] in tags] for first, known in _ALL.items()}
 
 
 class CardLoader(yaml.SafeLoader):
-    """Everything is text, so that the language `no` is not read as false."""
+    """Reads every scalar but null as text, so that the language `no` does not become false."""
 
     yaml_implicit_resolvers = _resolvers("null", "merge")
 
 
 class SpecLoader(yaml.SafeLoader):
-    """Numbers are decimal: a span 12:20 is not the base-60 number 740, and 1e-3 is a number."""
+    """Reads decimal numbers only: 12:20 is a span, not the base-60 number 740, and 1e-3 is a number."""
 
     yaml_implicit_resolvers = _resolvers("null", "merge", "bool")
 
@@ -38,13 +38,13 @@ SpecLoader.add_implicit_resolver(
 
 
 def load_yaml(text: str, loader: type[yaml.SafeLoader]):
-    """The value that YAML text stands for.
+    """Parse YAML text.
 
     Raises:
-        ValueError: it is not YAML; the message is one line.
+        ValueError: the text is not YAML; the message is one line.
     """
     try:
         return yaml.load(text, loader)
-    # PyYAML lets through what its constructors happen to raise, such as KeyError for `!!bool maybe`.
+    # PyYAML does not catch errors of its own constructors, such as KeyError for `!!bool maybe`.
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(one_line(error)) from None

@@ -1,9 +1,10 @@
-"""What of an export may leave the machine: files on an allow-list, unchanged, without secrets. Anything doubtful stops.
+"""Which files of an export `push` uploads: allow-listed names, unchanged contents, no secrets.
 
-Four rules. A file leaves if its name is on the allow-list and the manifest lists it (licence texts may be added by
-hand). Links, pickles, code that is not ours and files that are there to hold secrets stop the push wherever they are
-in the directory, since someone may take them for part of the model. So do secrets and absolute paths within the files
-that would leave. Everything else stays behind, and is named.
+1. `push` uploads a file if its name is on the allow-list and the manifest lists it. Licence texts need not be listed.
+2. A link, a pickle, foreign code or a file made for secrets stops the push, wherever it is in the directory: somebody
+   could take it for part of the model.
+3. A secret or an absolute path inside a file to upload stops the push.
+4. `push` leaves all other files on the machine and lists them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from loopexport.export.own_code import foreign_code
 from loopexport.export.stale_graphs import stale_graphs
 from loopexport.templates import FILES as TEMPLATES
 
-# Names that may leave, beside those of the weights. A new kind of file needs a line here and a place in the manifest.
+# Names that `push` may upload, besides weights and ONNX files. A new kind of file needs a line here and an entry in the
+# manifest.
 ALLOWED = (
     CARRIED,
     re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST, *TEMPLATES)))),
@@ -37,7 +39,7 @@ LARGE_BYTES = 64 * 2**20
 
 WEIGHTS_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 
-# Tools keep their own things there, and never the model's.
+# Folders of git, the Hub client and Python; no part of the model is there.
 IGNORED_FOLDERS = {".git", ".cache", "__pycache__"}
 
 CODE = {".py", ".pyc", ".so", ".pyd", ".dll", ".sh"}
@@ -48,48 +50,48 @@ SECRET = re.compile(
     rb"\b(hf_[A-Za-z0-9]{20,}|hf_oauth_[\w.-]{20,}|api_org_[A-Za-z]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|"
     rb"github_pat_\w{30,}|sk-(proj-|ant-)[\w-]{20,}|AKIA[0-9A-Z]{16})\b|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-# A value that begins as an absolute path does, on any system.
+# The start of an absolute path, on any system, of a path in a home directory, or of a file URL.
 ABSOLUTE_PATH = re.compile(r"/[^/\s]+/|[A-Za-z]:[\\/]|~[\w.-]*/|\\\\\w|file:/")
-# Vocabularies are neither config nor written by hand.
+# Files with tokens or tensor names in them: what looks like a path there is not one.
 VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json", INDEX}
 
 
 @dataclass(frozen=True)
-class Outgoing:
-    """What leaves.
+class AllowedFiles:
+    """The files of an export besides its weights: those that `push` uploads, and those that it does not.
 
     Attributes:
-        files: content of all files but the weights and large ones, by name.
-        large: names of files that are better sent from the disk: large ones of the base, which have the digests of the
-            manifest, and the data of ONNX graphs, of which only the size was compared so far.
-        staying: names of the files that stay behind, sorted.
+        small: contents of the small files, by name.
+        large: names of files to upload from disk: large files of the base, whose digests equal the manifest's, and data
+            files of ONNX graphs, of which only the size was compared so far.
+        staying: names of the files that are not uploaded, sorted.
     """
 
-    files: dict[str, bytes]
+    small: dict[str, bytes]
     large: tuple[str, ...]
     staying: tuple[str, ...]
 
 
-def collect(export: Export) -> Outgoing:
-    """Check an export, all but the contents of its weights, and read the small files that may leave.
+def allowed_files(export: Export) -> AllowedFiles:
+    """Check all files of an export except the contents of its weights, and read the small files to upload.
 
     Raises:
-        PushError: it is not what was written, or holds something that must not leave; the message names the file.
+        PushError: a file has changed, or must not be uploaded; the message names the file and says what to do.
     """
     names = sorted(_names(export))
     _check_unchanged(export)
     _check_onnx(export)
-    leaving = [name for name in names if _may_leave(name, export)]
-    large = tuple(name for name in leaving if _is_large(name, export))
-    files = {name: (export.root / name).read_bytes() for name in leaving if name not in large}
-    for name, content in files.items():
+    uploaded = [name for name in names if _is_allowed(name, export)]
+    large = tuple(name for name in uploaded if _is_large(name, export))
+    small = {name: (export.root / name).read_bytes() for name in uploaded if name not in large}
+    for name, content in small.items():
         _check_content(name, content, is_public=export.manifest.base.revision is not None)
-    staying = tuple(name for name in names if name not in leaving and name not in export.manifest.weights)
-    return Outgoing(files, large, staying)
+    staying = tuple(name for name in names if name not in uploaded and name not in export.manifest.weights)
+    return AllowedFiles(small, large, staying)
 
 
 def _names(export: Export) -> Iterator[str]:
-    """Names of all files of the directory, each of which may be there."""
+    """Names of all files in the directory; raises PushError for one that must not be there."""
     for folder, folders, files in os.walk(export.root):
         here = Path(folder)
         for name in [*folders, *files]:
@@ -103,7 +105,7 @@ def _names(export: Export) -> Iterator[str]:
 
 def _check_no_link(path: Path, name: str) -> None:
     if path.is_symlink():
-        raise PushError(f"{name} is a symbolic link, which could lead anywhere; replace it by the file, or remove it")
+        raise PushError(f"{name} is a symbolic link, which may point anywhere; replace it with the file, or remove it")
     if not path.is_file() and not path.is_dir():
         raise PushError(f"{name} is neither a file nor a directory; remove it")
 
@@ -111,42 +113,42 @@ def _check_no_link(path: Path, name: str) -> None:
 def _check_name(name: str) -> None:
     last, suffix = name.rsplit("/", 1)[-1], Path(name).suffix.lower()
     if suffix in CODE and name not in TEMPLATES:
-        raise PushError(f"{name} is code that LoopExport did not write; an export runs none, so move it elsewhere")
+        raise PushError(f"{name} is code that LoopExport did not write; no export runs it, so move it elsewhere")
     if suffix in PICKLES:
-        raise PushError(f"{name} may run code when it is loaded (a pickle); move it elsewhere")
+        raise PushError(f"{name} may be a pickle, which can run code when it is loaded; move it elsewhere")
     if SECRET_NAME.fullmatch(last.lower()):
-        raise PushError(f"{name} looks like a file of secrets; move it elsewhere")
+        raise PushError(f"{name} looks like a file with secrets; move it elsewhere")
 
 
 def _check_unchanged(export: Export) -> None:
     for check in (check_small_files(export), check_config(export)):
         if check.passed is False:
-            raise PushError(f"{export.root} is not what was written: {check.detail}; convert the base again")
+            raise PushError(f"{export.root} has changed since the conversion: {check.detail}; convert the base again")
     name = foreign_code(export)
     if name is not None:
         raise PushError(f"{name} is not the installed LoopExport's; convert the base again with this version")
     for name in export.manifest.weights:
         if not WEIGHTS_NAME.fullmatch(name):
-            raise PushError(f"{MANIFEST} names the weights {name!r}, which is no name of a weights file")
+            raise PushError(f"{MANIFEST} lists {name!r} as weights, which is not a .safetensors name; convert again")
 
 
 def _check_onnx(export: Export) -> None:
-    again = f"`loopexport onnx {export.root}` makes the ONNX files anew"
+    again = f"run `loopexport onnx {export.root}` to export the ONNX files again"
     for name, record in export.manifest.onnx.items():
         if not ONNX_FILES.fullmatch(name):
-            raise PushError(f"{MANIFEST} names the ONNX file {name!r}, which is no name of one; {again}")
+            raise PushError(f"{MANIFEST} lists {name!r} as an ONNX file, which LoopExport never writes; {again}")
         strange = {*(record.data or ())} - {*export.manifest.onnx, *export.manifest.weights}
         if strange:
-            raise PushError(f"{name} reads {min(strange)}, which is no part of the export; {again}")
+            raise PushError(f"{name} reads {min(strange)}, which is not part of the export; {again}")
     check = check_onnx(export, needs_weights=False)
     if check.passed is False:
-        raise PushError(f"{export.root} is not what was written: {check.detail}; {again}")
+        raise PushError(f"{export.root} has changed since its ONNX export: {check.detail}; {again}")
     stale = stale_graphs(export)
     if stale:
         raise PushError(stale)
 
 
-def _may_leave(name: str, export: Export) -> bool:
+def _is_allowed(name: str, export: Export) -> bool:
     if LICENCE_TEXT.fullmatch(name):
         return True
     if ONNX_FILES.fullmatch(name):
@@ -156,7 +158,7 @@ def _may_leave(name: str, export: Export) -> bool:
 
 
 def _is_large(name: str, export: Export) -> bool:
-    """Whether a file is too large to be text that somebody wrote, or holds weights."""
+    """Whether to upload a file from disk: it holds ONNX weights, or is too large for text that somebody wrote."""
     if name in export.manifest.onnx:
         return name.endswith(DATA_SUFFIX) or export.manifest.onnx[name].size > LARGE_BYTES
     is_verified = name in export.manifest.files and name not in EDITABLE
@@ -164,15 +166,16 @@ def _is_large(name: str, export: Export) -> bool:
 
 
 def _check_content(name: str, content: bytes, is_public: bool) -> None:
-    """Check a file that would leave.
+    """Check the content of a file to upload.
 
     Args:
-        name, content: the file.
-        is_public: the base came from the Hub, so what its files say is known already.
+        name: its name.
+        content: its bytes.
+        is_public: whether the base came from the Hub, so that paths in its files are public already.
     """
     secret = SECRET.search(content)
     if secret:
-        raise PushError(f"{name} holds what looks like a secret ({secret[0][:6].decode()}...); take it out")
+        raise PushError(f"{name} contains something like a secret ({secret[0][:6].decode()}...); remove it")
     if not name.endswith(".json") or name in VOCABULARIES:
         return
     try:
@@ -184,17 +187,17 @@ def _check_content(name: str, content: bytes, is_public: bool) -> None:
     for value in _strings(values):
         if ABSOLUTE_PATH.match(value) and not (is_public and name != MANIFEST):
             raise PushError(
-                f"{name} holds the absolute path {value[:80]!r}; take it out of the base's file and convert again"
+                f"{name} contains the absolute path {value[:80]!r}; remove it from the base's file and convert again"
             )
 
 
 def _check_auto_map(name: str) -> None:
-    if not name.startswith(f"{BASE_FOLDER}/"):  # originals are there to be restored; nothing loads them
-        raise PushError(f"{name} asks for foreign code (auto_map); take that out of the base's file and convert again")
+    if not name.startswith(f"{BASE_FOLDER}/"):  # nothing loads these originals; `restore` needs them
+        raise PushError(f"{name} asks for foreign code (auto_map); remove that from the base's file and convert again")
 
 
 def _strings(value) -> Iterator[str]:
-    """All strings in a JSON value, keys of objects included."""
+    """All strings in a JSON value, including the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -27,8 +27,8 @@ from loopexport.export.onnx_files import graph_name
 from loopexport.export.small_files import export_card, is_card_edited
 from loopexport.files.digests import Progress, bytes_sha256
 
-from .allowlist import Outgoing, collect
-from .repository import MAIN, CopyRefusedError, Target, commit, connect, look_at, prepare
+from .allowlist import AllowedFiles, allowed_files
+from .repository import MAIN, CopyRefusedError, Target, commit, connect, create_missing, read_target
 from .transfers import (
     COPY,
     DELETE,
@@ -129,7 +129,7 @@ class PushPlan:
         is_there = self.target.has_branch or self.create_pr
         if is_there and all(transfer.how == THERE for transfer in self.transfers):
             return PushResult(self.url, self.target.head, self.transfers)
-        prepare(self.api, self.target, private=self.private)
+        create_missing(self.api, self.target, private=self.private)
         transfers = self.transfers
         try:
             done, pr_url = _commit(self, transfers)
@@ -172,11 +172,11 @@ def plan_push(
         HubError: the Hub refused or cannot be reached.
     """
     export = open_export(root)
-    outgoing = collect(export)
+    allowed = allowed_files(export)
     api, target = find_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
     _check_foreign_weights(export, target)
-    heavy = [*weights_transfers(export, progress), *large_transfers(export, outgoing.large, progress)]
-    files, about_card = _settle_card(export, outgoing.files, target)
+    heavy = [*weights_transfers(export, progress), *large_transfers(export, allowed.large, progress)]
+    files, about_card = _settle_card(export, allowed.small, target)
     wanted = [*heavy, *small_transfers(files)]
     transfers, about_weights = settle_transfers(api, export, target, wanted, server_copy)
     return PushPlan(
@@ -184,8 +184,8 @@ def plan_push(
         export=export,
         target=target,
         transfers=(*transfers, *deletions(target, {transfer.name for transfer in transfers})),
-        staying=outgoing.staying,
-        warnings=(*about_card, *about_weights, *_about_links(export), *_about_licence(outgoing, files[CARD], target)),
+        staying=allowed.staying,
+        warnings=(*about_card, *about_weights, *_about_links(export), *_about_licence(allowed, files[CARD], target)),
         private=private,
         create_pr=create_pr,
         message=commit_message or f"Upload {export.manifest.base.name}, looped by LoopExport {__version__}",
@@ -212,7 +212,7 @@ def find_target(
     _check_options(repo_id, revision, create_pr)
     api, user = connect(token)
     repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-    target = look_at(api, repo_id, revision or MAIN, needs_write=not create_pr)
+    target = read_target(api, repo_id, revision or MAIN, needs_write=not create_pr)
     if private and target.is_private is False:
         raise PushError(
             f"{target.repo_id} exists and is public, and --private only works for new repositories; "
@@ -295,9 +295,9 @@ def _about_links(export: Export) -> list[str]:
     ]
 
 
-def _about_licence(outgoing: Outgoing, card: bytes, target: Target) -> list[str]:
+def _about_licence(allowed: AllowedFiles, card: bytes, target: Target) -> list[str]:
     metadata = read_metadata(card.decode("utf-8", errors="replace"))
-    names = [*outgoing.files, *outgoing.large]
+    names = [*allowed.small, *allowed.large]
     return licence_warnings(metadata, names, target.repo_id.rsplit("/", 1)[-1])
 
 

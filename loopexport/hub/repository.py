@@ -1,4 +1,4 @@
-"""A repository on the Hub to be written to: what it holds, and one commit that changes it all at once."""
+"""The Hub repository that `push` writes to: read its state, then change it in a single commit."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAIN = "main"
-AGAIN = "run the same command again: files that arrived whole are not sent twice"
+AGAIN = "run the same command again: finished files are not uploaded twice"
 
 
 class CopyRefusedError(Exception):
-    """The Hub does not copy files from the base; they have to be uploaded."""
+    """The Hub refuses to copy files from the base's repository; upload them instead."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the Hub lists it.
+    """A file in a Hub repository.
 
     Attributes:
         size: in bytes.
-        git_id: the id of its content, for a regular file.
-        sha256: of its content, for a large file, else None.
-        is_copyable: whether the client can ask for a copy of it in another repository.
+        git_id: the git blob id; for a regular file it identifies the content.
+        sha256: of the content, for a large file; None for a regular file.
+        is_copyable: whether the Hub can copy it into another repository.
     """
 
     size: int
@@ -43,16 +43,18 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Target:
-    """The repository and branch to write to, as it was when it was looked at.
+    """The repository and branch to write to, in the state in which `read_target` found them.
 
     Attributes:
-        repo_id, revision: which.
-        exists, has_branch: whether they are there yet.
-        is_private: whether the repository is private; None where it is not there yet.
-        head: the commit that the branch points to or, if it is not there, will start from; None for a new repository.
-        files: what that commit holds, by name.
-        card: its model card; None if there is none.
-        manifest: what was pushed last; None if the repository holds no export.
+        repo_id: the repository, such as `me/name`.
+        revision: the branch.
+        exists: whether the repository exists.
+        has_branch: whether the branch exists.
+        is_private: whether the repository is private; None if it does not exist.
+        head: the newest commit of the branch, or of `main` if the branch does not exist; None for a new repository.
+        files: the files of that commit, by name.
+        card: its model card; None if it has none.
+        manifest: the manifest of the export that it holds; None if it holds none.
     """
 
     repo_id: str
@@ -67,32 +69,33 @@ class Target:
 
 
 def connect(token: str | None) -> tuple[HfApi, str]:
-    """The Hub's client, and the name of the user whom the token belongs to.
+    """Log in to the Hub: its client, and the name of the token's owner.
 
     Raises:
-        HubError: there is no token, or the Hub does not accept it.
+        HubError: there is no token, or the Hub does not accept it; the message says how to set one.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="loopexport")
-    with explained("your account"):
+    with explain_hub_errors("your account"):
         return api, api.whoami()["name"]
 
 
-def look_at(api: HfApi, repo_id: str, revision: str, *, needs_write: bool) -> Target:
-    """What a repository holds now.
+def read_target(api: HfApi, repo_id: str, revision: str, *, needs_write: bool) -> Target:
+    """Read the state of a repository and branch, which need not exist.
 
     Args:
-        api: the client.
-        repo_id, revision: repository and branch; they need not exist.
-        needs_write: check that the user may write to the repository.
+        api: the Hub client.
+        repo_id: the repository.
+        revision: the branch.
+        needs_write: whether to check that the user may write to the repository.
 
     Raises:
-        HubError: the Hub refused, or cannot be reached.
+        HubError: the Hub refused, or cannot be reached; the message says what to do.
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         try:
             info = api.model_info(repo_id)
         except RepositoryNotFoundError as error:
@@ -114,12 +117,12 @@ def look_at(api: HfApi, repo_id: str, revision: str, *, needs_write: bool) -> Ta
 
 
 def list_files(api: HfApi, repo_id: str, revision: str, names: list[str] | None = None) -> dict[str, RemoteFile]:
-    """The files of a commit, all or those named, by name.
+    """The files of a commit by name: those in `names`, or all.
 
     Raises:
         HubError: the Hub refused, or cannot be reached.
     """
-    with explained(repo_id):
+    with explain_hub_errors(repo_id):
         if names is None:
             entries = list(api.list_repo_tree(repo_id, recursive=True, revision=revision))
         else:
@@ -128,23 +131,23 @@ def list_files(api: HfApi, repo_id: str, revision: str, names: list[str] | None 
 
 
 def cannot_copy_from(base: Origin, repo_id: str) -> str:
-    """Why the client cannot ask the Hub to copy files of a base; an empty string if it can."""
+    """Why the Hub cannot copy files of this base into the repository; empty if it can."""
     from huggingface_hub import CommitOperationCopy
 
     if base.revision is None:
         return f"the base {base.name} is a local directory"
     if base.name != repo_id and "src_repo_id" not in inspect.signature(CommitOperationCopy).parameters:
-        return "this huggingface_hub cannot copy between repositories; version 2 can"
+        return "this huggingface_hub cannot copy between repositories; install version 2"
     return ""
 
 
-def prepare(api: HfApi, target: Target, *, private: bool) -> None:
-    """Make sure that repository and branch exist.
+def create_missing(api: HfApi, target: Target, *, private: bool) -> None:
+    """Create the repository and the branch if they do not exist.
 
     Raises:
         HubError: the Hub refused, or cannot be reached.
     """
-    with explained(target.repo_id):
+    with explain_hub_errors(target.repo_id):
         if not target.exists:
             api.create_repo(target.repo_id, private=private or None, exist_ok=True)
         if not target.has_branch and target.revision != MAIN:
@@ -162,28 +165,28 @@ def commit(
     deletions: list[str],
     create_pr: bool,
 ) -> tuple[str, str | None]:
-    """Upload what has to be uploaded, then change all files in one commit; its id, and the URL of the pull request.
+    """Upload files, then change the repository in one commit; returns its id and the URL of the pull request, if any.
 
     Args:
-        api: the client.
-        target: where to; if its branch has moved since it was looked at, nothing is changed.
-        message: the commit's message.
-        additions: content (bytes, or the file that holds it) and sha256, by name.
-        copies: names of files that the Hub itself is to copy from `base`.
-        base: a repository on the Hub, at a commit.
-        deletions: names of files to be deleted.
-        create_pr: propose the change in a pull request instead.
+        api: the Hub client.
+        target: the repository and branch; the commit fails if the branch has moved since `read_target`.
+        message: the commit message.
+        additions: for each file to upload, its content (bytes, or the path of a file) and its sha256.
+        copies: names of the files that the Hub copies from `base`.
+        base: a Hub repository at a commit.
+        deletions: names of the files to delete.
+        create_pr: open a pull request instead of changing the branch.
 
     Raises:
-        CopyRefusedError: the Hub does not copy these files; nothing is changed.
-        HubError: the Hub refused, or cannot be reached; nothing is changed, unless the answer was lost.
-        PushError: the repository would drop a file; nothing is changed.
+        CopyRefusedError: the Hub refuses to copy these files; nothing has changed.
+        HubError: the Hub refused, or cannot be reached; nothing has changed, unless only the Hub's answer was lost.
+        PushError: the repository's .gitignore would drop a file; nothing has changed.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
     source: dict[str, Any] = {} if base.name == target.repo_id else {"src_repo_id": base.name, "src_repo_type": "model"}
     adding = [CommitOperationAdd(name, content) for name, (content, _) in additions.items()]
-    for operation in adding:  # their digests are known, which saves a second pass over large files
+    for operation in adding:  # known digests save the client a second pass over large files
         operation.upload_info.sha256 = bytes.fromhex(additions[operation.path_in_repo][1])
     operations: list[Any] = [
         *adding,
@@ -191,8 +194,8 @@ def commit(
         *(CommitOperationDelete(name) for name in deletions),
     ]
     where: dict[str, Any] = {"revision": target.revision, "create_pr": create_pr}
-    with explained(target.repo_id), _copy_refusals():
-        # Apart from the commit, because only here the repository's .gitignore can be kept from dropping files silently.
+    with explain_hub_errors(target.repo_id), _copy_refusals():
+        # Not left to create_commit, because only this call can stop the repository's .gitignore from dropping files.
         api.preupload_lfs_files(target.repo_id, adding, gitignore_content="", **where)
         _check_none_dropped(adding, target)
         done = api.create_commit(target.repo_id, operations, commit_message=message, parent_commit=target.head, **where)
@@ -200,18 +203,18 @@ def commit(
 
 
 def _check_none_dropped(adding: list, target: Target) -> None:
-    """The client says nowhere but in a private attribute that it is about to leave a file out of the commit."""
+    """Raise PushError if the client is about to leave a file out of the commit; only a private attribute says so."""
     dropped = [operation.path_in_repo for operation in adding if getattr(operation, "_should_ignore", False)]
     if dropped:
-        raise PushError(f"the .gitignore of {target.repo_id} drops {dropped[0]}; take that line out of it first")
+        raise PushError(f"the .gitignore of {target.repo_id} excludes {dropped[0]}; remove that line from it first")
 
 
 @contextmanager
-def explained(what: str):
-    """Turn what the Hub's client raises into a `HubError` of one line that says what to do.
+def explain_hub_errors(what: str):
+    """Turn an error of the Hub client into a `HubError`: one line that says what to do.
 
     Args:
-        what: the repository in question, for the message.
+        what: the repository, for the message.
     """
     from huggingface_hub import errors
 
@@ -244,20 +247,20 @@ def _copy_refusals():
 def _explain(error: BaseException, what: str) -> str:
     from huggingface_hub import errors
 
-    if getattr(error, "response", None) is not None:  # an answer; older clients do not always raise their own kind
+    if getattr(error, "response", None) is not None:  # the Hub answered; older clients may raise another error
         return _explain_status(error, what)
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return "there is no Hub token; log in (`hf auth login`), set HF_TOKEN, or give --token"
+        return "no Hub token; log in (`hf auth login`), set HF_TOKEN, or give --token"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, and a push needs the Hub; unset it"
+        return "HF_HUB_OFFLINE is set, but a push needs the Hub; unset it"
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        return _explain(error.__cause__, what)  # so the client wraps what stopped an upload
+        return _explain(error.__cause__, what)  # the client wraps errors of an upload like this
     if isinstance(error, ValueError) and "LFS batch API" in str(error):
-        return f"the Hub does not take the files of {what}: {str(error).strip().splitlines()[-1].split('`')[-1]}"
+        return f"the Hub does not accept the files of {what}: {str(error).strip().splitlines()[-1].split('`')[-1]}"
     if isinstance(error, OSError) and getattr(error, "filename", None):
         return f"cannot read {error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, RuntimeError)):
-        return f"the Hub's client refuses: {one_line(error)}"
+        return f"the Hub client refuses: {one_line(error)}"
     return f"the connection to the Hub broke ({first_line(error)}); check the network and {AGAIN}"
 
 
@@ -265,38 +268,36 @@ def _explain_status(error: Any, what: str) -> str:
     status, message = error.response.status_code, _server_message(error)
     if status == 401:
         return (
-            "the Hub does not accept the token: it is mistyped, expired or revoked; "
+            "the Hub does not accept the token: it is wrong, expired or revoked; "
             "log in again (`hf auth login`), or set HF_TOKEN or --token"
         )
     if status in (402, 413, 507) or "storage" in message or "quota" in message:
-        return f"the Hub does not take the files of {what}: {message}"
+        return f"the Hub does not accept the files of {what}: {message}"
     if status == 403:
         return (
             f"you may not write to {what} ({message}); "
             "use a token with write permission, a namespace of your own, or --create-pr"
         )
     if status == 404:
-        return f"the Hub has no {what} that you can see ({message}); check its name and your token"
+        return f"there is no {what} on the Hub that you can see ({message}); check its name and your token"
     if status in (409, 412):
         return f"{what} is being changed by someone else ({message}); run the same command again"
     if status == 429:
         wait = error.response.headers.get("Retry-After")
-        return (
-            f"the Hub limits how often you may ask ({message}); wait {f'{wait} s' if wait else 'a while'} and {AGAIN}"
-        )
+        return f"the Hub limits your requests ({message}); wait {f'{wait} s' if wait else 'a while'} and {AGAIN}"
     if status >= 500:
-        return f"the Hub is in trouble ({status}: {message}); {AGAIN}"
+        return f"the Hub has an error of its own ({status}: {message}); {AGAIN}"
     return f"the Hub refused {what} ({status}: {message})"
 
 
 def _server_message(error: Any) -> str:
-    """What the Hub itself says, in a line."""
+    """The Hub's own message, in one line."""
     message = getattr(error, "server_message", None) or error.response.headers.get("X-Error-Message") or str(error)
     return one_line(message)
 
 
 def _read_export(api: HfApi, repo_id: str, revision: str, files: dict) -> tuple[str | None, Manifest | None]:
-    """Card and manifest of a repository, as far as it has them."""
+    """Card and manifest of a repository; None for one that it does not have."""
     with tempfile.TemporaryDirectory() as folder:
         for name in (CARD, MANIFEST):
             if name in files:

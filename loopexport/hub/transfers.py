@@ -1,4 +1,4 @@
-"""How each file of a push gets to the Hub: it is there already, the Hub copies it from the base, or it is uploaded."""
+"""How each file of a push gets to the Hub: it is there already, the Hub copies it from the base, or we upload it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ UPLOAD, COPY, THERE, DELETE = "uploaded", "copied", "there", "deleted"
 
 @dataclass(frozen=True)
 class Transfer:
-    """One file and how it gets to the Hub.
+    """One file, and how it gets to the Hub.
 
     Attributes:
-        name: its name, here and there.
+        name: its name in the export and in the repository.
         size: in bytes.
-        how: `UPLOAD`; `COPY`, by the Hub from the base's repository; `THERE`, the repository has it; or `DELETE`, it
-            belonged to the export that was pushed before and not to this one.
-        sha256: of its content; empty for what is deleted.
-        content: the bytes, or the file that holds them; None for what is deleted, and for weights that are not here.
+        how: `UPLOAD`: from this machine; `COPY`: by the Hub, from the base's repository; `THERE`: the repository has it
+            already; `DELETE`: the export pushed before had it, this one does not.
+        sha256: of the content; empty for a file to delete.
+        content: the bytes, or the path of a file; None for a file to delete, and for weights that are not on this
+            machine.
     """
 
     name: str
@@ -40,16 +41,16 @@ class Transfer:
     content: bytes | Path | None = None
 
     def to_dict(self) -> dict:
-        """The file for `--json`."""
+        """The transfer for `--json`."""
         return {"name": self.name, "size": self.size, "how": self.how}
 
 
 def weights_transfers(export: Export, progress: Progress) -> list[Transfer]:
-    """The weights, each with its true digest; of those that are not here, the one that the manifest tells.
+    """Uploads of the weights files; each is hashed if it is on this machine, else the manifest gives its digest.
 
     Raises:
-        ExportError: a weights file is not what was written.
-        PushError: one is missing, and nothing is known of it.
+        ExportError: a weights file has changed since the conversion; convert the base again.
+        PushError: a weights file is missing and has no digest in the manifest; convert the base again.
     """
     transfers = []
     for name, record in export.manifest.weights.items():
@@ -64,10 +65,10 @@ def weights_transfers(export: Export, progress: Progress) -> list[Transfer]:
 
 
 def large_transfers(export: Export, names: tuple[str, ...], progress: Progress) -> list[Transfer]:
-    """Files that are sent from the disk.
+    """Uploads of large files from disk.
 
     Raises:
-        ExportError: one of them is not what was written.
+        ExportError: one of them has changed since it was written.
     """
     return [_large_transfer(export, name, progress) for name in names]
 
@@ -81,17 +82,17 @@ def _large_transfer(export: Export, name: str, progress: Progress) -> Transfer:
 
 
 def small_transfers(files: dict[str, bytes]) -> list[Transfer]:
-    """Files whose content is given, by name."""
+    """Uploads of small files, given as contents by name."""
     return [Transfer(name, len(content), UPLOAD, bytes_sha256(content), content) for name, content in files.items()]
 
 
 def settle_transfers(
     api: HfApi, export: Export, target: Target, transfers: list[Transfer], server_copy: bool
 ) -> tuple[list[Transfer], list[str]]:
-    """How each file gets there, and what to tell of weights that have to be uploaded.
+    """Replace uploads by cheaper ways where possible; returns the transfers, and warnings about uploaded weights.
 
     Raises:
-        PushError: weights are neither here nor where the Hub could copy them from.
+        PushError: weights are not on this machine and the Hub cannot copy them; convert the base again with weights.
     """
     items = [_if_there(item, target.files.get(item.name)) for item in transfers]
     at_base, reason = _list_base(api, export, target, [item.name for item in items if item.how == UPLOAD], server_copy)
@@ -100,20 +101,20 @@ def settle_transfers(
     for item in uploaded:
         if item.content is None:
             raise PushError(_cannot_complete(item.name, reason))
-    return items, [f"weights are uploaded, not copied on the Hub: {reason}"] if uploaded else []
+    return items, [f"weights are uploaded, not copied by the Hub: {reason}"] if uploaded else []
 
 
 def deletions(target: Target, names: set[str]) -> list[Transfer]:
-    """What the export that was pushed before had, and this one has not: it would be loaded, or mistaken for ours."""
+    """Files of the export pushed before that this one does not have; left there, they could be loaded with this one."""
     stale = sorted((names_of(target.manifest) & set(target.files)) - names)
     return [Transfer(name, target.files[name].size, DELETE) for name in stale]
 
 
 def uploaded_instead(transfer: Transfer, reason: str) -> Transfer:
-    """A file that the Hub does not copy after all.
+    """The transfer as an upload, after the Hub refused to copy the file.
 
     Raises:
-        PushError: it is not here.
+        PushError: the file is not on this machine.
     """
     if transfer.how != COPY:
         return transfer
@@ -130,7 +131,7 @@ def names_of(manifest: Manifest | None) -> set[str]:
 def _list_base(
     api: HfApi, export: Export, target: Target, names: list[str], server_copy: bool
 ) -> tuple[dict[str, RemoteFile], str]:
-    """What the base's repository has of these files, and why those that it lacks, or all, cannot be copied there."""
+    """The files of these names in the base's repository, and why the Hub cannot copy the others."""
     base = export.manifest.base
     reason = cannot_copy_from(base, target.repo_id) if server_copy else "--no-server-copy"
     if reason or not names or base.revision is None:
@@ -139,7 +140,7 @@ def _list_base(
         files = list_files(api, base.name, base.revision, names)
     except HubError as error:
         return {}, str(error)
-    return files, f"{base.name} at {base.revision[:12]} does not have these bytes where they can be copied from"
+    return files, f"{base.name} at {base.revision[:12]} has no copyable file with these bytes"
 
 
 def _if_there(item: Transfer, file: RemoteFile | None) -> Transfer:
@@ -158,4 +159,4 @@ def _if_copyable(item: Transfer, file: RemoteFile | None) -> Transfer:
 
 
 def _cannot_complete(name: str, reason: str) -> str:
-    return f"{name} is not here and cannot be copied on the Hub ({reason}); convert the base again with its weights"
+    return f"{name} is not here and the Hub cannot copy it ({reason}); convert the base again with its weights"

@@ -1,1 +1,1 @@
-"""The loop: what a spec says, what it costs, what was published about it, and how to put it in words."""
+"""The loop: its spec, its cost, published results, advice before a conversion, and its description in words."""

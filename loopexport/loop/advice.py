@@ -1,4 +1,4 @@
-"""What a user should know before a conversion, in a line each: short, and as the measurements have it."""
+"""What a user should know before a conversion: short warnings, one line each, based on measurements."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .wording import describe_span
 SMALL_MODEL_PARAMS = 3_000_000_000
 
 
-def notices(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None) -> list[str]:
-    """All that applies to a loop on a base; `preset` is the one that the user asked for."""
+def loop_warnings(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None) -> list[str]:
+    """All warnings for a loop on a base; `preset` is the preset that the user chose, if any."""
     if spec.is_identity:
         return ["this spec is the base model itself (steps 1 or anchor 1)"]
     return [
@@ -29,17 +29,17 @@ def notices(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None) -> l
 def _gain(base: Checkpoint, spec: LoopSpec, preset: Preset | None) -> list[str]:
     published = published_cell(base, spec)
     if published is not None:
-        return [f"published for this cell ({published.status}): {result}" for result in published.results]
+        return [f"published for this model and loop ({published.status}): {result}" for result in published.results]
     unproven = ["a gain is unproven for this model and this loop: compare with the base on your own task"]
     if preset is None:
         return unproven
     changed = [name for name in SPEC_KEYS if getattr(preset.spec, name) != getattr(spec, name)]
     other = misfit(preset, base)
     if other and "span" not in changed:
-        other += f": its span {describe_span(spec)} is used as it is, not scaled; --span gives another"
+        other += f": its span {describe_span(spec)} is used unscaled; --span sets another"
     return [
         *filter(None, [other]),
-        *([f"this is not the loop of preset {preset.name}, it differs in {', '.join(changed)}"] if changed else []),
+        *([f"this loop differs from preset {preset.name} in {', '.join(changed)}"] if changed else []),
         *unproven,
     ]
 
@@ -52,17 +52,17 @@ def _small_model(base: Checkpoint) -> list[str]:
 def _cached_decoding(spec: LoopSpec) -> list[str]:
     if spec.kv != "reference":
         return []
-    return ["kv reference: cached decoding does not equal a full forward, by design; kv shared does"]
+    return ["kv reference: by design, cached decoding differs from a full forward; with kv shared they are equal"]
 
 
 def _routing(base: Checkpoint, spec: LoopSpec) -> list[str]:
     if not base.is_sparse and spec.frozen_routing:
-        return ["frozen routing changes nothing here: the base has no experts to choose from"]
+        return ["frozen routing changes nothing here: the base has no experts"]
     if not base.is_sparse or spec.frozen_routing:
         return []
     return [
         "sparse experts without frozen routing: the authors saw 28-37 % of tokens change experts after one iteration; "
-        "--frozen-routing keeps those of the natural pass"
+        "--frozen-routing keeps the experts of the natural pass"
     ]
 
 
@@ -70,11 +70,11 @@ def _family(model_type: str) -> list[str]:
     status, reason = newest_outcome(model_type)
     if status == "works":
         return []
-    known = {"in part": f"works in part ({reason})", "no span": reason, "untried": f"was not tried ({reason})"}
-    return [f"family {model_type} {known.get(status, 'was never tried')}: `loopexport verify` the result"]
+    known = {"in part": f"works in part ({reason})", "no span": reason, "untried": f"was not tested ({reason})"}
+    return [f"family {model_type} {known.get(status, 'was never tested')}: check the export with `loopexport verify`"]
 
 
 def _quantised(base: Checkpoint) -> list[str]:
     if base.quantisation is None:
         return []
-    return [f"the base is quantised by {base.quantisation}: the export needs the libraries that the base needs"]
+    return [f"the base is quantised with {base.quantisation}: the export needs the same libraries as the base"]

@@ -1,4 +1,4 @@
-"""What a loop costs, counted from the config and the weights' headers: layer evaluations, weights read, K/V bytes."""
+"""The cost of a loop, counted from the config and the weights' headers: layer evaluations, weights read, K/V bytes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from loopexport.templates.looped_spec import ATTENTION_TYPES
 
 from .spec import LoopSpec
 
-MAX_WIDTH = 2**31  # of anything in a model; a config with a larger number is not to be taken at its word
+MAX_WIDTH = 2**31  # a number in a config that is not below this is ignored
 TORCH_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
-# What families call the same number in their configs; the first that is set counts.
+# The config keys of each number in different families; the first one present counts.
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 KV_HEADS = ("kv_n_heads", "num_key_value_heads", "num_kv_heads")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 HEAD_DIM = ("head_dim", "kv_channels")
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
-# Tensors outside the layers, by the name of their module: the table of token embeddings, which may be the head as well;
-# other tables, of which one row is read; heads; and what transformers leaves unread (multi-token prediction).
+# Tensors outside the layers, by module name: the token embeddings, which may also serve as the head; other tables, of
+# which a token reads one row; heads; and modules that transformers does not run (multi-token prediction).
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|w|((word|tok)_)?embeddings)\.\w*weight\w*$")
 OTHER_TABLE = re.compile(
     r"(^|\.)(wpe|embed_positions|embed_tokens_per_layer|(position|token_type)_embeddings)\.\w*weight\w*$"
@@ -35,35 +35,39 @@ HEAD = re.compile(
 )
 UNREAD = re.compile(r"^(model\.)?mtp\.")
 
-# Routed experts, module list or fused; shared ones are called `shared_experts`.
+# Routed experts, as a module list or fused; shared experts are called `shared_experts` and do not match.
 ROUTED = re.compile(r"\.experts\.")
 
-# Projections to keys and to values, where they are tensors of their own.
+# Separate projections to keys and to values.
 KV_PROJECTION = re.compile(r"\.(k|v)_proj\.weight$")
 
-# Keys of a config whose K/V heads differ in number or width by layer.
+# A config with one of these keys has K/V heads that differ in number or width by layer.
 NUMBERS_BY_LAYER = ("per_layer_config", "global_head_dim", "swa_head_dim", "swa_num_key_value_heads")
 
-# Types of layers, by `layer_types` of native configs, that keep no keys and values.
+# Names in `layer_types` of native configs for layers that keep no keys and values.
 TYPES_WITHOUT_KV = ("linear_attention", "conv", "mamba", "recurrent", "mlp", "moe")
 
-# The release of transformers from which multi-head latent attention keeps the latents instead of keys and values
-# (`expand_kv` of its deepseek_v3 and others).
+# Since this release of transformers, multi-head latent attention caches the latents instead of keys and values
+# (`expand_kv` in its deepseek_v3 and others).
 LATENT_CACHE_SINCE = (5, 15)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost per token, looped against base. None where it cannot be told from the config.
+    """Cost per token of the looped model and of its base; None for a number that the config does not give.
 
     Attributes:
-        layer_evaluations: decoder layers run for one token, `L + (E K - 1) w`, and `base_layer_evaluations`, L.
-        params_read: parameters read to decode one token, and `base_params_read`: layers as often as they run, of the
-            routed experts those that a token is sent to, of embedding tables one row, everything else once. None for
-            quantised weights, which pack several into an element.
-        bytes_read: the same in bytes of the file's tensors, quantised or not, and `base_bytes_read`.
-        kv_bytes: bytes that one token adds to the cache that the installed transformers keeps, all slots, in the
-            checkpoint's dtype, and `base_kv_bytes`. Sliding-window layers stop growing at their window.
+        layer_evaluations: decoder layers run for one token, `L + (E K - 1) w`.
+        base_layer_evaluations: the same for the base, L.
+        params_read: parameters read to decode one token: each layer as often as it runs, of the routed experts only the
+            chosen ones, one row of an embedding table, and everything else once. None for quantised weights, which
+            pack several parameters into one element.
+        base_params_read: the same for the base.
+        bytes_read: the same count in bytes of the tensors in the files, quantised or not.
+        base_bytes_read: the same for the base.
+        kv_bytes: bytes that one token adds to all slots of the cache of the installed transformers, in the
+            checkpoint's dtype. Sliding-window layers stop growing at their window.
+        base_kv_bytes: the same for the base.
     """
 
     layer_evaluations: int
@@ -77,19 +81,19 @@ class Cost:
 
     @property
     def multiplier(self) -> float:
-        """Layer evaluations against the base: the compute a token takes, attention to the head left out."""
+        """`layer_evaluations / base_layer_evaluations`: the factor on compute per token, head not counted."""
         return self.layer_evaluations / self.base_layer_evaluations
 
     def to_dict(self) -> dict:
-        """All counts, and the multiplier."""
+        """The cost for `--json`: all counts and the multiplier."""
         return {**asdict(self), "multiplier": round(self.multiplier, 4)}
 
 
 def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
     """Count the cost of a loop on a base.
 
-    `L + (E K - 1) w` layer evaluations, with K steps of E evaluations each of a span of w layers (E is 1 for most
-    rules): the natural pass is one of them and writes the cache, so no pass is spent on that alone.
+    A token takes `L + (E K - 1) w` layer evaluations: K steps of E evaluations each (1 for most rules) of a span of w
+    layers. The natural pass is one of these evaluations and writes the cache, so the cache costs no extra pass.
     """
     runs = dict.fromkeys(spec.layers, spec.evaluations)
     slots = runs if spec.extra_kv_slots else {}
@@ -108,7 +112,7 @@ def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
 
 
 def dtype_name(base: Checkpoint) -> str:
-    """The checkpoint's dtype, as torch calls it where the config says it, else as its largest tensor has it."""
+    """The checkpoint's dtype: its torch name from the config, or else the safetensors name of the largest tensor's."""
     named = base.config.get("dtype") or base.config.get("torch_dtype")
     if isinstance(named, str):
         return named
@@ -121,7 +125,7 @@ def dtype_name(base: Checkpoint) -> str:
 
 
 def _weights_read(base: Checkpoint, runs: dict[int, int]) -> tuple[int | None, int | None]:
-    """Parameters and bytes read to decode one token; `runs` tells how often a layer runs, where not once."""
+    """Parameters and bytes read to decode one token; `runs` has the layers that run more than once, and how often."""
     experts, active = _int(base.config, EXPERTS), _int(base.config, ACTIVE_EXPERTS)
     tied = not any(layer_of(name) is None and HEAD.search(name) for name in base.tensors)
     always, routed = [0, 0], [0, 0]
@@ -141,7 +145,7 @@ def _weights_read(base: Checkpoint, runs: dict[int, int]) -> tuple[int | None, i
 
 
 def _is_looked_up(name: str, tied: bool) -> bool:
-    """Whether one row of a tensor is read, rather than all: not of an embedding that is the head as well."""
+    """Whether a token reads only one row of a tensor; of an embedding that is also the head, it reads all."""
     return bool(OTHER_TABLE.search(name) or (not tied and EMBEDDING.search(name)))
 
 
@@ -150,7 +154,7 @@ def _rows(tensor: Tensor) -> int:
 
 
 def _is_routed(name: str, tensor: Tensor, experts: int | None) -> bool:
-    fused = experts and len(tensor.shape) == 3 and tensor.shape[0] == experts  # where no module is called experts
+    fused = experts and len(tensor.shape) == 3 and tensor.shape[0] == experts  # fused, but not named experts
     return bool(fused or ROUTED.search(name))
 
 
@@ -160,7 +164,7 @@ def _is_routed(name: str, tensor: Tensor, experts: int | None) -> bool:
 
 
 def _kv_bytes(base: Checkpoint, slots: dict[int, int]) -> int | None:
-    """Bytes that one token adds to the cache; `slots` tells how many a layer has, where not one."""
+    """Bytes that one token adds to the cache; `slots` has the layers with more than one slot, and how many."""
     dtype = dtype_name(base)
     width = TORCH_DTYPE_BYTES.get(dtype) or (0 if base.quantisation else DTYPE_BITS.get(dtype, 0) // 8)
     projected = {} if base.quantisation else _projected_numbers(base)
@@ -171,7 +175,7 @@ def _kv_bytes(base: Checkpoint, slots: dict[int, int]) -> int | None:
 
 
 def _projected_numbers(base: Checkpoint) -> dict[int, int]:
-    """By layer, the rows of its projections to keys and values; without one to values, those are the keys again."""
+    """For each layer, the rows of its projections to keys and to values; without the latter, values are the keys."""
     rows: dict[int, dict[str, int]] = {}
     for name, tensor in base.tensors.items():
         layer, match = layer_of(name), KV_PROJECTION.search(name)
@@ -181,7 +185,7 @@ def _projected_numbers(base: Checkpoint) -> dict[int, int]:
 
 
 def _kv_numbers(base: Checkpoint, layer: int, projected: dict[int, int]) -> int | None:
-    """How many numbers one layer keeps of a token: 0 where it keeps no keys and values, None where that is unclear."""
+    """Count the numbers that a layer caches for one token: 0 without keys and values, None if unknown."""
     config, types = base.config, layer_types(base.config)
     kind = types[layer] if types and layer < len(types) else "attention"
     if kind in TYPES_WITHOUT_KV or layer >= base.num_layers - (_int(config, ("num_kv_shared_layers",)) or 0):
@@ -195,7 +199,7 @@ def _kv_numbers(base: Checkpoint, layer: int, projected: dict[int, int]) -> int 
 
 
 def _latent_numbers(config: dict, latent: int) -> int | None:
-    """Multi-head latent attention: the latent and the rotated keys; in older releases each head's keys and values."""
+    """Multi-head latent attention: the latent and the rotated keys; in older releases, keys and values by head."""
     rope = _int(config, ("qk_rope_head_dim",)) or 0
     if tuple(map(int, version("transformers").split(".")[:2])) >= LATENT_CACHE_SINCE:
         return latent + rope
@@ -204,10 +208,10 @@ def _latent_numbers(config: dict, latent: int) -> int | None:
 
 
 def _attention_numbers(config: dict) -> int | None:
-    """Keys and values of all K/V heads, of a config that has one number of each for all layers."""
+    """Keys and values of all K/V heads, for a config whose layers are all alike; None for others."""
     if any(config.get(key) for key in NUMBERS_BY_LAYER):
         return None
-    own = config.get("attn_config")  # a config of attention's own
+    own = config.get("attn_config")  # some families nest the attention's config
     config = {**config, **own} if isinstance(own, dict) else config
     heads, hidden = _int(config, HEADS), _int(config, HIDDEN)
     kv_heads = _int(config, KV_HEADS) or heads
@@ -219,6 +223,6 @@ def _attention_numbers(config: dict) -> int | None:
 
 
 def _int(config: dict, keys: tuple[str, ...]) -> int | None:
-    """The first of these that the config gives as a whole number, not below zero and not beyond belief."""
+    """The value of the first of these keys that holds a whole number from 0 to `MAX_WIDTH`; None if none does."""
     numbers = (config[key] for key in keys if key in config)
     return next((number for number in numbers if type(number) is int and 0 <= number < MAX_WIDTH), None)

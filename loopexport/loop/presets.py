@@ -1,9 +1,9 @@
-"""The published cells: which loop was measured on which model, by whom, and what came out, losses included.
+"""Presets: published cells, each a loop on a model, with who measured it and the results, losses included.
 
-A preset is for the architecture and the depth that it was measured on, and scales to no other.
+A preset applies to the architecture and depth that it was measured on; its span is never scaled to another depth.
 
-Sources: `PAPER` is arXiv 2605.23872; `AUTHORS` the README of its authors' code
-(github.com/L-z-Chen/Training-Free-Looped-Transformer); `REPRODUCTION` an independent one
+Sources: `PAPER` is arXiv 2605.23872; `AUTHORS` is the README of the authors' code
+(github.com/L-z-Chen/Training-Free-Looped-Transformer); `REPRODUCTION` is an independent reproduction
 (github.com/singularity119/Training-Free-Looped-Transformers-Reproduction).
 """
 
@@ -22,13 +22,13 @@ AUTHORS = "the authors' code"
 REPRODUCTION = "an independent reproduction"
 
 STATUSES = {
-    "reported": "by the authors alone",
+    "reported": "by the authors only",
     "replicated": "others measured a gain too",
-    "not replicated": "the gain shrank into noise when it was measured again",
+    "not replicated": "measured again, the gain was within the noise",
     "negative": "the loop lost, within the noise or beyond it",
 }
 
-# The authors' recipes for log-likelihood tasks and for generation with sparse experts.
+# Fields that the authors' recipes share: log-likelihood tasks, and generation with sparse experts.
 _ANCHORED = {"steps": 6, "anchor": 0.5, "kv": "reference", "decode": "bypass"}
 _FROZEN = {
     "steps": 6,
@@ -45,11 +45,11 @@ class Result:
     """One measured difference between the looped model and its base.
 
     Attributes:
-        task: what was measured.
-        gain: in percentage points, looped minus base; None where only the recipe was published.
-        source: who says so.
-        interval: 95 % confidence interval of the gain, paired, in points; None where none was published.
-        note: what else has to be known.
+        task: the benchmark.
+        gain: looped minus base, in percentage points; None if only the recipe was published.
+        source: who published it.
+        interval: paired 95 % confidence interval of the gain, in percentage points; None if none was published.
+        note: anything else that a reader needs to know.
     """
 
     task: str
@@ -69,12 +69,13 @@ class Preset:
     """A published cell.
 
     Attributes:
-        name: what `--preset` takes.
+        name: its name for `--preset`.
         models: names of the models that it was measured on, without their organisations.
-        model_type, num_layers: their family and depth.
-        fields: what goes into `LoopSpec`; None where the cell itself was not published.
+        model_type: the family of these models.
+        num_layers: their number of decoder layers.
+        fields: the fields of its `LoopSpec`; None if the loop was not published.
         status: one of `STATUSES`.
-        results: what was measured.
+        results: the measured differences.
     """
 
     name: str
@@ -87,11 +88,11 @@ class Preset:
 
     @property
     def spec(self) -> LoopSpec | None:
-        """The loop, or None where it was not published."""
+        """The loop; None if it was not published."""
         return None if self.fields is None else LoopSpec(**self.fields)
 
     def to_dict(self) -> dict:
-        """All of it for `--json`."""
+        """The preset for `--json`."""
         return {
             "name": self.name,
             "status": self.status,
@@ -123,7 +124,7 @@ PRESETS = (
         36,
         {"span": (15, 19), **_ANCHORED},
         "reported",
-        (Result("16 log-likelihood tasks", None, AUTHORS, note="their recipe, without its result"),),
+        (Result("16 log-likelihood tasks", None, AUTHORS, note="the recipe only, without a result"),),
     ),
     Preset(
         "qwen3-30b-a3b-16-tasks",
@@ -133,7 +134,7 @@ PRESETS = (
         {"span": (22, 26), **_ANCHORED},
         "reported",
         (
-            Result("16 log-likelihood tasks", None, AUTHORS, note="their recipe, without its result"),
+            Result("16 log-likelihood tasks", None, AUTHORS, note="the recipe only, without a result"),
             Result("CommonsenseQA, Qwen3-30B-A3B-Instruct", 1.14, PAPER),
         ),
     ),
@@ -166,7 +167,7 @@ PRESETS = (
         27,
         None,
         "reported",
-        (Result("OpenBookQA", 1.20, PAPER, note="span and steps were not published with it"),),
+        (Result("OpenBookQA", 1.20, PAPER, note="its span and steps were not published"),),
     ),
     Preset(
         "gpt-oss-20b-aime26",
@@ -175,7 +176,7 @@ PRESETS = (
         24,
         {"span": (14, 16), **_FROZEN},
         "negative",
-        (Result("AIME26, two seeds", -1.15, AUTHORS, (-3.56, 1.27), "no other span rose above the noise"),),
+        (Result("AIME26, two seeds", -1.15, AUTHORS, (-3.56, 1.27), "no other span gained beyond the noise"),),
     ),
     Preset(
         "ernie-4.5-21b-a3b-aime26",
@@ -199,7 +200,7 @@ PRESETS = (
                 -0.52,
                 AUTHORS,
                 (-3.13, 2.09),
-                "its language model is of the deepseek_v3 kind; examples/language_model.py takes it out",
+                "its language model is a deepseek_v3; examples/language_model.py extracts it",
             ),
         ),
     ),
@@ -207,38 +208,38 @@ PRESETS = (
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name.
+    """The preset with a name.
 
     Raises:
-        SpecError: there is none.
+        SpecError: there is none; the message has the nearest name or all of them.
     """
     if not isinstance(name, str):
-        raise SpecError(f"preset {name!r} is not a name; `loopexport presets list` has them")
+        raise SpecError(f"preset {name!r} is not a name; see `loopexport presets list`")
     for preset in PRESETS:
         if preset.name == name:
             return preset
     names = [preset.name for preset in PRESETS]
     near = get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    hint = f"did you mean {near[0]}?" if near else f"the presets are {', '.join(names)}"
     raise SpecError(f"no preset {name!r}; {hint}")
 
 
 def preset_fields(name: str) -> dict:
-    """What a preset puts into `LoopSpec`.
+    """The fields of `LoopSpec` that a preset sets.
 
     Raises:
-        SpecError: there is no such preset, or its cell was not published.
+        SpecError: there is no such preset, or its loop was not published.
     """
     preset = find_preset(name)
     if preset.fields is None:
         raise SpecError(
-            f"preset {name} has no cell: {preset.results[0].note}; leave --preset out, and give --span and --steps"
+            f"preset {name} has no loop: {preset.results[0].note}; leave --preset out, and give --span and --steps"
         )
     return dict(preset.fields)
 
 
 def published_cell(base: Checkpoint, spec: LoopSpec) -> Preset | None:
-    """The preset that was measured with this very loop on this very model, if one was."""
+    """The preset that was measured with exactly this loop on exactly this model; None if there is none."""
     name = base.origin.name.rsplit("/", 1)[-1].lower()
     for preset in PRESETS:
         if preset.spec == spec and not misfit(preset, base) and name in map(str.lower, preset.models):
@@ -247,10 +248,10 @@ def published_cell(base: Checkpoint, spec: LoopSpec) -> Preset | None:
 
 
 def misfit(preset: Preset, base: Checkpoint) -> str:
-    """How a base differs in kind from what a preset was measured on; empty where it does not."""
+    """One line if a base has another family or depth than the models of a preset, else an empty string."""
     if (base.model_type, base.num_layers) == (preset.model_type, preset.num_layers):
         return ""
     return (
         f"preset {preset.name} was measured on {preset.model_type} with {preset.num_layers} layers, "
-        f"and this is {base.model_type} with {base.num_layers}"
+        f"but this base is {base.model_type} with {base.num_layers}"
     )

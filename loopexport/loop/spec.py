@@ -1,7 +1,7 @@
-"""The loop specification as users write it: flags, keywords or a YAML file.
+"""The loop spec as users write it: flags, keywords or a YAML file.
 
-`LoopSpec` itself, with the meaning and the allowed values of each field, is defined where an exported model needs it:
-in `templates/configuration_looped.py`.
+`templates/looped_spec.py` defines `LoopSpec` itself, with the meaning and the allowed values of each field, because
+exports need it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ SPEC_KEYS = tuple(field.name for field in fields(LoopSpec))
 
 
 def parse_span(text: str) -> tuple[int, int]:
-    """The span written as `START:STOP`, half-open, layers counted from 0.
+    """Parse a span: `START:STOP`, half-open, with layers counted from 0.
 
     Raises:
-        SpecError: it is written otherwise; an inclusive `A-B` is answered with the right spelling.
+        SpecError: it is written in another way; for an inclusive `A-B`, the message gives the right spelling.
     """
     half_open = re.fullmatch(r"(-?\d{1,9}):(-?\d{1,9})", text.strip())
     if half_open:
@@ -37,7 +37,7 @@ def parse_span(text: str) -> tuple[int, int]:
 
 
 def make_spec(**values) -> LoopSpec:
-    """A checked `LoopSpec`; a span may be a pair or a string for `parse_span`.
+    """Make a `LoopSpec` from its fields; a span may be a pair or a string such as "12:20".
 
     Raises:
         SpecError: a key is unknown or missing, or a value is not allowed.
@@ -58,11 +58,11 @@ def make_spec(**values) -> LoopSpec:
 
 
 def check_first_n(spec: LoopSpec, is_given: bool) -> None:
-    """Raise SpecError where one of `first_n` and decode first_n was given alone; in a config each may be edited."""
+    """Raise SpecError if only one of `first_n` and decode first_n was given; a config may be edited one at a time."""
     if spec.decode == "first_n" and not is_given:
         raise SpecError("decode first_n needs first_n, the number of decode steps that loop, such as 8")
     if spec.first_n and spec.decode != "first_n":
-        raise SpecError(f"first_n {spec.first_n} goes with decode first_n, not with decode {spec.decode}")
+        raise SpecError(f"first_n {spec.first_n} needs decode first_n, not {spec.decode}; set it, or leave first_n out")
 
 
 def _check_keys(values: dict, known: tuple[str, ...] = SPEC_KEYS) -> None:
@@ -74,7 +74,7 @@ def _check_keys(values: dict, known: tuple[str, ...] = SPEC_KEYS) -> None:
 
 
 def _parsed(span):
-    """A span, or several, with all strings parsed."""
+    """One span or several, with strings parsed."""
     if isinstance(span, str):
         return parse_span(span)
     if isinstance(span, (list, tuple)):
@@ -90,7 +90,7 @@ def _parse_numbers(text: str) -> list[float]:
 
 
 def read_spec_file(path: Path) -> dict:
-    """The entries of a YAML spec file; its keys are the fields of `LoopSpec`, and `preset`.
+    """Read a YAML spec file; its keys are the fields of `LoopSpec`, and `preset`.
 
     Raises:
         SpecError: the file cannot be read, is not a mapping, or has an unknown key.

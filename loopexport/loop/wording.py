@@ -1,4 +1,4 @@
-"""A loop in words and formulas, for people: used by the model card and by what the commands print."""
+"""A loop in words and formulas, for the model card and the output of the commands."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from .spec import RULES, LoopSpec
 
 
 def describe_span(spec: LoopSpec) -> str:
-    """The spans as users write them: `12:20`, or `4:8 and 12:20`."""
+    """The spans in the users' spelling: `12:20`, or `4:8 and 12:20`."""
     return " and ".join(f"{start}:{stop}" for start, stop in spec.spans)
 
 
 def describe_layers(spec: LoopSpec) -> str:
-    """The spans' layers by number: `layers 12 to 19`."""
+    """The looped layers by number: `layers 12 to 19`."""
     if len(spec.layers) == 1:
         return f"layer {spec.layers[0]}"
     return "layers " + " and ".join(
@@ -20,7 +20,7 @@ def describe_layers(spec: LoopSpec) -> str:
 
 
 def describe_rule(spec: LoopSpec) -> str:
-    """Name of the update rule and the values of what it takes: `euler, s = 0.25`."""
+    """The update rule with the values of its parameters: `euler, s = 0.25`."""
     takes = RULES[spec.rule].takes
     values = {"s": f"{spec.step_size:.6g}"} if "damping" in takes else {}
     if spec.schedule is not None:
@@ -33,18 +33,18 @@ def describe_rule(spec: LoopSpec) -> str:
 
 
 def describe_refinements(spec: LoopSpec) -> str:
-    """The refinements that are on, or `none`."""
+    """The refinements that are switched on, or `none`."""
     names = {"frozen routing": spec.frozen_routing, "norm interpolation": spec.norm_interpolation}
     return ", ".join(name for name, is_on in names.items() if is_on) or "none"
 
 
 def describe_decode(spec: LoopSpec) -> str:
-    """The decode mode with its number, if it has one."""
+    """The decode mode, with the number of steps for first_n."""
     return f"first_n {spec.first_n}" if spec.decode == "first_n" else spec.decode
 
 
 def formula(spec: LoopSpec) -> str:
-    """The recursion with the spec's own numbers."""
+    """The formula of the loop, one line each, with the numbers of the spec filled in."""
     beta, last = f"{spec.anchor:g}", spec.steps
     out = f"h_{last}" if spec.anchor == 0 else f"{beta} n + {1 - spec.anchor:g} h_{last}"
     return "\n".join([*_recursion(spec), f"out     = {out}"])
@@ -61,5 +61,5 @@ def _recursion(spec: LoopSpec) -> list[str]:
     if spec.steps > 1:
         lines.append(f"h_(k+1) = h_k + {s} (g(h_k) - h_k)    k = 1 .. {spec.steps - 1}")
     if spec.norm_interpolation:
-        lines.append(f"|h_k|   is set to |x| + (|n| - |x|) k/{spec.steps} for each token, k < {spec.steps}")
+        lines.append(f"|h_k|   is rescaled to |x| + (|n| - |x|) k/{spec.steps} for each token, k < {spec.steps}")
     return lines

@@ -17,7 +17,7 @@ from loopexport.export.directory import Export, open_export
 from loopexport.export.manifest import MANIFEST, FileRecord, OnnxRecord
 from loopexport.export.onnx_files import GENAI_CONFIG
 from loopexport.export.small_files import export_card, is_card_edited
-from loopexport.export.stale_graphs import loop_change
+from loopexport.export.stale_graphs import loop_difference
 from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
 from loopexport.files.json_text import json_text
 from loopexport.files.output import check_space
@@ -273,7 +273,7 @@ def _genai_graph(plan: OnnxPlan, export: Export) -> tuple[str, LoopSpec, str]:
     for name, record in export.manifest.onnx.items():
         if record.spec is not None and name not in graphs and (export.root / name).is_file():
             spec = make_spec(**record.spec)
-            if not loop_change(name, spec, export.spec):
+            if not loop_difference(name, spec, export.spec):
                 graphs[name] = spec, record.attention or "portable"
     named = genai_graph(export.root)
     ranks = {

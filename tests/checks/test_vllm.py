@@ -1,8 +1,8 @@
 """An export served by vLLM gives the greedy tokens of transformers, or is refused with the reason.
 
 Needs an environment with vLLM and nothing of LoopExport: `make test-vllm` makes one and names its Python in
-LOOPEXPORT_VLLM; `make test-vllm-all` runs the whole matrix on two releases and writes `vllm_results/`, which the README
-shows.
+LOOPEXPORT_VLLM; `make record-vllm` runs the whole matrix on two releases and writes `tests/records/vllm/`, which the
+documentation shows.
 
 What keeps these tests from passing for nothing: fp32, wide weights, prompts longer than a block of the K/V cache and
 than a chunk, prefix-cache hits that are counted, tokens that differ from those of the base, and log-probabilities,
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -38,151 +38,31 @@ from loopexport.checks.vllm import (
     load_with_transformers,
     run_vllm,
 )
-from support.paths import ROOT, VLLM_RECORDS
+from support.paths import ROOT
 from support.routing import draw_without_ties
-from support.tiny import MOE_FAMILIES, SPAN, save_tiny, tiny_tokens
+from support.tiny import save_tiny
+from support.vllm_cases import (
+    BLOCK,
+    ENGINES,
+    ENGINES_PER_PROCESS,
+    FEW,
+    LACKING,
+    MANY,
+    NEW_TOKENS,
+    PROMPTS,
+    REFUSED,
+    SHAPES,
+    STAGES,
+    TWO_PROCESSES,
+    WIDE,
+    Case,
+    as_parameters,
+    draw_prompts,
+)
 
 PYTHON = os.environ.get("LOOPEXPORT_VLLM", "")
 if not PYTHON:
     pytest.skip("needs vLLM; `make test-vllm` makes an environment with it", allow_module_level=True)
-
-
-LENGTHS = (70, 41, 97, 5)
-NEW_TOKENS = 32
-BLOCK = ENGINE["block_size"]
-ENGINES_PER_PROCESS = 10  # each keeps its K/V cache of a GiB until the process ends
-
-# vLLM's attention on a CPU takes heads of 32 or more.
-LONG = {"max_position_embeddings": 256}
-WIDE = {**LONG, "head_dim": 32}
-SHAPES = {
-    "gpt_neox": {**LONG, "hidden_size": 128},
-    "gpt2": {**LONG, "n_positions": 256, "n_embd": 128, "hidden_size": 128},
-    "deepseek_v3": {**LONG, "qk_rope_head_dim": 16, "v_head_dim": 32, "head_dim": 16},
-}
-
-EAGER, PARALLEL, COMPILED, STAGES = "eager", "tensor parallel 2", "torch.compile", "pipeline parallel 2"
-ENGINES = {
-    EAGER: {},
-    PARALLEL: {"tensor_parallel_size": 2},
-    COMPILED: {"enforce_eager": False},
-    STAGES: {"pipeline_parallel_size": 2},
-}
-TWO_PROCESSES = (PARALLEL, STAGES)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A loop on a family, served in a setting; `engine` are further arguments, `refusal` what vLLM then says."""
-
-    family: str
-    loop: dict = field(default_factory=dict)
-    setting: str = EAGER
-    engine: dict = field(default_factory=dict)
-    refusal: str = ""
-
-    @property
-    def spec(self) -> dict:
-        """The whole loop."""
-        return {"span": SPAN, "steps": 3, **self.loop}
-
-    @property
-    def group(self) -> tuple[str, bool, str]:
-        """Cases of one group share a process; vLLM 0.28 does not take sparse models after dense ones."""
-        return self.setting, self.family in MOE_FAMILIES, ",".join(self.engine)
-
-    def __str__(self):
-        options = {**self.loop, **self.engine}
-        return "-".join([self.family, *(f"{key}={value}" for key, value in options.items()), self.setting])
-
-
-SHARED, PER_STEP = {}, {"kv": "per_step"}
-POLICIES = (SHARED, PER_STEP)
-LAYERS = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True}
-
-# What `make test-vllm` serves, and what only the whole matrix does.
-FEW = [
-    *(Case(family, kv) for family in ("llama", "gemma3_text", "qwen3_moe") for kv in POLICIES),
-    Case("gpt_oss"),
-    *(Case("llama", {**LAYERS, **kv}) for kv in POLICIES),
-    Case("llama", {"span": ((1, 2), (3, 5)), "rule": "midpoint", **PER_STEP}),
-    *(Case("llama", kv, setting) for setting in (PARALLEL, COMPILED) for kv in POLICIES),
-]
-RULES = {
-    "residual_scaled": {},
-    "ema": {},
-    "ema_sched": {"schedule": (0.5, 0.3, 0.2)},
-    "midpoint": {},
-    "heun": {},
-    "rk4": {"steps": 2},
-    "heavy_ball": {},
-    "aitken": {"steps": 4},
-    "norm_stab": {},
-    "poly_blend": {"schedule": (0.1, 0.2, 0.3, 0.4)},
-    "input_anchor": {},
-    "uniform": {},
-}
-DENSE = ("qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "granite", "gpt_neox")
-SPARSE = ("mixtral", "qwen2_moe", "glm4_moe")
-SETTINGS = (PARALLEL, COMPILED)
-MANY = [
-    *(Case(family, kv) for family in (*DENSE, *SPARSE) for kv in POLICIES),
-    *(Case("qwen3", {"rule": rule, **options, **kv}) for rule, options in RULES.items() for kv in POLICIES),
-    *(Case("qwen3_moe", {**LAYERS, **kv}) for kv in POLICIES),
-    *(Case(family, kv, setting) for setting in SETTINGS for family in ("gemma3_text", "qwen3_moe") for kv in POLICIES),
-    *(
-        Case(family, SHARED, setting)
-        for setting in SETTINGS
-        for family in (*DENSE, *SPARSE, "gpt_oss")
-        if (family, setting) != ("glm4_moe", COMPILED)  # refused
-    ),
-]
-# What a release of vLLM does not do, for the base neither: in a setting, or in all.
-LACKING = {
-    ("0.28", "gpt_oss", None): "drops the attention sinks",
-    ("0.28", "gpt_neox", None): "no module or parameter named",
-    ("0.28", "gpt_neox", PARALLEL): "WorkerProc initialization failed",
-    ("0.28", "mistral", PARALLEL): "Check failed: input.block_size",
-    ("0.28", "phi3", PARALLEL): "view size is not compatible",
-    ("0.32", "phi3", PARALLEL): "view size is not compatible",
-}
-
-REFUSED = [
-    Case("llama", {"kv": "reference"}, refusal="kv reference depends on where chunks start"),
-    Case("llama", {"decode": "bypass"}, refusal="decode bypass depends on where a prompt ends"),
-    Case("llama", {"decode": "first_n", "first_n": 2}, refusal="decode first_n depends on where a prompt ends"),
-    Case("qwen3_moe", {"frozen_routing": True}, refusal="set loop_frozen_routing to false"),
-    Case("llama", {}, STAGES, refusal="each stage of a pipeline would loop its part"),
-    Case("glm4_moe", {}, COMPILED, refusal="add --enforce-eager"),
-    Case("llama", {}, EAGER, {"enable_lora": True}, refusal="adapters were not tried"),
-    Case(
-        "llama",
-        {},
-        EAGER,
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        refusal="speculative decoding was not tried",
-    ),
-    Case("gpt2", refusal="family gpt2 is none of those found exact there"),
-    Case("deepseek_v3", refusal="family deepseek_v3 is none of those found exact there"),
-    Case("gpt_oss", PER_STEP, refusal="attention sinks"),
-]
-
-
-def draw_prompts(seed):
-    """Prompts of token ids."""
-    return [tiny_tokens(1, length, seed=100 * (seed - 1) + length)[0].tolist() for length in LENGTHS]
-
-
-PROMPTS = draw_prompts(1)
-
-
-def as_parameters(few, many=()):
-    """Cases as pytest takes them; those of a group stay with one process."""
-    marked = [(case, ()) for case in few] + [(case, (pytest.mark.matrix,)) for case in many]
-    return [
-        pytest.param(case, id=str(case), marks=(*marks, pytest.mark.xdist_group(f"vllm-{case.group}")))
-        for case, marks in marked
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -286,18 +166,15 @@ def serve(request, export_of, environment):
 
 
 @pytest.fixture
-def record(vllm_version):
-    """`record(case, outcome)`: note it for the README, if the whole matrix is being run."""
+def record(record_property):
+    """`record(case, outcome)`: note it for the table of what vLLM serves."""
 
     def note(case, outcome):
-        if "LOOPEXPORT_VLLM_RECORD" in os.environ:
-            file = VLLM_RECORDS / f"{vllm_version}.json"
-            file.parent.mkdir(exist_ok=True)
-            results = json.loads(file.read_text()) if file.exists() else {}
-            results[str(case)] = {"family": case.family, "kv": case.spec.get("kv", "shared"), "outcome": outcome}
-            results[str(case)]["setting"] = ", ".join([case.setting, *case.engine])
-            results[str(case)]["loop"] = " ".join(sorted(case.loop.keys() - {"kv"}))
-            file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+        values = {"family": case.family, "kv": case.spec.get("kv", "shared"), "outcome": outcome}
+        values["setting"] = ", ".join([case.setting, *case.engine])
+        values["loop"] = " ".join(sorted(case.loop.keys() - {"kv"}))
+        for name, value in values.items():
+            record_property(name, value)
 
     return note
 
@@ -329,7 +206,6 @@ def test_what_is_not_exact_is_refused_with_the_reason(case, serve, record):
     record(case, "refused")
 
 
-@pytest.mark.xdist_group("vllm-edited")
 @pytest.mark.matrix
 def test_an_edited_loop_is_not_served_from_the_compile_cache(export_of, environment):
     export = export_of(Case("llama"))
@@ -350,7 +226,6 @@ def _templates(directory, names):
     return {"templates", "__pycache__"} & set(names)
 
 
-@pytest.mark.xdist_group("vllm-verify")
 def test_verify_compares_vllm_with_transformers(export_of, environment, tmp_path):
     installed = shutil.copytree(ROOT / "loopexport", tmp_path / "site" / "loopexport", ignore=_templates)
     shutil.copytree(ROOT / "templates", installed / "templates")
@@ -367,7 +242,6 @@ def test_verify_compares_vllm_with_transformers(export_of, environment, tmp_path
     assert "cannot serve this looped model on vLLM: kv reference depends on where chunks start" in refused.stdout
 
 
-@pytest.mark.xdist_group("vllm-server")
 @pytest.mark.skipif("LOOPEXPORT_SMOLLM" not in os.environ, reason="needs SmolLM2")
 def test_a_served_export_answers_the_openai_client(environment, tmp_path):
     looped = loopexport.convert(
@@ -409,7 +283,6 @@ def served_with_tensor_parallel_2(export, environment, folder, port=8124):
         server.wait()
 
 
-@pytest.mark.xdist_group("vllm-server")
 @pytest.mark.matrix
 @pytest.mark.parametrize("kv", ["shared", "per_step"])
 def test_the_server_with_tensor_parallel_2_gives_the_tokens_of_transformers(export_of, environment, tmp_path, kv):

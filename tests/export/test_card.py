@@ -1,6 +1,7 @@
 """The model card: held to golden files, valid for the Hub's own reader, and kept when someone edits it.
 
-After a wanted change, `python tests/test_card.py` writes the golden files anew; read the difference before committing.
+After a wanted change, `python tests/export/test_card.py` writes the golden files; read the difference before you
+commit.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def test_licence_is_found_under_either_key_and_its_notice_is_in_the_card(name):
     for metadata in (f"license: {name}", f"license: other\nlicense_name: {name}"):
         text = card(f"---\n{metadata}\n---\n")
         assert licence_of(read_metadata(text)) is licence
-        assert licence.notice in text
+        assert licence.notice_text in text
         assert licence.built_with in text
 
 
@@ -163,7 +164,7 @@ def test_licence_is_found_under_either_key_and_its_notice_is_in_the_card(name):
 )
 def test_llama_licences_warn_about_the_name(name, repo, warns):
     warnings = licence_warnings({"license": name}, ["LICENSE.txt"], repo)
-    assert any("name to begin with" in warning for warning in warnings) == warns
+    assert any("name that begins with" in warning for warning in warnings) == warns
 
 
 def test_missing_licence_text_is_warned_of():

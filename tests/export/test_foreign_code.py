@@ -12,8 +12,8 @@ import loopexport
 from loopexport.export.small_files import export_card
 from support.commands import run, sha256, tree
 from support.damage import EXPLODES
+from support.small_tokenizer import write_tokenizer
 from support.tiny import save_tiny
-from support.tokenizers import write_tokenizer
 
 FOREIGN_TOKENIZER = (
     "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
@@ -68,7 +68,7 @@ def test_tokenizer_that_is_all_in_its_json_gives_the_bases_ids(tmp_path, referen
     base = save_tiny("llama", tmp_path / "base")  # whose config names no code: transformers 4 would run that as well
     add_tokenizer(base, reference, FOREIGN_TOKENIZER)
     result = run("convert", base, tmp_path / "out", "--span", "1:4", "--steps", "2")
-    assert "tokenizer class tokenization_own.OwnTokenizer is left behind" in result.stdout
+    assert "tokenizer class tokenization_own.OwnTokenizer is not copied" in result.stdout
     assert "tokenization_own.py" not in tree(tmp_path / "out")
     text = "it is 12345, isn't it"
     theirs = AutoTokenizer.from_pretrained(base, trust_remote_code=True)
@@ -86,14 +86,14 @@ def test_tokenizer_that_is_code_alone_is_left_out_and_fails_aloud(base, tmp_path
     (base / "chat_template.jinja").write_text("{{ messages }}")
     out = tmp_path / "out"
     result = run("convert", base, out, "--span", "1:4", "--steps", "2")
-    assert "the tokenizer needs code of the base (tokenization_own.OwnTokenizer) and is left out" in result.stdout
+    assert "the tokenizer needs code of the base (tokenization_own.OwnTokenizer) and is not copied" in result.stdout
     names = set(tree(out))
     assert {"base/tiktoken.model", "base/tokenizer_config.json", "chat_template.jinja"} <= names
     assert not {"tiktoken.model", "tokenization_own.py"} & names
     card = (out / "README.md").read_text()
     assert 'AutoTokenizer.from_pretrained("base", trust_remote_code=True)' in card
     assert export_card(loopexport.open_export(out)) == card, "made anew, it still leads to the base's tokenizer"
-    assert "and is left out: load it from base" in run("inspect", out).stdout
+    assert "and is not copied: load it from base" in run("inspect", out).stdout
     with pytest.raises((ValueError, ImportError, OSError)):
         AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     assert all(check.passed for check in loopexport.verify(out, files_only=True))

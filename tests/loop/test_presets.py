@@ -74,20 +74,23 @@ def test_preset_on_its_own_model_says_what_was_published(make_base, tmp_path):
     base = make_base("gpt-oss-20b", "gpt_oss", 24, num_local_experts=32)
     result = run("convert", base, tmp_path / "out", "--preset", "gpt-oss-20b-aime26")
     assert (
-        "published for this cell (negative): AIME26, two seeds: -1.15 points, 95 % CI [-3.56, +1.27]" in result.stdout
+        "published for this model and loop (negative): AIME26, two seeds: -1.15 points, 95 % CI [-3.56, +1.27]"
+        in result.stdout
     )
     assert "unproven" not in result.stdout
     assert loopexport.open_export(tmp_path / "out").spec == find_preset("gpt-oss-20b-aime26").spec
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Published for this cell, negative" in card
+    assert "Published for this model and loop, negative" in card
     assert "-1.15 points" in card
-    assert "No gain was measured" not in card
+    assert "No measured gain" not in card
 
 
 def test_the_same_loop_by_flags_is_the_published_cell_too(make_base):
     base = make_base("Qwen3-4B-Instruct-2507", "qwen3", 36)
     said = warnings(base, span="15:19", steps=3, kv="reference")
-    assert "published for this cell (replicated): MMLU-Pro, 5-shot CoT, Qwen3-4B-Instruct: +2.64 points" in said
+    assert (
+        "published for this model and loop (replicated): MMLU-Pro, 5-shot CoT, Qwen3-4B-Instruct: +2.64 points" in said
+    )
     assert "Qwen3-4B-Instruct-2507: +1.05 points" in said
 
 
@@ -103,9 +106,11 @@ def test_preset_on_another_kind_of_model_warns_and_scales_nothing(make_base):
     plan = loopexport.plan_convert(str(base), preset="qwen3-4b-mmlu-pro")
     assert plan.spec.span == (15, 19)
     said = " | ".join(plan.warnings)
-    assert "was measured on qwen3 with 36 layers, and this is llama with 40: its span 15:19 is used as it is" in said
+    assert (
+        "was measured on qwen3 with 36 layers, but this base is llama with 40: its span 15:19 is used unscaled" in said
+    )
     assert "unproven" in said
-    assert "used as it is" not in warnings(base, preset="qwen3-4b-mmlu-pro", span="17:21")
+    assert "used unscaled" not in warnings(base, preset="qwen3-4b-mmlu-pro", span="17:21")
 
 
 def test_span_of_a_preset_that_does_not_fit_is_told_with_what_to_do(make_base):
@@ -128,14 +133,14 @@ def test_card_of_other_settings_claims_nothing_that_was_published(make_base, tmp
     base = make_base("Qwen3-4B-Instruct", "qwen3", 36)
     root = loopexport.convert(str(base), tmp_path / "out", preset="qwen3-4b-mmlu-pro", **changes).root
     card = (root / "README.md").read_text()
-    assert "No gain was measured for this export" in card
+    assert "No measured gain is known" in card
     assert "MMLU" not in card
 
 
 def test_changed_preset_is_no_longer_the_published_cell(make_base):
     base = make_base("Qwen3-4B-Instruct", "qwen3", 36)
     said = warnings(base, preset="qwen3-4b-mmlu-pro", kv="shared", anchor=0.5)
-    assert "this is not the loop of preset qwen3-4b-mmlu-pro, it differs in anchor, kv" in said
+    assert "this loop differs from preset qwen3-4b-mmlu-pro in anchor, kv" in said
     assert "unproven" in said
 
 
@@ -152,10 +157,10 @@ def test_flags_and_spec_file_override_a_preset(make_base, tmp_path):
     ("name", "says"),
     [
         ("qwen3-4b-mmlu", "did you mean qwen3-4b-mmlu-pro?"),
-        ("nothing", "there are qwen3-4b-mmlu-pro, "),
+        ("nothing", "the presets are qwen3-4b-mmlu-pro, "),
         (
             "moonlight-16b-a3b-openbookqa",
-            "span and steps were not published with it; leave --preset out, and give --span",
+            "span and steps were not published; leave --preset out, and give --span",
         ),
     ],
 )
@@ -201,7 +206,7 @@ def test_auto_span_lies_where_the_authors_found_theirs(make_base, layers, config
     plan = loopexport.plan_convert(str(make_base(layers=layers, **config)), span="auto", steps=3)
     assert plan.spec.span == span
     assert plan.warnings[0].startswith(f"span auto is {span[0]}:{span[1]}, a heuristic: width")
-    assert "on others, such spans lost" in plan.warnings[0]
+    assert "other models lost with such spans" in plan.warnings[0]
     assert "unproven" in plan.warnings[1]
 
 
@@ -215,11 +220,11 @@ def test_auto_span_works_on_the_command_line(make_base):
 @pytest.mark.parametrize(
     ("config", "options", "says"),
     [
-        ({}, {"kv": "reference"}, "cached decoding does not equal a full forward"),
+        ({}, {"kv": "reference"}, "cached decoding differs from a full forward"),
         ({"num_experts": 8}, {}, "sparse experts without frozen routing"),
         ({}, {"frozen_routing": True}, "frozen routing changes nothing here"),
         ({}, {}, "models under 3B parameters gained nothing"),
-        ({"model_type": "cpmant"}, {}, "family cpmant was not tried"),
+        ({"model_type": "cpmant"}, {}, "family cpmant was not tested"),
     ],
 )
 def test_convert_warns(make_base, config, options, says):

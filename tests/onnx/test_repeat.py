@@ -12,14 +12,19 @@ from loopexport.templates.modeling_looped import layer_list
 from support.tiny import SPAN, save_tiny, tiny_model
 
 GPT2_BY_INDEX = {"scale_attn_by_inverse_layer_idx": True}
+FOUR_LAYERS = {
+    "llama": {"num_hidden_layers": 4},
+    "gpt2": {"num_hidden_layers": 4, "n_layer": 4},
+    "gpt_oss": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}
 
 
 @pytest.fixture
 def export(tmp_path):
-    """`export(family, **overrides)`: a tiny export."""
+    """`export(family, **overrides)`: a tiny export of four layers, enough for copies and for what is none."""
 
     def make(family, **overrides):
-        base = save_tiny(family, tmp_path / family, **overrides)
+        base = save_tiny(family, tmp_path / family, **FOUR_LAYERS[family], **overrides)
         return loopexport.convert(str(base), tmp_path / f"{family}-looped", span=SPAN, steps=2)
 
     return make

@@ -1,1 +1,1 @@
-"""What tests share: tiny models, independent implementations, doubles of other programs, and comparisons."""
+"""Helpers that tests share: tiny models, independent implementations, doubles of other programs, comparisons."""

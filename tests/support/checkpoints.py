@@ -1,4 +1,4 @@
-"""Checkpoints of zeros: valid files of any size that take no disk, for tests and benchmarks of bookkeeping."""
+"""Checkpoints of zeros: valid files of any size that take no disk space, for tests and benchmarks without a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HIDDEN = 64
 
 
 def write_sparse_shard(path: Path, rows_by_tensor: dict[str, int]) -> None:
-    """A safetensors file of bf16 zeros, tensors of `(rows, HIDDEN)`, its data a hole in the file."""
+    """Write a safetensors file of bf16 tensors, `(rows, HIDDEN)`, all zeros; the data is a hole in the file."""
     header, offset = {}, 0
     for name, rows in rows_by_tensor.items():
         end = offset + rows * HIDDEN * 2
@@ -22,7 +22,7 @@ def write_sparse_shard(path: Path, rows_by_tensor: dict[str, int]) -> None:
 
 
 def write_sparse_checkpoint(root: Path, shards: int, shard_bytes: int, layers_per_shard: int = 4) -> Path:
-    """A llama checkpoint of zeros whose shards have about `shard_bytes` each."""
+    """Write a Llama checkpoint of zeros; each shard has about `shard_bytes` bytes."""
     root.mkdir(parents=True)
     weight_map = {}
     rows = shard_bytes // (layers_per_shard * HIDDEN * 2)

@@ -1,4 +1,4 @@
-"""Run the command line in this process, and look at what it left behind."""
+"""Run the command line in this process, and look at the files that it wrote."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ SPEC = ["--span", "1:4", "--steps", "3"]
 
 
 def run(*arguments):
-    """Run the command line; the result has `stdout`, `stderr` and `exit_code`."""
+    """Run `loopexport` with these arguments; the result has `stdout`, `stderr` and `exit_code`."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def sha256(path: Path) -> str:
+    """Digest of a file, in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def tree(root: Path) -> dict[str, str]:
-    """Digest of every file of a directory, by relative name."""
+    """Digest of every file in a directory, by relative path."""
     return {path.relative_to(root).as_posix(): sha256(path) for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def checks(root, *options):
-    """Outcome of each check by name, and the exit status."""
+    """Run `loopexport verify`; each check by name, and the exit status."""
     result = run("verify", root, "--json", *options)
     values = json.loads(result.stdout)
     assert values["passed"] == (result.exit_code == 0)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import torch
 
 TOLERANCE = 1e-5  # of the logits' scale, fp32
+LARGEST: list[float] = []  # differences that the running test compared, of scale
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    """Equal up to `tolerance` times the largest absolute value of `theirs`."""
+    """Assert that both are equal, up to `tolerance` times the largest absolute value of `theirs`."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert difference <= tolerance * scale, f"largest difference {difference:.3g} is {difference / scale:.3g} of scale"
+    relative = f"{difference / scale:.3g} of scale, allowed {tolerance:g}"
+    LARGEST.append(difference / scale if scale else difference)
+    assert difference <= tolerance * scale, f"largest difference {difference:.3g} is {relative}"
 
 
 def assert_bitwise(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal to the last bit."""
+    """Assert that both are equal to the last bit."""
     difference = (ours.double() - theirs.double()).abs().max().item()
     assert torch.equal(ours, theirs), f"not bitwise equal, largest difference {difference:.3g}"
 
 
 def assert_differs(ours: torch.Tensor, theirs: torch.Tensor, at_least: float = 1e-3) -> None:
-    """Different by more than rounding, so that a test of equality beside this one means something."""
+    """Assert a difference larger than rounding: without one, a test of equality next to it proves nothing."""
     difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert difference > at_least * scale, f"largest difference is only {difference / scale:.3g} of scale"
+    relative = f"{difference / scale:.3g} of scale, expected more than {at_least:g}"
+    assert difference > at_least * scale, f"largest difference {difference:.3g} is only {relative}"

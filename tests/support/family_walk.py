@@ -1,9 +1,12 @@
-"""Walk the causal language models that the installed transformers knows: which can be looped, exactly?
+"""Try every family of causal language models in the installed transformers: can it be looped, and is the loop exact?
 
-Each family gets a tiny random base, which is converted, loaded and held to what holds for every family: no missing or
-unexpected keys, one step is bitwise the base, a full forward under `per_step` is the replay of the base's own layers by
-hand, cached decoding equals a full forward. `python tests/family_walk.py` writes the outcomes into
-`loopexport/families.json`, which the README's table and the refusals of `convert` come from.
+For each family, make a tiny random base, convert it, load it, and check what holds for every family: no missing or
+unexpected keys; one step is bitwise the base; a full forward under `per_step` equals a replay of the base's own layers
+by hand; cached decoding equals a full forward.
+
+    PYTHONPATH=tests python -m support.family_walk
+
+writes the outcomes into `loopexport/base/families.json`, the source of the families table and of `convert`'s refusals.
 """
 
 from __future__ import annotations
@@ -24,16 +27,17 @@ from transformers.utils import logging
 
 import loopexport
 from loopexport.base import families
+from support.compare import LARGEST, TOLERANCE
+from support.forwards import full_forward
 
 RELEASE = ".".join(__version__.split(".")[:2])
-TOLERANCE = 1e-5  # of the logits' scale, fp32
-SMALLEST_EFFECT = 1e-4  # of the logits' scale: what a loop must change for the rest to mean anything
+SMALLEST_EFFECT = 1e-4  # of the logits' scale; if a loop changes less, the other checks prove nothing
 STEPS = 3
 KV_POLICIES = ("per_step", "shared")
 PREFILL, LENGTH = 5, 9
 MAX_PARAMETERS = 50_000_000
 
-# Set wherever a family's config has a field of that name.
+# Values for the fields of these names, in every config that has them.
 TINY = {
     "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 6,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
@@ -49,7 +53,7 @@ MLA = {
     "q_lora_rank": 32, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
     "num_key_value_heads": 4, "head_dim": 8,
 }  # fmt: skip
-# What a family needs beyond that to exist at this size.
+# Further values that a family needs to exist at this size.
 SPECIAL: dict[str, dict] = {
     "apertus": {"hidden_act": "silu"},
     "bamba": {"attn_layer_indices": [1, 4]},
@@ -88,13 +92,13 @@ SPECIAL: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a family.
+    """The outcome of trying one family.
 
     Attributes:
-        status: "works"; "in part", on some layers or under some policies only; "no span", where no layer of the tiny
-            model can be looped, for its type; "refused", whatever the span; "untried", where there is no tiny model to
-            try, or the native one fails by itself.
-        reason: why it does not simply work; empty where it does.
+        status: "works"; "in part": only on some layers or under some policies; "no span": the type of each layer of the
+            tiny model prevents a loop; "refused": no span can work; "untried": there is no tiny model, or the native
+            model itself fails.
+        reason: why the status is not "works"; else empty.
     """
 
     status: str
@@ -105,26 +109,26 @@ class Outcome:
 
 
 class WrongError(AssertionError):
-    """A family was converted and computes something else than its spec says."""
+    """An export computes something else than its spec says."""
 
 
 def walk(family: str, directory: Path) -> Outcome:
     """Try one family; `directory` must be empty.
 
     Raises:
-        WrongError: the export is not exact.
+        WrongError: the export is not exact, which is a bug in LoopExport.
     """
     try:
-        config = tiny_config(family)
+        config = tiny_family_config(family)
         refusal = _why_refused(family, config)
         if refusal:
             return Outcome("refused", refusal)
         base = _save_base(config, directory / "base")
-    except Exception as error:  # whatever a foreign class raises at a size that it was not made for
-        return Outcome("untried", _one_line(error))
+    except Exception as error:  # a class of transformers may raise anything at a size that it was not made for
+        return Outcome("untried", one_line(error))
     try:
         return _try_spans(base, directory)
-    except Exception:  # ours to answer for, unless the base itself does no better
+    except Exception:  # our bug, unless the base itself fails too
         reason = why_base_cannot_decode(base)
         if reason:
             return Outcome("untried", reason)
@@ -132,14 +136,14 @@ def walk(family: str, directory: Path) -> Outcome:
 
 
 def _try_spans(base: Path, directory: Path) -> Outcome:
-    """The middle of the model and all policies; where that is refused, any single layer, then `shared` alone."""
+    """Try the middle of the model under all policies; if refused, single layers; if refused again, `shared` alone."""
     reasons = []
     for kvs in (KV_POLICIES, ("shared",)):
         for span in ((2, 4), *((start, start + 1) for start in range(6))):
             try:
                 check_exact(base, span, directory, kvs)
             except ValueError as refusal:
-                reasons.append(_one_line(refusal))
+                reasons.append(one_line(refusal))
             else:
                 return Outcome("in part", reasons[0]) if reasons else Outcome("works")
     by_layer = " is of type " in reasons[0] or " keeps more of the past " in reasons[0]
@@ -147,22 +151,22 @@ def _try_spans(base: Path, directory: Path) -> Outcome:
 
 
 def check_exact(base: Path, span: tuple[int, int], directory: Path, kvs=KV_POLICIES, *, decodes=True) -> None:
-    """Convert and hold the export to all that holds for every family.
+    """Convert, and check all that holds for every family.
 
     Args:
         base: the checkpoint.
-        span: what to loop.
+        span: the layers to loop, half-open.
         directory: where to write exports.
         kvs: the K/V policies to try.
-        decodes: whether the base's own cached decoding equals its full forward, so that the looped one has to.
+        decodes: whether cached decoding must equal a full forward, because it does so in the base.
 
     Raises:
-        ValueError: the conversion, or the model when it is loaded, refuses.
-        WrongError: something does not hold.
+        ValueError: the conversion, or the model while it loads, refuses.
+        WrongError: a check fails.
     """
     tokens = _tokens()
     plain = _load(base)
-    natural = _full(plain, tokens)
+    natural = full_forward(plain, tokens)
     for kv in kvs:
         out = directory / f"{kv}-{'-'.join(map(str, span))}"
         try:
@@ -170,19 +174,19 @@ def check_exact(base: Path, span: tuple[int, int], directory: Path, kvs=KV_POLIC
         except loopexport.LoopExportError as error:
             raise ValueError(str(error)) from None
         model = _load(out)
-        full = _full(model, tokens)
+        full = full_forward(model, tokens)
         if kv == "per_step":
             _require_close("a full forward and the replay by hand", full, looped_by_hand(plain, tokens, span))
         if decodes:
             _require_close("cached decoding and the full forward", _decoded(model, tokens), full)
         _require(_relative(full, natural) > SMALLEST_EFFECT, "the loop changes nothing")
         model.config.loop_steps = 1
-        _require(torch.equal(_full(model, tokens), natural), "one step is not the base")
+        _require(torch.equal(full_forward(model, tokens), natural), "one step is not the base")
 
 
 @torch.no_grad()
 def looped_by_hand(model, tokens: torch.Tensor, span: tuple[int, int]) -> torch.Tensor:
-    """Logits of damped looping in block mode, every pass with its own keys and values, by replaying recorded calls."""
+    """Logits of damped looping in block mode by replaying recorded calls; every pass has its own keys and values."""
     layers = _layers(model)
     calls = _recorded_calls(model, layers, tokens)
 
@@ -199,7 +203,7 @@ def looped_by_hand(model, tokens: torch.Tensor, span: tuple[int, int]) -> torch.
     last = run(span[1], len(layers), h)
     hook = layers[-1].register_forward_hook(lambda _, args, out: (last, *out[1:]) if isinstance(out, tuple) else last)
     try:
-        return _full(model, tokens)
+        return full_forward(model, tokens)
     finally:
         hook.remove()
 
@@ -211,26 +215,26 @@ def _recorded_calls(model, layers, tokens) -> dict[int, tuple[tuple, dict]]:
         return lambda _, args, kwargs: calls.__setitem__(index, (args, dict(kwargs)))
 
     hooks = [layer.register_forward_pre_hook(recorder(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    _full(model, tokens)
+    full_forward(model, tokens)
     for hook in hooks:
         hook.remove()
     return calls
 
 
 def _layers(model) -> list[torch.nn.Module]:
-    """The decoder's layers: the outermost module list of the right length."""
+    """The decoder's layers: the first module list of the right length."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     return list(lists[0])
 
 
 def why_base_cannot_decode(base: Path) -> str:
-    """Why the native model gives nothing to compare cached decoding with; empty where it does."""
+    """Why cached decoding of the native model is no reference; empty if it is one."""
     model, tokens = _load(base), _tokens()
     try:
-        difference = _relative(_decoded(model, tokens), _full(model, tokens))
+        difference = _relative(_decoded(model, tokens), full_forward(model, tokens))
     except Exception as error:
-        return f"the base itself cannot decode with a cache here: {_one_line(error)}"
+        return f"the base itself cannot decode with a cache here: {one_line(error)}"
     return f"cached decoding of the base itself is off by {difference:.2g}" if difference > TOLERANCE else ""
 
 
@@ -239,15 +243,10 @@ def _tokens() -> torch.Tensor:
 
 
 def _load(path: Path):
-    model, loading = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
-    wrong = [key for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[keys]]
-    _require(not wrong, f"keys go amiss: {wrong[:2]}")
+    model, keys = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
+    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in keys[kind]]
+    _require(not wrong, f"missing, unexpected or mismatched keys, the first of them {wrong[:2]}")
     return model.eval()
-
-
-@torch.no_grad()
-def _full(model, tokens):
-    return model(tokens, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -272,6 +271,7 @@ def _require(holds: bool, what: str) -> None:
 
 def _require_close(what: str, ours, theirs) -> None:
     difference = _relative(ours, theirs)
+    LARGEST.append(difference)
     _require(difference <= TOLERANCE, f"{what} differ by {difference:.2g} of scale")
 
 
@@ -280,8 +280,8 @@ def _require_close(what: str, ours, theirs) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def tiny_config(family: str, **overrides):
-    """A tiny config of any family."""
+def tiny_family_config(family: str, **overrides):
+    """A tiny config of any family; `support.tiny` has richer ones of a few families."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         default = CONFIG_MAPPING[family]()
@@ -297,7 +297,7 @@ def tiny_config(family: str, **overrides):
 
 def save_tiny_family(family: str, directory: Path, **overrides) -> Path:
     """Save a tiny random base of any family."""
-    return _save_base(tiny_config(family, **overrides), directory)
+    return _save_base(tiny_family_config(family, **overrides), directory)
 
 
 def _save_base(config, directory: Path) -> Path:
@@ -307,7 +307,7 @@ def _save_base(config, directory: Path) -> Path:
         raise ValueError(f"its tiny model has {size:,} parameters")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():  # wide enough for a loop to show, whatever the family starts with
+    for name, parameter in model.named_parameters():  # large enough for a loop to show, whatever the family starts with
         if parameter.dim() == 2 and "embed" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(directory)
@@ -315,24 +315,24 @@ def _save_base(config, directory: Path) -> Path:
 
 
 def _why_refused(family: str, config) -> str:
-    """Why `config.json` alone gets the family refused; empty where it does not."""
+    """Why the family is refused for its `config.json` alone; empty if it is not."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     values = {**config.to_dict(), "architectures": [name if isinstance(name, str) else name[0]]}
     try:
         families.check_family(values)
     except loopexport.LoopExportError as error:
-        return _one_line(error)
+        return one_line(error)
     return ""
 
 
-def _one_line(error: Exception) -> str:
-    """The first line, without what differs between two families that fail alike."""
+def one_line(error: Exception) -> str:
+    """The first line of an error, with layer numbers removed: they differ between families that fail alike."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"layer \d+", "a layer", lines[0] if lines else type(error).__name__)[:200]
 
 
 def walk_all() -> dict[str, str]:
-    """The outcome of every family of the installed transformers, with recorded refusals left out of account."""
+    """The outcome of every family of the installed transformers; recorded refusals are ignored."""
     outcomes = {}
     with mock.patch.object(families, "outcomes", return_value={}):
         for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -343,7 +343,7 @@ def walk_all() -> dict[str, str]:
 
 
 def main() -> None:
-    """Put the installed release's outcomes beside those of others in `loopexport/families.json`."""
+    """Write the outcomes on the installed release into `families.json`; keep those on other releases."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)

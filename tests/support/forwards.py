@@ -1,4 +1,4 @@
-"""Forwards of a model, whole or in chunks with a cache, and their comparison with the oracle."""
+"""Run a model in one forward or in chunks with a cache, and compare it with the oracle."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from support.compare import assert_close
 from support.oracle import Oracle
 from support.routing import run_without_ties
 
-# Prefill, decode, a longer chunk in between, decode again; 20 tokens pass the sliding window of 8.
+# Prefill, decode steps, longer chunks in between; 20 tokens exceed the sliding window of 8.
 CHUNKS = (5, 1, 1, 1, 6, 1, 1, 3, 1)
 LENGTH = sum(CHUNKS)
 
 
 def run_chunks(model, tokens, chunks, cache, attention_mask=None):
-    """Logits of all rows, from forwards over the chunks with one cache."""
+    """Logits of all tokens, `(batch, seq, vocab)`, from one forward for each chunk with a shared cache."""
     logits, start = [], 0
     for length in chunks:
         end = start + length
@@ -28,6 +28,17 @@ def run_chunks(model, tokens, chunks, cache, attention_mask=None):
 
 
 def check_against_oracle(model, base, spec, chunks=CHUNKS, make_cache=None, attention_mask=None):
+    """Assert that the model's logits, computed in chunks, are close to the oracle's.
+
+    Args:
+        model: the looped model.
+        base: the plain model.
+        spec: the loop, as keywords of `Oracle`.
+        chunks: numbers of tokens.
+        make_cache: makes the cache; None for a `DynamicCache`.
+        attention_mask: `(2, LENGTH)`, 0 for padding; padded rows are not compared.
+    """
+
     def run(tokens):
         cache = make_cache() if make_cache else DynamicCache(config=model.config)
         return run_chunks(model, tokens, chunks, cache, attention_mask)
@@ -42,5 +53,6 @@ def check_against_oracle(model, base, spec, chunks=CHUNKS, make_cache=None, atte
 
 
 def full_forward(model, tokens):
+    """Logits of one forward without a cache, `(batch, seq, vocab)`."""
     with torch.no_grad():
         return model(tokens, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""The modules that an export's model was loaded from."""
+"""Find the modules from which transformers loaded an export's model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import sys
 
 
 def code_beside(model, name: str):
-    """The module `name` of the code that came with a model, such as `looped_routing`."""
+    """The module `name` of the code in a model's directory, such as `looped_routing`."""
     package = type(model).__module__.rpartition(".")[0]
     return sys.modules[f"{package}.{name}"]

@@ -1,7 +1,10 @@
-"""Walk the families that can be looped: which can be exported to ONNX, and does each graph equal torch?
+"""Try every family that can be looped: can it be exported to ONNX, and does its graph equal torch?
 
-The bases are those of `family_walk`, with windows and chunks so small that they matter at the compared lengths.
-`python tests/onnx_walk.py` writes the outcomes into `loopexport/families.json`, beside those of the conversion.
+It uses the tiny bases of `family_walk`, with windows and chunks small enough to matter at the compared lengths.
+
+    PYTHONPATH=tests python -m support.onnx_walk
+
+writes the outcomes into `loopexport/base/families.json`, beside the outcomes of the conversion.
 """
 
 from __future__ import annotations
@@ -18,13 +21,13 @@ from transformers.utils import logging
 
 import loopexport
 from loopexport.base import families
-from support.family_walk import RELEASE, STEPS, Outcome, WrongError, _one_line, save_tiny_family, tiny_config
+from support.family_walk import RELEASE, STEPS, Outcome, WrongError, one_line, save_tiny_family, tiny_family_config
 
 SPANS = ((2, 4), *((start, start + 1) for start in range(6)))
-# Set wherever a family's config has a field of that name, and says that it is in use.
+# Values for the fields of these names in every config that has them; SWITCHES turn the windows on.
 WINDOWS = {"sliding_window": 4, "attention_chunk_size": 4, "window_size": 4, "floor_scale": 3}
 SWITCHES = {"use_sliding_window": True, "max_window_layers": 3}
-SPECIAL = {"lfm2": {"layer_types": ["conv", "full_attention"] * 3}}  # the layers that published checkpoints have
+SPECIAL = {"lfm2": {"layer_types": ["conv", "full_attention"] * 3}}  # as in published checkpoints
 
 
 def walk_onnx(family: str, directory: Path, **overrides) -> tuple[Outcome, float]:
@@ -36,17 +39,17 @@ def walk_onnx(family: str, directory: Path, **overrides) -> tuple[Outcome, float
         **overrides: fields of the tiny config.
 
     Returns:
-        What came of it ("works" or "refused"), and the largest difference from torch, of the logits' scale.
+        The outcome, "works" or "refused", and the largest difference from torch, relative to the logits' scale.
 
     Raises:
-        WrongError: a graph was made that does not equal torch.
+        WrongError: a graph does not equal torch, which is a bug in LoopExport.
     """
     base = save_tiny_family(family, directory / "base", **{**_windows(family), **overrides})
     root = _convert(base, directory / "out")
     try:
         outcome = loopexport.plan_onnx(root).apply()
     except loopexport.LoopExportError as error:
-        return Outcome("refused", _one_line(error).rpartition(" to ONNX: ")[2]), 0.0
+        return Outcome("refused", one_line(error).rpartition(" to ONNX: ")[2]), 0.0
     checks = [check for each in outcome.checks.values() for check in each]
     for check in checks:
         if not check.passed:
@@ -55,15 +58,15 @@ def walk_onnx(family: str, directory: Path, **overrides) -> tuple[Outcome, float
 
 
 def _windows(family: str) -> dict:
-    """What makes windows matter at the compared lengths; a field that is None is one that published configs set."""
-    config = tiny_config(family)
+    """Config fields that make windows matter at the compared lengths, also where the default is None."""
+    config = tiny_family_config(family)
     windows = {name: size for name, size in WINDOWS.items() if hasattr(config, name)}
     switches = {name: value for name, value in SWITCHES.items() if hasattr(config, name)}
     return {**windows, **switches, **SPECIAL.get(family, {})}
 
 
 def _convert(base: Path, out: Path) -> Path:
-    """An export of the first span that can be looped."""
+    """Convert with the first span that is not refused."""
     refusals = []
     for span in SPANS:
         try:
@@ -74,7 +77,7 @@ def _convert(base: Path, out: Path) -> Path:
 
 
 def walked_families() -> list[str]:
-    """Those that can be looped on the installed release, wholly or in part."""
+    """The families that work on the installed release, or work in part."""
     recorded = {family: record.get(RELEASE, "") for family, record in families.outcomes().items()}
     return [family for family, outcome in recorded.items() if outcome.partition(":")[0] in ("works", "in part")]
 
@@ -87,14 +90,14 @@ def _walked(family: str) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as directory:
         try:
             outcome, difference = walk_onnx(family, Path(directory))
-        except Exception as error:  # shown, and never recorded
-            outcome, difference = Outcome("wrong", f"{type(error).__name__}: {_one_line(error)}"), 0.0
+        except Exception as error:  # print it, never record it
+            outcome, difference = Outcome("wrong", f"{type(error).__name__}: {one_line(error)}"), 0.0
     print(f"{family}: {outcome} ({difference:.2g}, {time.monotonic() - start:.0f} s)", flush=True)
     return family, str(outcome)
 
 
 def main() -> None:
-    """Put the outcomes into `loopexport/families.json`, each as it comes, but for those that are wrong."""
+    """Write each outcome into `families.json` as soon as it is known, except wrong ones."""
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*", help="only these")
     parser.add_argument("--processes", type=int, default=2)

@@ -1,14 +1,14 @@
-"""The looped forward, written by hand over a plain transformers model; shares no code with the template.
+"""An independent implementation of the looped forward over a plain transformers model; no code of the template.
 
-Nothing is cached. For every chunk of tokens the whole sequence so far is run again, layer by layer, and the keys and
-values that an iteration may see are forced by overwriting the outputs of the K and V projections, row by row. Frozen
-routing overwrites the outputs of the routers.
+It has no cache. For every chunk of tokens it runs the whole sequence so far again, layer by layer. It overwrites rows
+of the outputs of the K and V projections with the keys and values that an iteration may see, and, for frozen routing,
+the outputs of the routers.
 
-Source: method.md sections 1 to 3, restated for rows of a sequence:
+Source: method.md sections 1 to 3, restated for rows (tokens) of a sequence. Keys and values that pass k sees:
 
-    past rows     shared, reference: natural K/V;    per_step: those that pass k had when the row was computed
-    chunk's rows  shared: natural K/V;               per_step, reference: the iterate's own
-    a row that did not loop has, in every pass, its natural K/V
+    past rows         shared, reference: natural;    per_step: from pass k, when the row was computed
+    rows of the chunk shared: natural;               per_step, reference: from the iterate
+    a row that skipped the loop: natural in every pass
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Oracle:
 
     Args:
         model: a plain decoder in eval mode.
-        span, steps, damping, anchor, mode, kv, decode, first_n, frozen_routing: the loop; several spans as a list.
-        rule, **values: the update rule's name in `UPDATES`, and what it takes.
+        span, steps, anchor, mode, kv, decode, first_n, frozen_routing: the loop; several spans as a list.
+        rule: name of the update rule in `UPDATES`.
+        **values: fields of the rule, such as `damping`.
     """
 
     def __init__(
@@ -64,21 +65,15 @@ class Oracle:
         ]
 
     def logits(self, tokens, chunks, attention_mask=None):
-        """Logits of all rows, `(batch, sum(chunks), vocab)`, each as computed with its chunk."""
-        outputs = [None] * len(self.bodies)  # of each loop body, rows so far
-        pass_kv = defaultdict(lambda: None)  # (pass, layer) -> rows so far
+        """Logits of all rows, `(batch, sum(chunks), vocab)`, each row computed with its chunk."""
+        outputs = [None] * len(self.bodies)  # by loop body: its output rows so far
+        pass_kv = defaultdict(lambda: None)  # (pass, layer) -> K/V rows so far
         rows, logits, decode_steps = 0, [], 0
         for length in chunks:
             is_decode_step = length == 1 and rows > 0
             decode_steps = decode_steps + 1 if is_decode_step else 0
-            loops = (
-                not is_decode_step
-                or {
-                    "full": True,
-                    "bypass": False,
-                    "first_n": decode_steps <= self.first_n,
-                }[self.decode]
-            )
+            decode_loops = {"full": True, "bypass": False, "first_n": decode_steps <= self.first_n}
+            loops = not is_decode_step or decode_loops[self.decode]
             end = rows + length
             mask = None if attention_mask is None else attention_mask[:, :end]
             h, calls = self._inputs(tokens[:, :end], mask, self.bodies[0][0])
@@ -93,9 +88,9 @@ class Oracle:
         return torch.cat(logits, dim=1)
 
     def _body(self, body, x, calls, rows, loops, pass_kv):
-        """Output rows of the latest chunk, for one loop body and inputs of all rows."""
+        """Output rows of the latest chunk, `(batch, chunk, hidden)`, of one loop body; `x` has all rows."""
         natural_kv, routes = {}, {}
-        outputs = []  # of each layer of the body, latest chunk
+        outputs = []  # by layer of the body: natural output rows of the latest chunk
         n = self._run(body, x, calls, natural_kv, routes=routes, each=lambda h: outputs.append(h[:, rows:]) or h)
         for k in range(1, self.passes):
             for layer in body:
@@ -110,7 +105,7 @@ class Oracle:
         k = 0
 
         def g(h, each=lambda h: h):
-            """Pass k, on and of the latest chunk; what the other rows hold is replaced where it could matter."""
+            """Pass k, from rows to rows of the latest chunk; past rows are overwritten where the chunk reads them."""
             nonlocal k
             k += 1
             if k == 1:
@@ -141,7 +136,7 @@ class Oracle:
         pass_kv[key] = [torch.cat([old, rows], dim=1) for old, rows in zip(pass_kv[key], new, strict=True)]
 
     def _inputs(self, tokens, mask, first):
-        """What layer `first` is called with, and how the model calls each layer, in a plain forward."""
+        """The input of layer `first` and the arguments of all layers, in a plain forward."""
         calls = {}
         hooks = [
             layer.register_forward_pre_hook(
@@ -171,7 +166,7 @@ class Oracle:
         return h
 
     def _finish(self, tokens, mask, h):
-        """Logits from the hidden states after the last span: a plain forward with them put in place."""
+        """Logits from the hidden states after the last span, by a plain forward that gets them instead of its own."""
         stop = self.bodies[-1][-1] + 1
         module = self.layers[stop] if stop < len(self.layers) else self.final_norm
         hook = module.register_forward_pre_hook(lambda module, args, kwargs: ((h, *args[1:]), kwargs), with_kwargs=True)
@@ -182,7 +177,7 @@ class Oracle:
 
 
 def _projection_hooks(layer, number, record, force):
-    """Record what a layer's keys and values are made of, row by row, and replace it by what `force` says."""
+    """Record the outputs of a layer's K and V projections, and overwrite them by what `force` returns."""
     attention = next(getattr(layer, name) for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
     if hasattr(attention, "k_proj"):
         return _separate_hooks(attention, number, record, force)
@@ -211,9 +206,9 @@ def _separate_hooks(attention, number, record, force):
 
 
 def _fused(attention):
-    """The projection that keys and values come from, how its output splits into (rest, [parts]), and is joined."""
+    """The projection that makes keys and values; a function that splits its output into (rest, [parts]), and a join."""
     config = attention.config
-    if hasattr(attention, "kv_a_proj_with_mqa"):  # MLA: all of it
+    if hasattr(attention, "kv_a_proj_with_mqa"):  # MLA: the whole output
         return attention.kv_a_proj_with_mqa, lambda output: (None, [output]), lambda rest, own: own[0]
     if hasattr(attention, "c_attn"):  # GPT-2: queries, keys, values
         return (
@@ -244,7 +239,7 @@ def _fused(attention):
 
 
 def _router_hooks(layer, number, routes, replay):
-    """Record what a sparse layer's router answers into `routes`, or answer what `replay` holds."""
+    """Record the output of a sparse layer's router in `routes`, or overwrite it by that in `replay`."""
     block = next((getattr(layer, name) for name in ("mlp", "block_sparse_moe") if hasattr(layer, name)), None)
     if not hasattr(block, "experts") or (routes is None and replay is None):
         return []
@@ -260,7 +255,7 @@ def _router_hooks(layer, number, routes, replay):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The update rules, from method.md and the authors' code: h_K from x, n = g(x) and g, whose first call gives n.
+# The update rules: h_K from x, n = g(x) and g, whose first call returns n. Source: method.md and the authors' code.
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,9 @@
-"""One of the processes among which models are split: loads them, runs them, and keeps what the first process gets.
+"""One of several processes that share each model: load the models, run them, save the results of the first process.
 
-    torchrun --nproc-per-node 2 tests/parallel_worker.py JOBS.json OUT
+    torchrun --nproc-per-node 2 tests/support/parallel_worker.py JOBS.json OUT
 
-A job says `name`, `directory`, `how` (a parallelism: tp, ep or pp) and `options` of `from_pretrained`. Its logits, of a
-full forward and of cached decoding, go to `OUT/name.pt`, and why it was refused to `OUT/name.txt`.
+A job has `name`, `directory`, `how` (a parallelism: tp, ep or pp) and `options` for `from_pretrained`. The logits of a
+full forward and of cached decoding go to `OUT/name.pt`. If the model is refused, the reason goes to `OUT/name.txt`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PREFILL = 5
 
 
 def run(job: dict, out: Path) -> None:
-    """Do one job."""
+    """Run one job."""
     model = load(job["directory"], job["how"], job["options"])
     try:
         iter(model.model.layers)
@@ -34,7 +34,7 @@ def run(job: dict, out: Path) -> None:
 
 
 def load(directory: str, how: str | None, options: dict):
-    """The model, or this process's part of it."""
+    """Load the model, or this process's part of it."""
     parallel: dict = {}
     if how == "tp":
         parallel = {"tp_plan": "auto"}
@@ -48,29 +48,29 @@ def load(directory: str, how: str | None, options: dict):
 
 @torch.no_grad()
 def full(model) -> torch.Tensor:
-    """Logits of a forward without a cache."""
+    """Logits of a forward without a cache, `(batch, seq, vocab)`."""
     return model(TOKENS, use_cache=False).logits
 
 
 @torch.no_grad()
 def decoded(model) -> torch.Tensor:
-    """Logits of a prefill and decode steps."""
+    """Logits of a prefill and of decode steps, `(batch, seq, vocab)`."""
     output = model(TOKENS[:, :PREFILL], use_cache=True)
     parts = [output.logits]
     for position in range(PREFILL, TOKENS.shape[1]):
-        cache = getattr(output, "cache", None) or output.past_key_values  # the name before transformers 5.24
+        cache = getattr(output, "cache", None) or output.past_key_values  # its name before transformers 5.24
         output = model(TOKENS[:, position : position + 1], past_key_values=cache, use_cache=True)
         parts.append(output.logits)
     return torch.cat(parts, dim=1)
 
 
 def held(model) -> int:
-    """How many of the model's numbers this process holds."""
+    """Number of parameter elements that this process holds."""
     return sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
 
 
 def main() -> None:
-    """Do all jobs, in order."""
+    """Run all jobs, in order."""
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job, Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Tiny checkpoints quantised as the libraries do it, or, where one does not run on a CPU, put together by hand."""
+"""Tiny quantised checkpoints: made by the libraries, or by hand where a library does not run on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-GROUP = 32  # weights that share a scale
+GROUP = 32  # number of weights that share a scale
 E4M3_MAX = 448.0
 
 
@@ -20,7 +20,7 @@ E4M3_MAX = 448.0
 
 
 def by_torchao(base: Path, out: Path) -> Path:
-    """int8 weights, one scale a row."""
+    """int8 weights, one scale per row."""
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -28,7 +28,7 @@ def by_torchao(base: Path, out: Path) -> Path:
 
 
 def by_bitsandbytes_4bit(base: Path, out: Path) -> Path:
-    """nf4 weights, 64 to a scale."""
+    """nf4 weights, one scale per 64 weights."""
     from transformers import BitsAndBytesConfig
 
     return _save_loaded(base, out, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
@@ -48,7 +48,7 @@ def _save_loaded(base: Path, out: Path, config) -> Path:
 
 
 def by_compressed_tensors(base: Path, out: Path, num_bits: int) -> Path:
-    """Packed weights, `GROUP` to a scale, rounded to nearest."""
+    """Packed weights, one scale per `GROUP` weights, rounded to nearest."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
     from compressed_tensors.quantization import apply_quantization_config as prepare
@@ -71,12 +71,12 @@ def by_compressed_tensors(base: Path, out: Path, num_bits: int) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# By hand: the names, dtypes and shapes of each format, around the values of the base where that is simple.
+# By hand: the names, dtypes and shapes of each format; the values of the base where that is simple.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def as_fp8(base: Path, out: Path) -> Path:
-    """DeepSeek's format: e4m3 weights and `weight_scale_inv`, one for each block of `GROUP` x `GROUP`."""
+    """DeepSeek's format: e4m3 weights, and one `weight_scale_inv` per block of `GROUP` x `GROUP` weights."""
     config = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
     return _rewrite(base, out, {**config, "weight_block_size": [GROUP, GROUP]}, _fp8_tensors)
 
@@ -92,7 +92,7 @@ def _fp8_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def as_gptq(base: Path, out: Path) -> Path:
-    """GPTQ, 4 bits: eight weights of a column to an int32; random, since nothing here can run it."""
+    """GPTQ, 4 bits: an int32 packs eight weights of a column. Random, because nothing here can run it."""
     config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
 
     def tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -111,7 +111,7 @@ def as_gptq(base: Path, out: Path) -> Path:
 
 
 def as_awq(base: Path, out: Path) -> Path:
-    """AWQ, 4 bits, "gemm": eight weights of a row to an int32; random, since nothing here can run it."""
+    """AWQ, 4 bits, "gemm": an int32 packs eight weights of a row. Random, because nothing here can run it."""
     config = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 
     def tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -129,13 +129,13 @@ def as_awq(base: Path, out: Path) -> Path:
 
 
 def as_mxfp4(base: Path, out: Path) -> Path:
-    """gpt-oss's format: experts of 4-bit floats, 32 to an exponent; random, small numbers."""
+    """gpt-oss's format: experts of 4-bit floats, one exponent per 32. Random, small numbers."""
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     return _rewrite(base, out, {"quant_method": "mxfp4", "modules_to_not_convert": kept}, _mxfp4_tensors)
 
 
 def _mxfp4_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    experts, columns, rows = weight.shape  # fused experts hold transposed matrices; their blocks do not
+    experts, columns, rows = weight.shape  # fused experts are stored transposed; their blocks are not
     generator = torch.Generator().manual_seed(len(name))
     return {
         f"{name}_blocks": torch.randint(256, (experts, rows, columns // 32, 16), generator=generator).byte(),
@@ -153,7 +153,7 @@ def _int32(*shape: int) -> torch.Tensor:
 
 
 def _rewrite(base: Path, out: Path, quantization: dict, tensors: Callable) -> Path:
-    """Save a base with every projection of its layers replaced by what `tensors(name, weight)` makes of it."""
+    """Save a base with each projection of its layers replaced by the tensors of `tensors(name, weight)`."""
     out.mkdir(parents=True)
     config = json.loads((base / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))

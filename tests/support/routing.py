@@ -1,4 +1,8 @@
-"""Tokens whose experts are not a matter of rounding, so that two orders of the same sums can be compared at all."""
+"""Draw inputs for which rounding cannot change the choice of experts.
+
+Two implementations add the same numbers in different orders. Near a tie between experts, the rounding decides which one
+a token gets, and the outputs differ by much more than rounding.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +12,26 @@ import torch
 
 from support.tiny import tiny_tokens
 
-SMALLEST_MARGIN = 1e-5  # between the router's last chosen logit and the first one left out; rounding moves them by 1e-7
+SMALLEST_MARGIN = 1e-5  # between the last chosen router logit and the next one; rounding changes them by about 1e-7
 
 
 def run_without_ties(model, run, batch: int, length: int):
-    """Tokens `(batch, length)`, and what `run(tokens)` gives, for the first seed at which no router comes near a tie.
+    """Tokens, `(batch, length)`, and `run(tokens)`, for the first seed for which no router comes near a tie.
 
-    A dense model takes the first seed.
+    For a dense model this is the first seed.
     """
     return draw_without_ties(model, run, lambda seed: tiny_tokens(batch, length, seed))
 
 
 def draw_without_ties(model, run, draw):
-    """`draw(seed)`, and what `run` gives for it, as in `run_without_ties`."""
+    """`draw(seed)` and `run(draw(seed))`, for the first seed for which no router comes near a tie."""
     for seed in range(1, 20):
         drawn = draw(seed)
         with _router_margins(model) as margins:
             output = run(drawn)
         if min(margins, default=1.0) > SMALLEST_MARGIN:
             return drawn, output
-    raise AssertionError("all seeds lead to ties between experts")
+    raise AssertionError("seeds 1 to 19 all bring a router near a tie between experts")
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def _router_margins(model):
 
 
 def _routers(model):
-    """The routers of sparse layers, and how many experts each chooses for a token."""
+    """The routers of sparse layers, and the number of experts that each chooses for a token."""
     for module in model.modules():
         router = getattr(module, "gate", None) or getattr(module, "router", None)
         if hasattr(module, "experts") and router is not None:

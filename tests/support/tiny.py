@@ -1,4 +1,4 @@
-"""Tiny random base checkpoints, one per family, with every structural feature of the family on."""
+"""Tiny random base checkpoints, one per family, with all structural features of the family switched on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ COMMON = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    # Wide enough that one pass through the span moves the hidden states, so that a wrong loop cannot go unseen.
+    # Large enough that one pass through the span changes the hidden states; else a wrong loop would go unnoticed.
     "initializer_range": 0.15,
 }
-# The span 1:4 then holds layers of both kinds.
+# With these, the span 1:4 has layers of both kinds.
 MIXED_LAYERS = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
 SLIDING = {"sliding_window": SLIDING_WINDOW}
 
@@ -48,10 +48,10 @@ MLA = {
     "v_head_dim": 12,
     "head_dim": 8,
     "num_key_value_heads": 4,
-    # Latents and scaled experts amplify rounding: wider weights would drown a comparison of fp32 sums in it.
+    # Latents and scaled experts amplify rounding: larger weights would hide everything else in fp32 comparisons.
     "initializer_range": 0.1,
 }
-ALL_HEADS = {"num_key_value_heads": 4}  # as many heads of keys and values as of queries
+ALL_HEADS = {"num_key_value_heads": 4}  # as many key and value heads as query heads
 GPT2 = {**ALL_HEADS, "n_embd": 64, "n_inner": 96, "n_layer": NUM_LAYERS, "n_head": 4, "n_positions": 128}
 
 FAMILIES: dict[str, dict] = {
@@ -72,7 +72,7 @@ FAMILIES: dict[str, dict] = {
     },
     "gpt2": GPT2,
     "gpt_neox": {**ALL_HEADS, "rotary_pct": 0.5, "tie_word_embeddings": False},
-    # Sparse experts; a dense layer before, and in the span of, the sparse ones where the family has such.
+    # Sparse experts; where the family has dense layers too, one is before the sparse layers and in the span.
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**MOE, **SLIDING, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
     "qwen3_moe": {**MOE, "head_dim": 24, "mlp_only_layers": [2], "norm_topk_prob": True},
@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict] = {
     "deepseek_v2": {**DEEP_MOE, **MLA},
     "deepseek_v3": {**DEEP_MOE, **MLA},
 }
-# Those with sparse experts.
+# The families with sparse experts.
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3")
 
 
@@ -100,7 +100,7 @@ def tiny_model(family: str, seed: int = 0, **overrides):
     """A tiny random model of a family, in fp32 and eval mode."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
-    for name, parameter in model.named_parameters():  # norms start at a constant, which would hide mistakes
+    for name, parameter in model.named_parameters():  # norms start as constants, which would hide mistakes
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
     return model.eval()
@@ -113,6 +113,6 @@ def save_tiny(family: str, directory: Path, **overrides) -> Path:
 
 
 def tiny_tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    """Random token ids without the special ones, `(batch, length)`."""
+    """Random token ids, `(batch, length)`, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)

@@ -1,9 +1,9 @@
-"""What vLLM's Transformers backend does with a model, in small: it needs no vLLM, and takes any cut of any requests.
+"""A small double of vLLM's Transformers backend; it needs no vLLM, and can split requests into any steps.
 
-vLLM keeps keys and values in attention layers of its own, one for each number below `num_hidden_layers`, and hangs them
-on the modules of that number (of late) or hands them down as an argument (until 0.28 at least). It calls the model
-without cache and mask on one row that holds the next tokens of several requests. An attention layer that gets keys and
-values writes them before it answers; one that gets none reads what is there.
+vLLM keeps keys and values in its own attention layers, one for each number below `num_hidden_layers`. New releases
+attach them to the modules of that number; older ones (0.28, for example) pass them as an argument. vLLM calls the model
+without cache and mask, on one row that holds the next tokens of several requests. An attention layer that gets keys and
+values stores them before it attends; one that gets none attends to the stored ones.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 SEAMS = ("module", "argument")
-ATTRIBUTES = {"module": "attn", "elsewhere": "vllm_attention"}  # the second is what no release has
+ATTRIBUTES = {"module": "attn", "elsewhere": "vllm_attention"}  # no release has the second one
 
 
 class Attention(nn.Module):
-    """An attention layer of vLLM, in which keys and values of each request stand at their positions."""
+    """An attention layer of vLLM: it stores each request's keys and values, `(kv_heads, length, head_size)`.
+
+    Args:
+        owner: the attention module of the model.
+        config: the model's config.
+        number: the layer's number.
+        batch: what the current call holds.
+        sinks: whether to use the module's attention sinks.
+    """
 
     def __init__(self, owner: nn.Module, config, number: int, batch: Batch, sinks: bool):
         super().__init__()
@@ -31,12 +39,20 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = heads, getattr(config, "num_key_value_heads", None) or heads
         self.scale, self.soft_cap = owner.scaling, getattr(config, "attn_logit_softcapping", None)
         self.window = _window(config, number)
-        self.sinks = [owner.sinks] if sinks and hasattr(owner, "sinks") else []  # a list, so that it owns no parameter
+        self.sinks = [owner.sinks] if sinks and hasattr(owner, "sinks") else []  # in a list: not a parameter of ours
         self.has_sink = bool(self.sinks)
         self.batch, self.stored = batch, {}
 
     def forward(self, query, key, value):
-        """Rows of heads side by side, `(tokens, heads * head_size)`, for each token of the batch."""
+        """Attend for all tokens of the batch.
+
+        Args:
+            query: `(tokens, heads * head_size)`.
+            key, value: `(tokens, kv_heads * head_size)`, or None to attend to the stored ones alone.
+
+        Returns:
+            `(tokens, heads * head_size)`.
+        """
         answers, row = [], 0
         for request, start, length in self.batch.parts:
             rows = slice(row, row + length)
@@ -56,8 +72,8 @@ class Attention(nn.Module):
         scores = query @ key.repeat_interleave(group, 0).transpose(1, 2) * self.scale
         if self.soft_cap:
             scores = torch.tanh(scores / self.soft_cap) * self.soft_cap
-        behind = torch.arange(start, start + query.shape[1])[:, None] - torch.arange(key.shape[1])
-        scores = scores.masked_fill((behind < 0) | (behind >= self.window), -math.inf)
+        distance = torch.arange(start, start + query.shape[1])[:, None] - torch.arange(key.shape[1])
+        scores = scores.masked_fill((distance < 0) | (distance >= self.window), -math.inf)
         for sinks in self.sinks:
             scores = torch.cat([scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], dim=-1)
         weights = scores.softmax(dim=-1)[..., : key.shape[1]]
@@ -65,20 +81,25 @@ class Attention(nn.Module):
 
 
 def _window(config, number: int) -> float:
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds[number] == "sliding_attention" if kinds else getattr(config, "sliding_window", None) is not None
+    """Number of positions that a layer sees."""
+    types = getattr(config, "layer_types", None)
+    slides = types[number] == "sliding_attention" if types else getattr(config, "sliding_window", None) is not None
     return config.sliding_window if slides else math.inf
 
 
 @dataclass
 class Batch:
-    """What one call holds: request, first position and number of tokens, one after the other."""
+    """The tokens of one call.
+
+    Attributes:
+        parts: for each request in it, in order: request number, first position, number of tokens.
+    """
 
     parts: tuple = ()
 
 
 def attention_forward(module, query, key, value, attention_mask, attention_instances=None, **kwargs):
-    """The attention function that vLLM registers as "vllm"."""
+    """What vLLM registers in transformers as attention function "vllm"."""
     here = [getattr(module, name) for name in ATTRIBUTES.values() if hasattr(module, name)]
     attention = here[0] if attention_instances is None else attention_instances[module.layer_idx]
     query, key, value = (each.transpose(1, 2).reshape(query.shape[2], -1) for each in (query, key, value))
@@ -86,7 +107,7 @@ def attention_forward(module, query, key, value, attention_mask, attention_insta
 
 
 def settings(**changes):
-    """What the engine is told, as far as a looped model asks for it."""
+    """The part of the engine's config that a looped model reads, with changes by field name."""
     parallel = {"pipeline_parallel_size": 1, "enable_expert_parallel": False}
     parallel |= {name: changes.pop(name) for name in parallel.keys() & changes.keys()}
     others = {"quant_config": None, "speculative_config": None, "lora_config": None}
@@ -97,7 +118,15 @@ def settings(**changes):
 
 
 class Engine:
-    """A loaded model and its attention layers; `monkeypatch` puts vLLM's module in place while the test runs."""
+    """A loaded model and its attention layers.
+
+    Args:
+        export: the export's directory.
+        monkeypatch: replaces vLLM's config module during the test.
+        seam: how the model gets its attention layers, one of `SEAMS`; "elsewhere" for a way that no release has.
+        sinks: whether the attention layers use sinks.
+        **changes: see `settings`.
+    """
 
     def __init__(self, export, monkeypatch, seam="module", sinks=True, **changes):
         config = ModuleType("vllm.config")
@@ -123,11 +152,11 @@ class Engine:
 
     @torch.no_grad()
     def logits(self, prompts, steps):
-        """Logits of all tokens of each prompt.
+        """Logits of all tokens of each prompt, `(1, length, vocab)` each.
 
         Args:
             prompts: one row of token ids, `(1, length)`, for each request.
-            steps: for each call, pairs of a request's number and how many of its tokens come next.
+            steps: for each call, pairs of a request's number and the number of its next tokens.
         """
         done, answers = [0] * len(prompts), [[] for _ in prompts]
         for step in steps:

@@ -91,7 +91,6 @@ def tensors(directory) -> dict[str, torch.Tensor]:
     return {name: tensor for path in Path(directory).glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.xdist_group("exports first")
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_export_that_is_loaded_first_is_loaded_run_and_saved_like_the_base(
     family, exports_first, export_dir, tiny_base

@@ -17,8 +17,8 @@ import loopexport
 from loopexport.export.own_code import code_digest
 from loopexport.templates.configuration_looped import CODE_DIGEST, family_name
 from support.compare import assert_bitwise, assert_differs
+from support.small_tokenizer import write_tokenizer
 from support.tiny import FAMILIES, SPAN, tiny_tokens
-from support.tokenizers import write_tokenizer
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 LOADING_GROUPS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -117,7 +117,7 @@ def test_steps_can_be_overridden_at_load_and_at_run_time(export_dir):
 
 
 def test_a_misspelt_field_is_refused_where_it_is_set(export_dir, tmp_path):
-    message = "loop_stepz is no field of the loop"
+    message = "loop_stepz is not a field of the loop"
     export = export_dir(steps=3)
     with pytest.raises(ValueError, match=message):
         load(export).config.loop_stepz = 6

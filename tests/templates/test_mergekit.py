@@ -12,25 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loopexport
 from support.compare import assert_bitwise, assert_differs
 from support.tiny import SPAN, tiny_tokens
+from support.unrolled import unrolled
 
 mergekit = pytest.importorskip("mergekit")
 
 NAIVE = {"steps": 2, "damping": 1.0, "anchor": 0.0, "kv": "per_step"}
-
-
-def unrolled(base: Path, out: Path, span: tuple[int, int], num_layers: int) -> Path:
-    """mergekit's passthrough merge with the span's layers duplicated behind it."""
-    import yaml
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    ranges = [(0, span[1]), (span[0], num_layers)]
-    slices = [{"sources": [{"model": str(base), "layer_range": list(each)}]} for each in ranges]
-    config = {"slices": slices, "merge_method": "passthrough", "dtype": "float32"}
-    merge_config = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(config)))
-    run_merge(merge_config, str(out), MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True))
-    return out
 
 
 def check_equal(base: Path, tmp_path: Path, span: tuple[int, int], tokens: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from support.forwards import LENGTH, check_against_oracle, full_forward
 from support.oracle import UPDATES, Oracle
 from support.paths import ROOT
 from support.rule_values import STEPS, VALUES
+from support.structure import by_class
 from support.tiny import FAMILIES, MOE_FAMILIES, SPAN, tiny_tokens
 
 OTHER_VALUES = {
@@ -105,7 +106,7 @@ def test_norm_interpolation_equals_the_oracle(looped, plain, family, mode):
 
 
 @pytest.mark.parametrize("kv", KV_POLICIES)
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", by_class(MOE_FAMILIES))
 def test_frozen_routing_equals_the_oracle(looped, plain, family, kv):
     """With all that the authors' `layer_anchored_frozen` does."""
     spec = {
@@ -148,7 +149,7 @@ def test_frozen_routing_refuses_gradient_checkpointing(looped):
     model = looped("qwen3_moe", frozen_routing=True)
     model.gradient_checkpointing_enable()
     model.train()
-    with pytest.raises(ValueError, match="frozen routing does not work under gradient checkpointing"):
+    with pytest.raises(ValueError, match="frozen routing does not work with gradient checkpointing"):
         model(tiny_tokens(1, 5))
 
 
@@ -157,16 +158,16 @@ def test_frozen_routing_refuses_gradient_checkpointing(looped):
     [
         ({"rule": "nope"}, "rule 'nope' must be one of euler, residual_scaled"),
         ({"rule": "aitken", "steps": 3}, "steps 3 must be even for rule aitken"),
-        ({"rule": "aitken", "damping": 0.5}, "rule aitken takes no damping"),
+        ({"rule": "aitken", "damping": 0.5}, "rule aitken does not use damping"),
         ({"rule": "ema_sched"}, "rule ema_sched needs a schedule of 4 numbers (steps), not none"),
         ({"rule": "ema_sched", "schedule": [0.5]}, "needs a schedule of 4 numbers (steps), not 1"),
         ({"rule": "ema_sched", "schedule": "a,b"}, "schedule 'a,b' is not a list of numbers"),
         ({"rule": "poly_blend", "schedule": [0.5] * 5}, "must sum to 1, not 2.5"),
         ({"rule": "anderson", "kv": "shared"}, "use kv reference"),
-        ({"rule": "anderson", "kv": "reference", "history": 0}, "history 0 must be a whole number of 1 or more"),
+        ({"rule": "anderson", "kv": "reference", "history": 0}, "history 0 must be a whole number from 1"),
         ({"rule": "heavy_ball", "momentum": 1}, "momentum 1 must be a number in [0, 1)"),
-        ({"momentum": 0.5}, "rule euler takes no momentum"),
-        ({"rule": "rk4", "norm_interpolation": True}, "rule rk4 takes no norm_interpolation"),
+        ({"momentum": 0.5}, "rule euler does not use momentum"),
+        ({"rule": "rk4", "norm_interpolation": True}, "rule rk4 does not use norm_interpolation"),
         ({"frozen_routing": "yes"}, "frozen_routing 'yes' must be true or false"),
         ({"span": [(1, 3), (2, 5)]}, "spans 1:3 and 2:5 overlap or are out of order"),
         ({"span": ["3:5", "1:2"]}, "spans 3:5 and 1:2 overlap or are out of order"),

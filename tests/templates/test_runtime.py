@@ -84,43 +84,6 @@ def test_assisted_generation_equals_greedy(looped, plain, kv, assistant_family):
     assert torch.equal(ours, model.generate(tokens, **options))
 
 
-@pytest.mark.parametrize("kv", ["shared", "per_step", "reference"])
-@pytest.mark.parametrize("mode", ["block", "layer"])
-def test_compiled_fullgraph_equals_eager(looped, kv, mode):
-    torch._dynamo.reset()
-    model, tokens = looped("llama", kv=kv, mode=mode), tiny_tokens(2, 9)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        assert_close(compiled(tokens).logits, model(tokens).logits)
-
-
-@pytest.mark.parametrize("kv", ["shared", "per_step", "reference"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("decode", [{}, {"decode": "bypass"}, {"decode": "first_n", "first_n": 2}])
-def test_compiled_decode_on_a_static_cache_equals_eager(looped, family, kv, decode):
-    torch._dynamo.reset()
-    model, tokens = looped(family, kv=kv, **decode), tiny_tokens(2, 16)
-
-    def run(forward):
-        cache = StaticCache(config=model.config, max_cache_len=20)
-        with torch.no_grad():
-            logits = [model(tokens[:, :6], past_key_values=cache).logits]
-            for position in range(6, 16):
-                # transformers 4 cannot compile on a static cache without being told the position
-                where = {} if TRANSFORMERS_5 else {"cache_position": torch.tensor([position])}
-                logits.append(forward(tokens[:, position : position + 1], past_key_values=cache, **where).logits)
-        return torch.cat(logits, dim=1)
-
-    assert_close(run(torch.compile(model, fullgraph=True, backend="aot_eager")), run(model))
-
-
-def test_inductor_compiled_forward_equals_eager(looped):
-    torch._dynamo.reset()
-    model, tokens = looped("llama"), tiny_tokens(2, 9)
-    with torch.no_grad():
-        assert_close(torch.compile(model, fullgraph=True)(tokens).logits, model(tokens).logits)
-
-
 FROZEN = {"mode": "layer", "frozen_routing": True, "norm_interpolation": True}
 
 

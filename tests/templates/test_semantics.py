@@ -13,6 +13,7 @@ from support.compare import assert_close, assert_differs
 from support.forwards import CHUNKS, LENGTH, check_against_oracle, full_forward, run_chunks
 from support.oracle import Oracle
 from support.routing import run_without_ties
+from support.structure import by_class
 from support.tiny import FAMILIES, SPAN, tiny_tokens
 
 DECODES = ({"decode": "full"}, {"decode": "bypass"}, {"decode": "first_n", "first_n": 2})
@@ -88,7 +89,7 @@ def test_left_padded_batch_equals_the_oracle(looped, plain, family, kv):
 
 
 @pytest.mark.parametrize("kv", ["shared", "per_step"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_class(FAMILIES))
 def test_cached_decode_matches_full_forward(looped, family, kv):
     model = looped(family, kv=kv)
     tokens, full = run_without_ties(model, lambda tokens: full_forward(model, tokens), 2, LENGTH)

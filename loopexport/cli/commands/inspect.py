@@ -26,12 +26,12 @@ def inspect(directory, as_json) -> None:
 
 
 def _values(export) -> dict:
-    from loopexport.export.small_files import export_notices
+    from loopexport.export.small_files import export_warnings
 
     return {
         "manifest": json.loads(export.manifest.to_json()),
         "spec": export.spec.to_config_fields(),
         "edited": export.edited,
         "cost": export.cost.to_dict(),
-        "notices": export_notices(export),
+        "notices": export_warnings(export),
     }

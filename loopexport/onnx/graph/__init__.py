@@ -1,1 +1,1 @@
-"""Make an ONNX graph of a trace: unroll the loop, bind the stored weights, describe it to other runtimes."""
+"""Turn a trace into an ONNX graph: unroll the loop, bind the stored weights, write the config of onnxruntime-genai."""

@@ -1,4 +1,4 @@
-"""Where a graph's weights lie: in the export's own shards, or in one file of another dtype that every K shares."""
+"""Bind a graph's weights to bytes on disk: the export's own shards, or one file of another dtype, shared by all K."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ import torch
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.errors import OnnxError
 from loopexport.files.digests import Progress
-from loopexport.onnx.trace.skeleton import Recipe
+from loopexport.onnx.trace.nodes import int_constant
+from loopexport.onnx.trace.recipes import Recipe
+from loopexport.onnx.trace.skeleton import STORED_DTYPES
 
 IR_DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "I64": ir.DataType.INT64,
 }  # fmt: skip
-TORCH_DTYPES = {
-    ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.INT64: torch.int64,
-}  # fmt: skip
-ALIGNMENT = 4096  # of tensors in a file of ours, so that they can be mapped
+TORCH_DTYPES = {IR_DTYPES[name]: dtype for name, dtype in STORED_DTYPES.items()}
+ALIGNMENT_BYTES = 4096  # of tensors in a file of ours, so that it can be mapped into memory
 
 
 def attach_stored(model: ir.Model, recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> None:
     """Bind the weight inputs of a graph to the bytes of the checkpoint's shards, in place.
 
-    What the checkpoint stores in pieces, such as experts, is put together by nodes that run once, when a session is
-    made; pieces and nodes are shared by all iterations.
+    Nodes put together what the checkpoint stores in pieces, such as experts. ONNX Runtime runs them once, when it makes
+    a session. All iterations share the pieces and the nodes.
+
+    Raises:
+        OnnxError: a graph cannot make some weight of the stored tensors; use another dtype than the stored one.
     """
     places = {name: (shard.name, each) for shard in checkpoint.shards for name, each in shard.header.tensors.items()}
     binder = _Binder(model.graph, places)
@@ -59,7 +61,7 @@ def attach_file(model: ir.Model, layout: Mapping[str, tuple[int, int]], file_nam
 
 
 def stored_bytes(model: ir.Model) -> dict[tuple[str, int], int]:
-    """Bytes of each stretch of an external file that a graph uses, by file and start."""
+    """Bytes of each region of an external file that a graph reads, by file name and first byte."""
     tensors = [value.const_value for value in model.graph.initializers.values()]
     return {
         (str(tensor.location), tensor.offset or 0): tensor.length or 0
@@ -69,7 +71,7 @@ def stored_bytes(model: ir.Model) -> dict[tuple[str, int], int]:
 
 
 def file_layout(model: ir.Model, recipes: Mapping[str, Recipe]) -> tuple[dict[str, tuple[int, int]], int]:
-    """Start and length of each weight of a graph in a file of its own, and the file's size."""
+    """First byte and number of bytes of each weight in a file of our own, and the file's size in bytes."""
     layout, end = {}, 0
     for value in _weight_inputs(model.graph, recipes):
         assert value.name is not None
@@ -77,7 +79,7 @@ def file_layout(model: ir.Model, recipes: Mapping[str, Recipe]) -> tuple[dict[st
         assert value.shape is not None
         length = value.dtype.itemsize * int(np.prod(value.shape.numpy()))
         layout[value.name] = (end, int(length))
-        end += -(-int(length) // ALIGNMENT) * ALIGNMENT
+        end += -(-int(length) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return layout, end
 
 
@@ -89,7 +91,16 @@ def write_file(
     dtypes: Mapping[str, ir.DataType],
     progress: Progress = lambda count: None,
 ) -> None:
-    """Write weights in the dtypes of a graph, one tensor at a time."""
+    """Write the weights in the dtypes of a graph, one tensor at a time.
+
+    Args:
+        path: the file.
+        layout: from `file_layout`.
+        recipes: how each weight is made of stored tensors.
+        checkpoint: the stored tensors.
+        dtypes: the dtype of each weight.
+        progress: called with the number of bytes after each tensor.
+    """
     from contextlib import ExitStack
 
     from safetensors import safe_open
@@ -119,7 +130,12 @@ def _external(name: str, file_name: str, tensor) -> ir.ExternalTensor:
 
 
 class _Binder:
-    """Builds weights out of stored pieces, as nodes at the head of a graph."""
+    """Makes weights of stored pieces, as nodes of a graph.
+
+    Args:
+        graph: the graph, which gets the nodes.
+        places: the shard's file name and the header entry of each stored tensor.
+    """
 
     def __init__(self, graph: ir.Graph, places: Mapping[str, tuple[str, Any]]):
         self.graph = graph
@@ -127,7 +143,7 @@ class _Binder:
         self.built: dict[int, ir.Value] = {}
 
     def build(self, recipe: Recipe) -> ir.Value:
-        """The value that a recipe makes."""
+        """The value of a recipe; each recipe is built once."""
         if id(recipe) not in self.built:
             self.built[id(recipe)] = self._stored(recipe.stored) if recipe.stored else self._made(recipe)
         return self.built[id(recipe)]
@@ -139,29 +155,26 @@ class _Binder:
         return self.graph.initializers[name]
 
     def _made(self, recipe: Recipe) -> ir.Value:
-        kind = recipe.function.overloadpacket.__name__
+        operator = recipe.function.overloadpacket.__name__
         builders: dict[str, Any] = {
             "stack": self._stack, "cat": self._cat, "slice": self._slice, "transpose": self._transpose,
             "_to_copy": self._cast, "split_with_sizes": self._split,
         }  # fmt: skip
-        if kind not in builders:
+        if operator not in builders:
             raise OnnxError(
-                f"a weight is made of stored ones by {kind}, which cannot point into the shards; use --dtype "
-                "fp32, fp16 or bf16, which writes the weights once more"
+                f"{operator} makes a weight of stored tensors, and a graph over the shards supports only "
+                f"{', '.join(builders)}; use --dtype fp32, fp16 or bf16, which writes a converted copy of the weights"
             )
-        return builders[kind](recipe, *recipe.args, **recipe.kwargs)
+        return builders[operator](recipe, *recipe.args, **recipe.kwargs)
 
-    def _node(self, kind: str, inputs: list[ir.Value], **attributes) -> ir.Value:
-        node = ir.node(kind, inputs, attributes, name=f"weights/{kind}_{len(self.built)}_{inputs[0].name}")
+    def _node(self, operator: str, inputs: list[ir.Value], **attributes) -> ir.Value:
+        node = ir.node(operator, inputs, attributes, name=f"weights/{operator}_{len(self.built)}_{inputs[0].name}")
         node.outputs[0].name = node.name
         self.graph.append(node)
         return node.outputs[0]
 
     def _ints(self, *numbers: int) -> ir.Value:
-        name = "weights/" + "_".join(map(str, numbers))
-        if name not in self.graph.initializers:
-            self.graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(list(numbers), name=name)))
-        return self.graph.initializers[name]
+        return int_constant(self.graph, "weights/" + "_".join(map(str, numbers)), *numbers)
 
     def _stack(self, recipe, tensors, dim=0) -> ir.Value:
         rows = [self._node("Unsqueeze", [self.build(each), self._ints(dim)]) for each in tensors]
@@ -171,8 +184,8 @@ class _Binder:
         return self._node("Concat", [self.build(each) for each in tensors], axis=dim)
 
     def _cast(self, recipe, tensor, dtype=None, **kwargs) -> ir.Value:
-        kinds = {own: kind for kind, own in TORCH_DTYPES.items()}
-        return self._node("Cast", [self.build(tensor)], to=kinds[dtype])
+        ir_dtypes = {torch_dtype: ir_dtype for ir_dtype, torch_dtype in TORCH_DTYPES.items()}
+        return self._node("Cast", [self.build(tensor)], to=ir_dtypes[dtype])
 
     def _transpose(self, recipe, tensor, first, second) -> ir.Value:
         value = self.build(tensor)

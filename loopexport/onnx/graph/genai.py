@@ -1,4 +1,4 @@
-"""`genai_config.json`, by which onnxruntime-genai runs a graph.
+"""`genai_config.json`, which lets onnxruntime-genai run a graph.
 
 Source: onnxruntime-genai 0.18, `src/config.h` and its model builder.
 """
@@ -19,9 +19,16 @@ if TYPE_CHECKING:
 
 
 def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpec, attention: str) -> dict | None:
-    """The config for one graph, or None where onnxruntime-genai cannot run it.
+    """The config for one graph; None if onnxruntime-genai cannot run it.
 
-    It takes keys and values of one width only, and slots that are all alike: not the latents of MLA.
+    onnxruntime-genai needs all cache slots alike, with keys as wide as values; in MLA they are not.
+
+    Args:
+        export: the export.
+        graph_name: the graph's file name.
+        graph: the traced graph of the native model.
+        spec: the loop of the graph.
+        attention: the attention layout, "portable" or "gqa".
     """
     caches = [each.shape for each in graph.inputs if str(each.name).startswith("past_key_values.")]
     shapes = {(shape[1], shape[3]) for shape in caches if shape is not None}
@@ -60,7 +67,7 @@ def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpe
                 },
             },
         },
-        # One buffer for past and present is for GroupQueryAttention only; with the portable graph it crashes.
+        # Only GroupQueryAttention can share one buffer for past and present; with the portable layout it crashes.
         "search": {
             "max_length": context_length,
             "past_present_share_buffer": attention == "gqa",
@@ -70,7 +77,7 @@ def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpe
 
 
 def genai_graph(root: Path) -> str | None:
-    """The graph that the config in a directory names; None where there is none that can be read."""
+    """The graph that a directory's config names; None if there is no readable config."""
     try:
         config = read_json(root / GENAI_CONFIG)
         return str(config["model"]["decoder"]["filename"])

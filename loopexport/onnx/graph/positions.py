@@ -1,4 +1,4 @@
-"""How many positions a graph has, where the model looks them up in a table instead of computing them."""
+"""How many positions a graph allows, where the model looks them up in a table instead of computing them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Any
 
 import onnx_ir as ir
 
-# Inputs that positions are worked out of.
-_SOURCES = ("position_ids", "attention_mask", "past_key_values.")
-# What changes the shape of its first input alone.
+# Inputs from which positions are computed.
+_POSITION_INPUTS = ("position_ids", "attention_mask", "past_key_values.")
+# Operators that only change the shape of their first input.
 _RESHAPING = ("Reshape", "Expand", "Unsqueeze", "Squeeze")
 
 
 def max_positions(graph: ir.Graph, config: Any) -> int | None:
-    """The number of positions that the config declares, where the graph has a table of them; else None.
+    """The number of positions that the config declares; None if the graph has no table of positions.
+
+    Some tables have extra rows before the first position. A table with fewer rows than positions is of something else,
+    such as token types, which are the same for all tokens.
 
     Args:
-        graph: of a native model, as `trace` makes it.
-        config: its config object of transformers. Some tables have rows before that of the first position; those with
-            fewer rows than positions are of something else, such as the types of tokens, which are the same at all.
+        graph: the graph of a native model, as `trace` makes it.
+        config: the model's config object of transformers.
     """
     declared = getattr(config, "max_position_embeddings", None)
     if declared is None or not any(size >= declared for node in graph for size in _table_rows(node)):
@@ -28,7 +30,7 @@ def max_positions(graph: ir.Graph, config: Any) -> int | None:
 
 
 def _table_rows(node: ir.Node) -> Iterator[int]:
-    """Rows of the table that a node reads at positions; nothing of all other nodes."""
+    """The number of rows of the table that a node reads at positions; nothing for other nodes."""
     if node.op_type not in ("Gather", "GatherND") or node.attributes.get_int("axis", 0) != 0:
         return
     table, indices = node.inputs
@@ -39,19 +41,19 @@ def _table_rows(node: ir.Node) -> Iterator[int]:
 
 
 def _is_position(value: ir.Value) -> bool:
-    """Whether whole numbers derive from positions, by whole numbers alone, and not from tokens."""
+    """Whether integers are computed from positions, through integers only, and not from tokens."""
     waiting, seen, found = [value], set(), False
     while waiting:
         each = waiting.pop()
         producer = each.producer()
         if producer is None and each.name == "input_ids":
             return False
-        found = found or (producer is None and str(each.name).startswith(_SOURCES))
+        found = found or (producer is None and str(each.name).startswith(_POSITION_INPUTS))
         if producer is None or id(each) in seen or not (_is_int(each) or each.dtype is None):
             continue
         seen.add(id(each))
         sources = producer.inputs[:1] if producer.op_type in _RESHAPING else producer.inputs
-        is_size = producer.op_type == "Shape"  # those of tokens are no tokens
+        is_size = producer.op_type == "Shape"  # the shape of `input_ids` says nothing about its tokens
         waiting += [source for source in sources if source is not None and not (is_size and source.name == "input_ids")]
     return found
 

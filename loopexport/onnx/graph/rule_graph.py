@@ -1,4 +1,4 @@
-"""An update rule as a small graph, traced from the export's own code, in which each run of a layer is one node."""
+"""Trace an update rule from the export's own code into a small graph, in which each run of a layer is one node."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from loopexport.loop.spec import LoopSpec
-from loopexport.onnx.trace.marks import MARKS
+from loopexport.onnx.trace.marks import MARKS, RUN_LAYER
 from loopexport.onnx.trace.simplify import optimise
-from loopexport.onnx.trace.tracer import BATCH, SEQUENCE, translate
+from loopexport.onnx.trace.tracer import BATCH, SEQUENCE
+from loopexport.onnx.trace.translate import translate
 from loopexport.templates.looped_rules import run_loop
-
-RUN_LAYER = "RunLayer"  # the node; attributes `position` in the body and `iteration`, counted from 1
 
 
 def rule_graph(spec: LoopSpec, width: int, hidden_size: int, dtype: torch.dtype) -> ir.Graph:
-    """The loop around one body, as a function of what entered it and of each layer's natural output.
+    """The loop around one loop body, as a function of the body's input and of each layer's natural output.
+
+    All values are `(batch, seq, hidden_size)`.
 
     Args:
-        spec: the loop; which layers it is about does not matter here.
+        spec: the loop; its span does not matter here.
         width: number of layers in the body.
         hidden_size, dtype: of the hidden states.
     """
@@ -36,7 +37,7 @@ def _traced(spec: LoopSpec, width: int, hidden_size: int, dtype: torch.dtype) ->
     values = [torch.zeros(BATCH, SEQUENCE, hidden_size, dtype=dtype) for _ in range(width + 1)]
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
     sizes = [{0: batch, 1: sequence} for _ in values]
-    with torch.no_grad(), _Expressible():
+    with torch.no_grad(), _RuleSubstitutes():
         program = torch.export.export(_Loop(spec), (values,), dynamic_shapes={"values": sizes}, strict=False)
         model = translate(program)
     optimise(model)
@@ -44,17 +45,23 @@ def _traced(spec: LoopSpec, width: int, hidden_size: int, dtype: torch.dtype) ->
 
 
 class _Loop(nn.Module):
+    """The loop as a module that torch can trace."""
+
     def __init__(self, spec: LoopSpec):
         super().__init__()
         self.spec = spec
 
     def forward(self, values: list[torch.Tensor]):
-        """The output of the loop for `[x, natural output of each layer]`."""
-        return run_loop(values[0], _Body(values[1:]), self.spec)
+        """The loop's output, from the body's input and each layer's natural output."""
+        return run_loop(values[0], _TracedBody(values[1:]), self.spec)
 
 
-class _Body:
-    """g with a node for each layer, in the shape that `run_loop` expects."""
+class _TracedBody:
+    """g as one node for each layer; `run_loop` calls it like `looped_walk.Body`.
+
+    Args:
+        natural_outputs: the output of each layer in the natural pass.
+    """
 
     def __init__(self, natural_outputs: list[torch.Tensor]):
         self.natural_outputs = natural_outputs
@@ -74,12 +81,13 @@ class _Body:
         return hidden
 
 
-class _Expressible(TorchFunctionMode):
-    """What rule anderson needs and a graph cannot say, said otherwise.
+class _RuleSubstitutes(TorchFunctionMode):
+    """While active, replaces the torch functions of rule anderson that a graph cannot express.
 
-    ONNX cannot solve linear equations: the few of that rule are solved by elimination. It needs no pivots, since the
-    matrix is symmetric and positive definite. And ONNX Runtime (1.32) miscompiles the product of a transposed matrix
-    with another (its MatmulTransposeFusion): these small ones are multiplied and summed.
+    ONNX cannot solve linear equations, so the rule's few equations are solved by elimination. Their matrix is symmetric
+    and positive definite, so elimination needs no pivots.
+    ONNX Runtime (1.32) miscompiles the product of a transposed matrix with another one (MatmulTransposeFusion), so
+    these small matrices are multiplied and summed.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -91,12 +99,14 @@ class _Expressible(TorchFunctionMode):
 
 
 def _multiply_and_sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` for `(n, m)` and `(m, k)` or `(m,)`."""
     if right.dim() == 1:
         return (left * right).sum(-1)
     return (left.unsqueeze(-1) * right.unsqueeze(0)).sum(-2)
 
 
 def _eliminate(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Solve `matrix @ x = target` for `(n, n)` and `(n,)` by Gauss-Jordan elimination."""
     size = matrix.shape[0]
     rows = [torch.cat([matrix[i], target[i : i + 1]]) for i in range(size)]
     for i in range(size):

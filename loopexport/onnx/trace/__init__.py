@@ -1,1 +1,1 @@
-"""Trace the native model into a graph, without weights: one decoder layer of each kind, each place marked."""
+"""Trace the native model, without weights, into a graph in which marks show where each decoder layer is."""

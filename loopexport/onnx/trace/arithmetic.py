@@ -1,7 +1,7 @@
-"""Arithmetic that ONNX would do otherwise than torch.
+"""Translate `tensor * number` and `tensor / number` into ONNX so that they round as torch does.
 
-Torch multiplies a half-precision tensor by a Python number in fp32 and rounds once. An ONNX graph would first round the
-number: a step size of 1/6 in bf16 is off by 0.2 %, in every step.
+Torch multiplies a half-precision tensor by a Python number in fp32 and rounds once. The default translation rounds the
+number first: a step size of 1/6 in bf16 is then wrong by 0.2 % in every step.
 """
 
 from __future__ import annotations

@@ -1,36 +1,39 @@
-"""Make a fresh trace small and readable, before it is unrolled: what is cloned K times should be worth cloning."""
+"""Make a fresh trace small and readable before it is unrolled: each node in the span is copied for every iteration."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 
-from .skeleton import Recipe
+from .nodes import int_constant
+from .recipes import Recipe
 
-_WRAPPER = "model."  # the module that the trace wraps around the native model
+_WRAPPER = "model."  # the name of the native model inside the traced module
 
 
 def simplify(model: ir.Model, recipes: Mapping[str, Recipe]) -> None:
-    """Fold constants, leave no doubled weight, and name every node after its module, in place.
+    """Fold constants, keep one copy of each weight, and name every node after its module, in place.
 
-    Weights become inputs named as the model's parameters: nothing can fold them, and `weights.attach` binds them.
+    Weights become inputs with the names of the model's parameters: the optimiser cannot fold inputs, and
+    `bind_weights` binds them later.
     """
-    _weights_to_inputs(model.graph, recipes)
-    _merge_tied(model.graph, recipes)
+    _make_weights_inputs(model.graph, recipes)
+    _merge_tied_weights(model.graph, recipes)
     optimise(model)
     _multiply_tied_heads(model.graph, recipes)
     _name_nodes(model.graph)
-    _declare_sizes(model.graph)
-    _forget_origins(model)
+    _name_free_sizes(model.graph)
+    _remove_trace_metadata(model)
 
 
 def optimise(model: ir.Model) -> None:
-    """Run onnxscript's optimiser, but let it take no number for 0 or 1 that is only near it, in place.
+    """Run onnxscript's optimiser in place; do not fold constants that are merely close to 0 or 1.
 
-    It drops `x + 1e-8`, an epsilon of some families, and `x * 1.00001`: it compares with a tolerance.
+    It compares with a tolerance, and so would drop `x + 1e-8`, the epsilon of some families, and `x * 1.00001`.
     """
     from onnxscript.optimizer import optimize_ir
 
@@ -43,7 +46,11 @@ def optimise(model: ir.Model) -> None:
 
 
 def _hide_near_neutral(graph: ir.Graph) -> list[tuple[ir.Value, ir.TensorProtocol]]:
-    """Make inputs of the numbers that are near 0 or 1, and give back what they were."""
+    """Turn constants close to 0 or 1 into inputs, in place.
+
+    Returns:
+        Each new input and its number.
+    """
     constants = [node.outputs[0] for node in graph if node.op_type == "Constant"]
     hidden = []
     for value in [*graph.initializers.values(), *constants]:
@@ -51,14 +58,14 @@ def _hide_near_neutral(graph: ir.Graph) -> list[tuple[ir.Value, ir.TensorProtoco
         if tensor is None or not _is_near_neutral(tensor):
             continue
         node = value.producer()
-        stand_in = ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
-        value.replace_all_uses_with(stand_in)
+        replacement = ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()))
+        value.replace_all_uses_with(replacement)
         if node is None:
             del graph.initializers[str(value.name)]
         else:
             graph.remove(node, safe=True)
-        graph.inputs.append(stand_in)
-        hidden.append((stand_in, tensor))
+        graph.inputs.append(replacement)
+        hidden.append((replacement, tensor))
     return hidden
 
 
@@ -69,7 +76,7 @@ def _is_near_neutral(tensor: ir.TensorProtocol) -> bool:
     return any(number != neutral and math.isclose(number, neutral, rel_tol=1e-4, abs_tol=1e-7) for neutral in (0, 1))
 
 
-def _weights_to_inputs(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
+def _make_weights_inputs(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
     for name, value in list(graph.initializers.items()):
         parameter = name.removeprefix(_WRAPPER)
         if parameter in recipes:
@@ -78,8 +85,8 @@ def _weights_to_inputs(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
             graph.inputs.append(value)
 
 
-def _merge_tied(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
-    """One input for all names of one stored tensor, such as a tied head."""
+def _merge_tied_weights(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
+    """Keep one input for each stored tensor, also where the model has several names for it, such as a tied head."""
     first: dict[str, ir.Value] = {}
     for value in list(graph.inputs):
         stored = recipes[value.name].stored if value.name is not None and value.name in recipes else None
@@ -93,14 +100,14 @@ def _merge_tied(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
 
 
 def _multiply_tied_heads(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> None:
-    """Let a tied head multiply by the embedding as it is stored.
+    """Multiply a tied head by the embedding as it is stored, in place.
 
-    `MatMul(h, Transpose(W))` makes ONNX Runtime fold a transposed copy of W, and keep W itself for the embedding.
-    `Gemm` reads W transposed, but takes matrices only.
+    For `MatMul(h, Transpose(W))` ONNX Runtime folds a transposed copy of W, and keeps W itself for the embedding.
+    `Gemm` reads W transposed, but takes matrices only, so the hidden states are flattened to `(batch * seq, hidden)`.
     """
     for weight in graph.inputs:
-        kinds = {use.node.op_type for use in weight.uses()}
-        if weight.name not in recipes or kinds <= {"Transpose"}:
+        operators = {use.node.op_type for use in weight.uses()}
+        if weight.name not in recipes or operators <= {"Transpose"}:
             continue
         for transpose in [use.node for use in weight.uses() if use.node.op_type == "Transpose"]:
             for product in [use.node for use in transpose.outputs[0].uses() if use.node.op_type == "MatMul"]:
@@ -113,10 +120,10 @@ def _replace_by_gemm(graph: ir.Graph, product: ir.Node, weight: ir.Value) -> Non
     rows, width = weight.shape
     assert hidden is not None
     tape = ir.tape.Tape()
-    flat = tape.op("Reshape", [hidden, _ints(graph, [-1, width])])
+    flat = tape.op("Reshape", [hidden, _shape_constant(graph, -1, width)])
     logits = tape.op("Gemm", [flat, weight], {"transB": 1})
     sizes = tape.op("Shape", [hidden], {"end": -1})
-    shape = tape.op("Concat", [sizes, _ints(graph, [rows])], {"axis": 0})
+    shape = tape.op("Concat", [sizes, _shape_constant(graph, rows)], {"axis": 0})
     result = tape.op("Reshape", [logits, shape])
     for node in tape.nodes:
         node.metadata_props.update(product.metadata_props)
@@ -128,16 +135,12 @@ def _replace_by_gemm(graph: ir.Graph, product: ir.Node, weight: ir.Value) -> Non
     graph.remove(product, safe=True)
 
 
-def _ints(graph: ir.Graph, numbers: list) -> ir.Value:
-    name = "shape_" + "_".join(str(number) for number in numbers)
-    if name not in graph.initializers:
-        value = ir.Value(name=name, const_value=ir.tensor(numbers, dtype=ir.DataType.INT64, name=name))
-        graph.register_initializer(value)
-    return graph.initializers[name]
+def _shape_constant(graph: ir.Graph, *numbers: Any) -> ir.Value:
+    return int_constant(graph, "shape_" + "_".join(str(number) for number in numbers), *numbers)
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """`model.layers.3.self_attn/MatMul_2`: the module that a node belongs to, and a number."""
+    """Name each node after its module, operator and a number: `model.layers.3.self_attn/MatMul_2`."""
     counts: Counter[str] = Counter()
     fixed = {value.name for value in (*graph.inputs, *graph.outputs)}
     for node in graph:
@@ -151,8 +154,8 @@ def _name_nodes(graph: ir.Graph) -> None:
                 value.shape = None
 
 
-def _forget_origins(model: ir.Model) -> None:
-    """Drop what the trace tells of itself: most of a graph's bytes, and paths of the machine that it was made on."""
+def _remove_trace_metadata(model: ir.Model) -> None:
+    """Remove the metadata that torch writes: most of a graph's bytes, and paths of the machine that made it."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
@@ -164,15 +167,15 @@ def _forget_origins(model: ir.Model) -> None:
 
 
 def _module(node: ir.Node) -> str:
-    """The innermost module that the trace saw a node in."""
+    """The innermost module in which a node was traced."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [each.strip(" '\"") for each in scopes.strip("[]").split(",")]
-    inner = names[-2] if len(names) > 1 else ""  # the last is the operation itself
+    inner = names[-2] if len(names) > 1 else ""  # the last name is the operation itself
     return inner.removeprefix(_WRAPPER) if inner != "model" else ""
 
 
-def _declare_sizes(graph: ir.Graph) -> None:
-    """Name the free sizes of inputs and outputs as the ecosystem does."""
+def _name_free_sizes(graph: ir.Graph) -> None:
+    """Give the free sizes of inputs and outputs the names that other ONNX exporters use."""
     for value in graph.inputs:
         if value.name in ("input_ids", "position_ids"):
             value.shape = ir.Shape(["batch_size", "sequence_length"])

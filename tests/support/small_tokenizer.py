@@ -1,4 +1,4 @@
-"""A small tokenizer, for tests that need a real one."""
+"""A small real tokenizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 
 def write_tokenizer(directory, tokenizer_class):
-    """A small byte-level tokenizer whose class the files name, or leave to the model's type."""
+    """Save a small byte-level tokenizer; with `tokenizer_class` None, the files leave the class to the model type."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,0 +1,73 @@
+"""What cannot become a graph, or cannot be run, is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+
+import onnxruntime as ort
+import pytest
+
+import loopexport
+import loopexport.onnx
+from loopexport.onnx import plan as planning
+from support.commands import run, tree
+from support.family_walk import save_tiny_family
+from support.onnx_walk import walk_onnx
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--steps", "0"], "steps 0 must be a whole number from 1"),
+        (["--steps", "two"], "is not a list of whole numbers such as 2,4,8"),
+        (["--dtype", "int8"], "'int8' is not one of"),
+    ],
+)
+def test_bad_options_are_told(export, options, says):
+    result = run("onnx", export, *options)
+    assert result.exit_code in (1, 2)
+    assert says in result.stderr
+
+
+def test_family_that_cannot_be_traced_is_refused_with_the_reason(tmp_path):
+    """Doge masks otherwise from a number of tokens on."""
+    base = save_tiny_family("doge", tmp_path / "base")
+    export = loopexport.convert(str(base), tmp_path / "out", span=(1, 3), steps=2).root
+    before = tree(export)
+    result = run("onnx", export)
+    assert result.exit_code == 1
+    assert "family 'doge' cannot be traced to ONNX: its code takes different paths for different" in result.stderr
+    assert tree(export) == before
+
+
+def test_recurrent_layers_outside_of_the_span_are_refused_at_once(tmp_path):
+    base = save_tiny_family("qwen3_next", tmp_path / "base")
+    export = loopexport.convert(str(base), tmp_path / "out", span=(3, 4), steps=2).root
+    says = "layer 0 keeps the state of a recurrence or convolution in its cache, for which an ONNX graph has no input"
+    assert says in run("onnx", export, "--dry-run").stderr
+
+
+def test_window_that_only_the_cache_knows_is_refused(tmp_path):
+    """Moshi masks nothing: torch's cache drops old keys, beyond the lengths that verification compares."""
+    outcome, _ = walk_onnx("moshi", tmp_path, sliding_window=3000)
+    assert outcome.status == "refused"
+    assert "its cache forgets all but the last 3000 tokens, and no mask of its code says so" in outcome.reason
+
+
+def test_quantised_base_is_refused(export):
+    config = json.loads((export / "base" / "config.json").read_text())
+    (export / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    assert "the base is quantised; ONNX export needs" in run("onnx", export).stderr
+
+
+def test_missing_graph_and_provider_are_told(export, graph):
+    assert "no ONNX graph in" in run("run", export, "Hello").stderr
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        result = run("run", graph("llama", steps=2), "Hello", "--provider", "cuda")
+        assert (result.exit_code, "CUDA is not available to ONNX Runtime" in result.stderr) == (1, True)
+
+
+def test_old_runtimes_that_hold_shared_weights_several_times_are_refused(export, monkeypatch):
+    real = planning.version
+    monkeypatch.setattr(planning, "version", lambda name: "1.22.1" if name == "onnxruntime" else real(name))
+    assert "onnxruntime 1.22.1 loads a weight once for each place" in run("onnx", export).stderr
