@@ -39,7 +39,7 @@ def test_fused_attention_refuses_what_it_would_get_wrong(graph):
     with pytest.raises(loopexport.LoopExportError, match="takes no padded batch"):
         model.forward(ids, np.array([[0, 1, 1], [1, 1, 1]]))
     _, cache = model.forward(ids)
-    with pytest.raises(loopexport.LoopExportError, match="takes 3 tokens on a cache for one prompt only"):
+    with pytest.raises(loopexport.LoopExportError, match="takes 3 tokens for a single prompt only"):
         model.forward(ids, cache=cache)
 
 

@@ -70,4 +70,4 @@ def test_missing_graph_and_provider_are_told(export, graph):
 def test_old_runtimes_that_hold_shared_weights_several_times_are_refused(export, monkeypatch):
     real = planning.version
     monkeypatch.setattr(planning, "version", lambda name: "1.22.1" if name == "onnxruntime" else real(name))
-    assert "onnxruntime 1.22.1 holds weights" in run("onnx", export).stderr
+    assert "onnxruntime 1.22.1 loads a weight once for each place" in run("onnx", export).stderr
