@@ -23,7 +23,7 @@ ORACLE = (
     *(f"tests/support/{name}.py" for name in ("oracle", "forwards", "routing", "rule_values", "loaded_code")),
     *(f"tests/support/{name}.py" for name in ("watch_experts", "vllm_double", "family_walk")),
     *(f"tests/templates/test_{name}.py" for name in ("semantics", "rules", "frozen_routing", "routers")),
-    *(f"tests/templates/test_{name}.py" for name in ("compile", "vllm_seam")),
+    *(f"tests/templates/test_{name}.py" for name in ("compile", "experts", "vllm_seam")),
 )
 VLLM = (
     *(f"templates/{name}.py" for name in ("configuration_looped", "modeling_looped")),

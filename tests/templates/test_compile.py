@@ -11,10 +11,11 @@ import itertools
 import pytest
 import torch
 import transformers
-from transformers import StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
+import loopexport
 from support.compare import assert_close
-from support.tiny import tiny_tokens
+from support.tiny import save_tiny, tiny_tokens
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 KV_POLICIES = ("shared", "per_step", "reference")
@@ -27,6 +28,24 @@ DECODE_SAMPLE = {
     ("llama", "shared", "first_n"),
     ("gemma3_text", "per_step", "full"),
 }
+
+
+FOUR_LAYERS = {
+    "llama": {"num_hidden_layers": 4},
+    "gemma3_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}
+
+
+@pytest.fixture
+def looped(tmp_path):
+    """`looped(family, **spec)`: a looped model of four layers, since compiling takes a time for each."""
+
+    def make(family, **spec):
+        base = save_tiny(family, tmp_path / "base", **FOUR_LAYERS[family])
+        out = loopexport.convert(str(base), tmp_path / "out", **{"span": (1, 3), "steps": 3, **spec}).root
+        return AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+
+    return make
 
 
 def cells(sample, *values):

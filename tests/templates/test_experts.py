@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from support.compare import assert_bitwise, assert_close, assert_differs
 from support.routing import run_without_ties
+from support.structure import by_class
 from support.tiny import MOE_FAMILIES, tiny_tokens
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -115,7 +116,7 @@ def assert_saved_like(directory, base) -> None:
 
 @needs_backends
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", by_class(MOE_FAMILIES))
 def test_one_step_is_bitwise_the_base_on_every_backend(family, backend, export_dir, tiny_base):
     ours = load(export_dir(family), experts_implementation=backend, loop_steps=1)
     theirs = load(tiny_base(family), experts_implementation=backend)
@@ -126,7 +127,7 @@ def test_one_step_is_bitwise_the_base_on_every_backend(family, backend, export_d
 
 @needs_backends
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", by_class(MOE_FAMILIES))
 def test_looped_model_is_the_same_on_every_backend(family, frozen, export_dir):
     model = load(export_dir(family, frozen_routing=frozen))
     tokens, first = run_without_ties(model, lambda tokens: full(model, tokens), 2, LENGTH)
