@@ -32,6 +32,7 @@ gc.freeze()  # what is imported stays: the collector need not look at it again
 def pytest_addoption(parser):
     """`--record NAME` runs a long walk; see `support/records.py`."""
     parser.addoption("--record", choices=sorted(RECORDS), help="run a long walk and write its record")
+    parser.addoption("--with-slow", action="store_true", help="with --record: run the slow cells too")
 
 
 def pytest_configure(config):

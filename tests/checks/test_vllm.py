@@ -52,6 +52,7 @@ from support.vllm_cases import (
     PROMPTS,
     REFUSED,
     SHAPES,
+    SLOW,
     STAGES,
     TWO_PROCESSES,
     WIDE,
@@ -179,7 +180,7 @@ def record(record_property):
     return note
 
 
-@pytest.mark.parametrize("case", as_parameters(FEW, MANY))
+@pytest.mark.parametrize("case", as_parameters(FEW, MANY, SLOW))
 def test_greedy_tokens_are_those_of_transformers(case, serve, base_of, record, vllm_version):
     service = serve(case)
     prompts, theirs, served = service.prompts, service.theirs, service.served

@@ -30,6 +30,7 @@ class Recorder:
         self.record = RECORDS[option.record]
         self.digest = self.record.digest()
         self.is_worker = hasattr(config, "workerinput")
+        self.with_slow = option.with_slow
         self.partial = ROOT / ".pytest_cache" / "records" / f"{self.record.name}.json"
         self.results: dict[str, dict] = self._earlier()
         self.wanted: set[str] = set()
@@ -52,6 +53,8 @@ class Recorder:
         items[:] = kept
 
     def _is_in_a_place_of_the_walk(self, item) -> bool:
+        if item.get_closest_marker("slow") is not None and not self.with_slow:
+            return False
         file = item.nodeid.partition("::")[0]
         return any(file == place or file.startswith(f"{place}/") for place in self.record.tests)
 
@@ -87,7 +90,10 @@ class Recorder:
         if not done or session.testsfailed or lacking or not self.wanted or self.digest != self.record.digest():
             print(f"\n{self.record.file.relative_to(ROOT)} is not written: {len(lacking)} cells lack")
             return
-        write(self.record.file, self.digest, self._versions(), {name: self.results[name] for name in self.wanted})
+        results = {name: self.results[name] for name in self.wanted}
+        if self.record.keeps_earlier:
+            results |= earlier_results(self.record.read()["results"], results)
+        write(self.record.file, self.digest, self._versions(), results)
         self.partial.unlink(missing_ok=True)
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
             session.exitstatus = pytest.ExitCode.OK
@@ -106,6 +112,17 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
+
+
+def earlier_results(before: dict[str, dict], now: dict[str, dict]) -> dict[str, dict]:
+    """The cells of the last record that this walk left out, marked as cells of earlier code."""
+    done = {_cell(result) for result in now.values()}
+    return {name: {**result, "earlier": True} for name, result in before.items() if _cell(result) not in done | {()}}
+
+
+def _cell(result: dict) -> tuple:
+    """What a cell of vLLM is about; empty for other tests."""
+    return tuple(result[key] for key in ("family", "kv", "setting", "loop")) if "family" in result else ()
 
 
 def write(file: Path, digest: str, versions: dict[str, str], results: dict[str, dict]) -> None:

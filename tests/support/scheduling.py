@@ -57,7 +57,7 @@ def place_of(nodeid: str) -> int:
 
 def _process_of(nodeid: str) -> str:
     """Cases that one process of vLLM serves stay together."""
-    from support.vllm_cases import FEW, MANY, REFUSED
+    from support.vllm_cases import FEW, MANY, REFUSED, SLOW
 
-    groups = {str(case): str(case.group) for case in (*FEW, *MANY, *REFUSED)}
+    groups = {str(case): str(case.group) for case in (*FEW, *MANY, *SLOW, *REFUSED)}
     return groups.get(nodeid.partition("[")[2].removesuffix("]"), nodeid.partition("[")[0])

@@ -67,7 +67,8 @@ class Case:
 SHARED, PER_STEP = {}, {"kv": "per_step"}
 POLICIES = (SHARED, PER_STEP)
 LAYERS = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True}
-# `make test-vllm` serves FEW; only the whole matrix serves MANY.
+# `make test-vllm` serves FEW, `make record-vllm` MANY too. SLOW, half a minute to two each, only with
+# SLOW=--with-slow.
 FEW = [
     *(Case(family, kv) for family in ("llama", "gemma3_text", "qwen3_moe") for kv in POLICIES),
     Case("gpt_oss"),
@@ -96,6 +97,8 @@ MANY = [
     *(Case(family, kv) for family in (*DENSE, *SPARSE) for kv in POLICIES),
     *(Case("qwen3", {"rule": rule, **options, **kv}) for rule, options in RULES.items() for kv in POLICIES),
     *(Case("qwen3_moe", {**LAYERS, **kv}) for kv in POLICIES),
+]
+SLOW = [
     *(Case(family, kv, setting) for setting in SETTINGS for family in ("gemma3_text", "qwen3_moe") for kv in POLICIES),
     *(
         Case(family, SHARED, setting)
@@ -142,7 +145,11 @@ def draw_prompts(seed):
 PROMPTS = draw_prompts(1)
 
 
-def as_parameters(few, many=()):
-    """Parameters for pytest; the cases of `many` run only with the matrix."""
-    marked = [(case, ()) for case in few] + [(case, (pytest.mark.matrix,)) for case in many]
+def as_parameters(few, many=(), slow=()):
+    """Parameters for pytest; the cases of `many` run only with the matrix, those of `slow` only when asked for."""
+    marked = [
+        *((case, ()) for case in few),
+        *((case, (pytest.mark.matrix,)) for case in many),
+        *((case, (pytest.mark.matrix, pytest.mark.slow)) for case in slow),
+    ]
     return [pytest.param(case, id=str(case), marks=marks) for case, marks in marked]
