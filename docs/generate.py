@@ -140,7 +140,8 @@ def _served(values, family: str, kv: str) -> str:
     settings: dict[str, list[str]] = {}
     for each in values:
         if not each["loop"] and (each["family"], each["kv"]) == (family, kv) and each["setting"] in SETTINGS:
-            settings.setdefault(each["outcome"], []).append(each["setting"])
+            outcome = f"{each['outcome']} on earlier code" if each.get("earlier") else each["outcome"]
+            settings.setdefault(outcome, []).append(each["setting"])
     return "; ".join(f"{outcome}: {', '.join(sorted(found))}" for outcome, found in settings.items()) or "not run"
 
 
