@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import onnxruntime as ort
 import pytest
@@ -13,6 +14,12 @@ from loopexport.onnx import plan as planning
 from support.commands import run, tree
 from support.family_walk import save_tiny_family
 from support.onnx_walk import walk_onnx
+
+
+@pytest.fixture
+def export(export_dir, tmp_path):
+    """A copy of an export that a test may write into."""
+    return shutil.copytree(export_dir("llama"), tmp_path / "export")
 
 
 @pytest.mark.parametrize(
