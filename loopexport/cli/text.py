@@ -117,7 +117,8 @@ def rule_lines() -> list[str]:
         + (f"  [{', '.join(_field_text(rule, field) for field in rule.takes)}]" if rule.takes else "")
         for name, rule in RULES.items()
     ]
-    return [*lines, "", "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields, damping with its default]"]
+    legend = "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields, with the default of damping]"
+    return [*lines, "", legend]
 
 
 def _field_text(rule: Rule, field: str) -> str:
