@@ -48,7 +48,7 @@ loop_options = combine(
         LOOP,
         "--damping",
         type=float,
-        help="Step size s in (0, 1]; 1 is naive looping.  [default: 1/steps for euler]",
+        help="Step size s in (0, 1]; 1 is naive looping.  [default: 1/steps for euler; see `loopexport rules`]",
     ),
     option(
         LOOP,

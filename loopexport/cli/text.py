@@ -18,6 +18,7 @@ from loopexport.loop.cost import Cost, dtype_name
 from loopexport.loop.presets import PRESETS, STATUSES, Preset
 from loopexport.loop.spec import RULES, LoopSpec
 from loopexport.loop.wording import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
+from loopexport.templates.looped_spec import Rule
 
 if TYPE_CHECKING:
     from loopexport.onnx.build import OnnxOutcome
@@ -113,10 +114,18 @@ def rule_lines() -> list[str]:
     width = max(map(len, RULES))
     lines = [
         f"{name:{width}}  {rule.evaluations_per_step} per step  {rule.summary}"
-        + (f"  [{', '.join(rule.takes)}]" if rule.takes else "")
+        + (f"  [{', '.join(_field_text(rule, field) for field in rule.takes)}]" if rule.takes else "")
         for name, rule in RULES.items()
     ]
-    return [*lines, "", "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields of the rule]"]
+    legend = "x enters the span, g(h) runs it, h is the iterate, s the damping; [fields, with the default of damping]"
+    return [*lines, "", legend]
+
+
+def _field_text(rule: Rule, field: str) -> str:
+    """The name of a field; for damping with its default."""
+    if field != "damping":
+        return field
+    return "damping 1/K" if rule.damping is None else f"damping {rule.damping:g}"
 
 
 def family_lines() -> list[str]:

@@ -21,8 +21,10 @@ from .verify import verify
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 EPILOG = """
 \b
-Shell completion (bash; zsh_source and fish_source for other shells):
+Shell completion for bash, zsh and fish:
   eval "$(_LOOPEXPORT_COMPLETE=bash_source loopexport)"
+  eval "$(_LOOPEXPORT_COMPLETE=zsh_source loopexport)"
+  _LOOPEXPORT_COMPLETE=fish_source loopexport | source
 """
 
 

@@ -17,6 +17,7 @@ from loopexport.cli.progress import ByteBar
 @directory_argument
 @click.option(
     "--out",
+    metavar="OUT",
     shell_complete=complete_directory,
     help="Write a copy of the export with the graphs.  [default: write the graphs into DIRECTORY]",
 )

@@ -14,7 +14,10 @@ from loopexport.cli.progress import ByteBar
 @click.argument("out", shell_complete=complete_directory)
 @restore_weights_option
 def restore(directory, out, weights) -> None:
-    """Write the base of the export DIRECTORY to OUT, bit for bit. Hashes weights with a recorded digest first."""
+    """Write the base of the export DIRECTORY to OUT, bit for bit.
+
+    Before that, hash the weights that have a recorded digest.
+    """
     from loopexport.export.restoration import restore as restore_base
 
     with ByteBar("restoring weights", 0) as advance:

@@ -16,7 +16,7 @@ from loopexport.cli.progress import ByteBar
 @click.command(short_help="Check an export: files, K=1, cached decoding, ONNX graphs.")
 @directory_argument
 @click.option(
-    "--full", is_flag=True, help="Hash weights with a recorded digest. Without it, compare sizes and headers."
+    "--full", is_flag=True, help="Hash the weights that have a recorded digest. Without it, compare sizes and headers."
 )
 @click.option("--files-only", is_flag=True, help="Check the files without loading the model.")
 @click.option(
