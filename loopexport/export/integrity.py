@@ -136,7 +136,7 @@ def _check_records(export: Export) -> Check:
     unknown += sorted(({shard.name for shard in base.shards} ^ export.manifest.weights.keys()) - {*export.lacking})
     if unknown:
         return Check(name, False, f"{unknown[0]} is not recorded in it, or is not part of the model")
-    return Check(name, True, f"{len(needed)} and {len(base.shards)} with weights")
+    return Check(name, True, f"{len(needed)} small files, {len(base.shards)} with weights")
 
 
 def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progress) -> tuple[str, str]:
