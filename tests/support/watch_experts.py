@@ -159,7 +159,7 @@ def sparse_export(family, directory, **fields):
         except (loopexport.LoopExportError, ValueError) as error:
             reasons.append(str(error))
             continue
-        if any(layer.known for layer in looped_layers(model).routers[slice(*span)]):
+        if any(traits.routers.known for traits in looped_layers(model).traits[slice(*span)]):
             return out, span
         reasons.append("no experts in the span")
     raise ValueError(next((reason for reason in reasons if "no experts" not in reason), reasons[0]))
