@@ -26,7 +26,7 @@ print(type(model).__name__, model(torch.tensor([[5, 6, 7]])).logits.shape[-1])
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of the files that it is made of, so that the build leaves nothing in the checkout."""
+    """The wheel, built from a copy of its files, so that the build leaves nothing in the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
