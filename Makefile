@@ -12,14 +12,15 @@ VLLM_CASES ?=
 DEMO ?= demo
 PYTEST_OPTIONS ?= -n 2 --durations=25
 # The rest knows nothing of transformers: no need to run it again.
-OLDEST_TESTS ?= tests/templates tests/base tests/checks tests/test_real_model.py tests/hub/test_push.py tests/hub/test_weightless.py
+OLDEST_TESTS ?= tests/templates tests/base tests/loop tests/checks tests/test_real_model.py tests/export/test_foreign_code.py \
+	tests/hub/test_push.py tests/hub/test_weightless.py
 FUZZ_EXAMPLES ?= 20000
 
 SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-oldest test-vllm test-vllm-older environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks clean
+.PHONY: demo test test-oldest test-oldest-matrix test-vllm test-vllm-older environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks clean
 .PRECIOUS: .venv-vllm-%/ready
 
 demo: $(VENV)/demo-ready
@@ -31,6 +32,10 @@ test: $(VENV)/test-ready $(SMOLLM)/README.md
 # What has to do with transformers, on the oldest supported one, and pushing with its older client of the Hub.
 test-oldest: $(OLDEST)/test-ready $(SMOLLM)/README.md
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" $(OLDEST_TESTS)
+
+# The long matrices on the oldest supported transformers, without a record; for changes of the templates.
+test-oldest-matrix: $(OLDEST)/test-ready $(SMOLLM)/README.md
+	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m matrix tests/templates tests/loop tests/checks
 
 # Serve exports with vLLM, in an environment without LoopExport. For another release: make test-vllm VLLM=0.31.0
 test-vllm: $(VENV)/test-ready .venv-vllm-$(VLLM)/ready $(SMOLLM)/README.md
