@@ -7,6 +7,7 @@ the other files through them.
 FILES = (
     "configuration_looped.py",
     "looped_cache.py",
+    "looped_decoder.py",
     "looped_routing.py",
     "looped_rules.py",
     "looped_spec.py",

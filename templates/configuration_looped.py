@@ -14,7 +14,7 @@ _DIGEST_BEFORE = globals().get("CODE_DIGEST")  # not None if transformers runs t
 # Start of the sha256 of all other copied files. transformers 5 caches local code by directory name and the content of
 # this file: without the digest, two exports with one directory name but different code would, in one process, both run
 # the code that was loaded first.
-CODE_DIGEST = "7ce1b4887f58ca19"
+CODE_DIGEST = "014e9f1e59c112bc"
 
 if _DIGEST_BEFORE not in (None, CODE_DIGEST):
     # transformers 4 copies the code of all exports with one directory name to one place. It runs a changed file again,
@@ -26,6 +26,15 @@ from .looped_spec import FIELD_PREFIX, LoopSpec, as_json  # noqa: E402
 
 MODEL_TYPE_PREFIX = "looped_"
 CLASS_PREFIX = "Looped"
+
+# The ends of the names of model classes. A family may lack some of them in transformers, and then here too.
+HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+# Tables of other libraries that have an entry for each model type: their module, and the start of their names.
+TYPE_TABLES = {
+    "peft.utils.constants": "TRANSFORMERS_MODELS_TO_",
+    "liger_kernel.transformers.monkey_patch": "MODEL_TYPE_TO_APPLY_LIGER_FN",
+}
 
 
 class LoopedConfigMixin:
@@ -41,6 +50,7 @@ class LoopedConfigMixin:
         values = super().to_dict()
         if any(name.startswith(FIELD_PREFIX) for name in values):
             values["auto_map"] = auto_map(base_model_type(self.model_type))
+        _list_as_native(self.model_type)  # libraries read a config before they look up its type
         return values
 
 
@@ -57,11 +67,8 @@ def family_name(model_type: str) -> str:
 def auto_map(model_type: str) -> dict[str, str]:
     """The `auto_map` for a base `model_type`; transformers has no classes of these names, so it must load ours."""
     name = CLASS_PREFIX + family_name(model_type)
-    return {
-        "AutoConfig": f"configuration_looped.{name}Config",
-        "AutoModel": f"modeling_looped.{name}Model",
-        "AutoModelForCausalLM": f"modeling_looped.{name}ForCausalLM",
-    }
+    heads = {f"AutoModel{head.removeprefix('Model')}": f"modeling_looped.{name}{head}" for head in HEADS}
+    return {"AutoConfig": f"configuration_looped.{name}Config", **heads}
 
 
 @lru_cache(maxsize=None)
@@ -86,7 +93,16 @@ def looped_config_class(family: str) -> type:
     }
     config_class = type(name, (LoopedConfigMixin, native), body)
     _keep_tokenizer(model_type, native, config_class)
+    _list_as_native(MODEL_TYPE_PREFIX + model_type)
     return config_class
+
+
+def _list_as_native(model_type: str) -> None:
+    """Give the looped type the entry of the base's type in the tables of other libraries, if they are imported."""
+    for module, prefix in TYPE_TABLES.items():
+        for name, table in list(vars(sys.modules.get(module, sys)).items()):
+            if name.startswith(prefix) and isinstance(table, dict) and base_model_type(model_type) in table:
+                table.setdefault(model_type, table[base_model_type(model_type)])
 
 
 def _keep_tokenizer(model_type: str, native: type, config_class: type) -> None:

@@ -18,10 +18,16 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .looped_spec import LoopSpec
+from .looped_spec import FIELDS, LoopSpec
 
 # Names of the K/V cache argument in native layers, newest first.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+# Attribute that we set on a cache: the loop of the latest forward that stored there, as `_fingerprint` gives it.
+FILLED_BY = "loop_filled_by"
+
+# Attribute that we set on a cache: the number of its first extra slot.
+FIRST_SLOT = "loop_first_slot"
 
 
 class CacheArgument(NamedTuple):
@@ -52,6 +58,11 @@ def find_cache_argument(module: nn.Module) -> CacheArgument | None:
     names = list(inspect.signature(module.forward).parameters)
     found = next((name for name in CACHE_ARGUMENTS if name in names), None)
     return None if found is None else CacheArgument(found, names.index(found))
+
+
+def self_attention(cache):
+    """The cache of a decoder's own keys and values, also in decoders that can attend to an encoder."""
+    return getattr(cache, "self_attention_cache", cache)
 
 
 class CacheStandIn:
@@ -190,38 +201,104 @@ def is_empty(cache, layer_idx: int, num_tokens: int) -> bool:
         return int(cache.get_seq_length(layer_idx)) == 0
     if layer_idx >= len(cache.layers) or not cache.layers[layer_idx].is_initialized:
         return True
-    # A static cache has its length only as a tensor, and a compiled graph cannot branch on a tensor. A compiled forward
-    # on an initialised static cache is a decode step, so the cache is not empty.
+    # A static cache has its length only as a tensor, and a compiled graph cannot branch on a tensor.
     if torch.compiler.is_compiling():
-        return False
+        return not hasattr(cache, FILLED_BY)
     # A layer that reuses the keys of an earlier layer has none; the earlier one has already stored this forward's.
     owner = next(index for index in range(layer_idx, -1, -1) if getattr(cache.layers[index], "keys", None) is not None)
     return int(cache.get_seq_length(owner)) == (0 if owner == layer_idx else num_tokens)
 
 
-def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int) -> None:
+def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> int:
     """Add one slot for each looped layer and iteration to the cache, of the same type as the layer's own slot.
 
     A cache that was made without a config needs no call: it adds slots by itself when a layer first stores there.
 
+    Returns:
+        The number of the first extra slot.
+
     Raises:
-        ValueError: the cache was filled under another loop setting, or is of a class that slots cannot be added to.
+        ValueError: something else filled the cache, or it is of a class that slots cannot be added to.
     """
     if type(cache).__module__.startswith("transformers.models."):  # a family's own class, with its own slots
         raise ValueError(f"kv per_step cannot add slots to a {type(cache).__name__}; use kv shared")
+    if hasattr(cache, FIRST_SLOT):
+        return getattr(cache, FIRST_SLOT)
     count = len(cache.layers)
-    if count < num_layers or count == num_layers + spec.extra_kv_slots:
-        return
-    if count != num_layers or not is_empty(cache, spec.layers[0], num_tokens):
-        raise ValueError(_foreign_cache(f"it has {count} slots, not {num_layers + spec.extra_kv_slots}"))
-    for _ in range(1, spec.evaluations):
+    if count >= num_layers and not is_empty(cache, spec.layers[0], num_tokens):
+        raise ValueError(
+            "kv per_step needs slots for every pass, and something without them filled this K/V cache, such as the "
+            "base model or prefix tuning; start with a new cache, or use kv shared"
+        )
+    first = max(count, num_layers)
+    setattr(cache, FIRST_SLOT, first)
+    for _ in range(1, spec.evaluations) if count >= num_layers else ():
         cache.layers.extend(_empty_slot_like(cache.layers[index]) for index in spec.layers)
+    return first
 
 
 def _empty_slot_like(layer):
     slot = copy.deepcopy(layer)
     slot.reset()
     return slot
+
+
+def check_filled_by(cache, spec: LoopSpec, layer_idx: int, num_tokens: int) -> None:
+    """Check that a forward of a loop may go on with a cache; call it before the forward stores anything.
+
+    Under `shared` and `reference` a token keeps the keys and values that it was computed with, so the steps, their
+    sizes and the rule may change between tokens, and so may whether tokens loop at all.
+
+    Raises:
+        ValueError: the cache was filled under a loop that this one cannot go on from.
+    """
+    before, now = getattr(cache, FILLED_BY, None), _fingerprint(spec)
+    if before is None or before == now or is_empty(cache, layer_idx, num_tokens):
+        return
+    changed = (
+        [name for name, was, value in zip(FIELDS, before, now, strict=True) if was != value] if before and now else []
+    )
+    if before and "per_step" not in (before[_KV], now[_KV] if now else None):
+        changed = [name for name in changed if name in ("span", "mode", "kv")]
+        if not changed:
+            return
+    elif not before and spec.kv != "per_step":
+        return
+    what = ", ".join(changed) or ("it looped, and now steps or anchor is 1" if before else "steps or anchor was 1")
+    raise ValueError(_foreign_cache(what))
+
+
+def mark_filled(cache, spec: LoopSpec) -> None:
+    """Note in a cache the loop of the forward that stores there now."""
+    if getattr(cache, FILLED_BY, None) != _fingerprint(spec):
+        setattr(cache, FILLED_BY, _fingerprint(spec))
+
+
+_KV = FIELDS.index("kv")
+
+
+def _fingerprint(spec: LoopSpec) -> tuple:
+    """The loop as a tuple of plain values; empty if it is the base model."""
+    return () if spec.is_identity else tuple(getattr(spec, name) for name in FIELDS)
+
+
+def check_paged(cache, spec: LoopSpec) -> None:
+    """Check that a loop is exact in continuous batching, which packs prompts and decode steps of many requests.
+
+    Raises:
+        ValueError: it is not, and the cache is a paged one.
+    """
+    if type(cache).__name__.startswith("Paged"):
+        check_continuous_batching(spec)
+
+
+def check_continuous_batching(spec: LoopSpec) -> None:
+    """Raise ValueError unless continuous batching gives each request what `generate` gives it alone."""
+    if not spec.is_identity and (spec.kv != "shared" or spec.decode != "full"):
+        raise ValueError(
+            "continuous batching packs prompts and decode steps of several requests into one forward, which is exact "
+            f"with kv shared and decode full only, not with kv {spec.kv} and decode {spec.decode}; use generate"
+        )
 
 
 def _foreign_cache(why: str) -> str:

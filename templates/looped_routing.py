@@ -3,14 +3,15 @@
 Every export has a copy of this file. It needs only torch.
 
 We store a router's path in its layer, not the module, because quantizers, adapters and parallelisation replace modules.
-While a layer runs, a stand-in shadows the router: it is in the instance dictionary of the router's parent, where Python
-looks before nn.Module does. A hook would be lost when its module is replaced, and cannot be set in a compiled graph.
+A router keeps its class and its place; its `forward` becomes a `RouterForward`. What a call records or replays is local
+to the thread. A hook would not do: it cannot skip the router, and cannot be set in a compiled graph.
 """
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -18,62 +19,104 @@ from torch import nn
 ROUTERS = ("router", "router_gate")
 
 
-class RecordRoute:
-    """Stands in for a router in the natural pass: calls it, and records its answers in order."""
+class _Thread(threading.local):
+    """The routes of the layer that runs in this thread, by the path of the router; None outside of one."""
 
-    def __init__(self, router, answers: list):
+    routes: dict[str, RecordRoute] | None = None
+
+
+class RecordRoute:
+    """What a router does in the natural pass: compute its answers, and record them in order.
+
+    Attributes:
+        router: the module.
+        answers: its answers in the natural pass.
+        count: how often this pass has called it.
+    """
+
+    def __init__(self, router: nn.Module, answers: list):
         self.router = router
         self.answers = answers
         self.count = 0
 
-    def __call__(self, *args, **kwargs):
+    def answer(self, forward, args, kwargs):
         self.count += 1
-        self.answers.append(self.router(*args, **kwargs))
+        self.answers.append(forward(*args, **kwargs))
         return self.answers[-1]
-
-    def __getattr__(self, name):
-        return getattr(self.router, name)
 
 
 class ReplayRoute(RecordRoute):
-    """Stands in for a router in an iteration: returns the recorded answers in order."""
+    """What a router does in an iteration: return the recorded answers in order."""
 
-    def __call__(self, *args, **kwargs):
+    def answer(self, forward, args, kwargs):
         self.count += 1
         return self.answers[min(self.count, len(self.answers)) - 1]
 
 
+_THREAD = _Thread()
+
+
+class RouterForward:
+    """The `forward` of a router: its own, but for a thread that records or replays its answers.
+
+    Attributes:
+        router: the module.
+        path: its path in the layer.
+        replaced: the `forward` that somebody had set on the module, such as accelerate; None for its class's.
+    """
+
+    def __init__(self, router: nn.Module, path: str):
+        self.router = router
+        self.path = path
+        self.replaced = vars(router).get("forward")
+
+    def __call__(self, *args, **kwargs):
+        router: Any = self.router
+        forward = self.replaced or type(router).forward.__get__(router)
+        route = (_THREAD.routes or {}).get(self.path)
+        if route is None or route.router is not router:
+            return forward(*args, **kwargs)
+        return route.answer(forward, args, kwargs)
+
+
 @contextmanager
-def routing(layer: nn.Module, stand_in, routes: dict[str, list]):
-    """Replace the routers of a layer by stand-ins while the layer runs.
+def routing(layer: nn.Module, route: type[RecordRoute], routes: dict[str, list]):
+    """Let the routers of a layer record or replay their answers while the layer runs in this thread.
 
     Args:
         layer: the decoder layer.
-        stand_in: `RecordRoute` or `ReplayRoute`.
+        route: `RecordRoute` or `ReplayRoute`.
         routes: for each router, by its path in the layer, its answers in the natural pass.
 
     Raises:
         ValueError: a router was not called, or not as often as in the natural pass; switch frozen_routing off.
     """
-    shadowed = []
-    for path, answers in routes.items():
-        block, name = _split(path)
-        shadowed.append((vars(layer.get_submodule(block)), name))
-        shadowed[-1][0][name] = stand_in(layer.get_submodule(path), answers)
+    if not routes:
+        yield
+        return
+    used = {path: route(_routable(layer, path), answers) for path, answers in routes.items()}
+    before, _THREAD.routes = _THREAD.routes, used
     try:
         yield
-        for path, (namespace, name) in zip(routes, shadowed, strict=True):
-            _check_asked(path, namespace[name])
     finally:
-        for namespace, name in shadowed:
-            del namespace[name]
+        _THREAD.routes = before
+    for path, each in used.items():
+        _check_asked(path, each)
 
 
-def _check_asked(path: str, stand_in) -> None:
-    if stand_in.count == 0 or stand_in.count != len(stand_in.answers):
+def _routable(layer: nn.Module, path: str) -> nn.Module:
+    """The router at a path, with a `RouterForward`."""
+    router = layer.get_submodule(path)
+    if not isinstance(vars(router).get("forward"), RouterForward):
+        vars(router)["forward"] = RouterForward(router, path)
+    return router
+
+
+def _check_asked(path: str, route: RecordRoute) -> None:
+    if route.count == 0 or route.count != len(route.answers):
         raise ValueError(
-            f"cannot freeze the routing: a pass called {path} {stand_in.count} times, the natural pass "
-            f"{len(stand_in.answers)} times, so something else chooses the experts; switch frozen_routing off"
+            f"cannot freeze the routing: a pass called {path} {route.count} times, the natural pass "
+            f"{len(route.answers)} times, so something else chooses the experts; switch frozen_routing off"
         )
 
 

@@ -57,6 +57,12 @@ RULES = {
     "uniform": Rule((), None, 1, "each layer's output is the mean of its outputs so far"),
 }
 
+# Rules under which cached decoding cannot equal a full forward, and why.
+UNSTABLE_RULES = {
+    "anderson": "fits one mix to all tokens of a chunk",
+    "aitken": "jumps where the curvature of the iterates is near its threshold, so rounding decides between two steps",
+}
+
 
 @dataclass(frozen=True)
 class LoopSpec:
@@ -126,9 +132,9 @@ class LoopSpec:
             self._check_schedule()
         if self.rule == "aitken" and self.steps % 2 and self.steps > 1:
             raise ValueError(f"steps {self.steps} must be even for rule aitken, which takes two evaluations at a time")
-        if self.rule == "anderson" and self.kv != "reference":
+        if self.rule in UNSTABLE_RULES and self.kv != "reference":
             raise ValueError(
-                f"rule anderson fits one mix to all tokens of a chunk, so cached decoding cannot equal a full forward, "
+                f"rule {self.rule} {UNSTABLE_RULES[self.rule]}, so cached decoding cannot equal a full forward, "
                 f"which kv {self.kv} promises; use kv reference"
             )
 
@@ -144,6 +150,11 @@ class LoopSpec:
     def spans(self) -> tuple[tuple[int, int], ...]:
         """All spans, as a tuple even if there is only one."""
         return self.span if isinstance(self.span[0], tuple) else (self.span,)
+
+    @property
+    def bodies(self) -> tuple[tuple[int, int], ...]:
+        """The ranges of layers that loop as one function: the spans in block mode, each layer in layer mode."""
+        return self.spans if self.mode == "block" else tuple((layer, layer + 1) for layer in self.layers)
 
     @property
     def layers(self) -> tuple[int, ...]:

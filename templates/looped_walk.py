@@ -5,11 +5,16 @@ Every export has a copy of this file. It needs only torch.
 The native model walks over its layer list and calls each layer. For a layer of the span, the list holds a `Visit`: it
 runs the layer as called (the natural pass) and records the call as a `LayerCall`. At the end of the span (in layer
 mode, after each layer), the update rule runs the recorded calls again on its iterates.
+
+Modules hold no state of a call, since threads share them: it is in these objects, or local to the thread.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +28,13 @@ from .looped_cache import (
     OwnSlot,
     SharedRead,
     add_slots,
+    check_filled_by,
+    check_paged,
     chunk_start,
     find_cache_argument,
     is_empty,
+    mark_filled,
+    self_attention,
 )
 from .looped_routing import RecordRoute, ReplayRoute, Routers, routing
 from .looped_rules import run_loop
@@ -34,24 +43,35 @@ from .looped_spec import LoopSpec
 # Attribute that we set on a cache: the number of decode steps since the latest longer chunk, up to `first_n` + 1.
 DECODE_STEPS = "loop_decode_steps"
 
+# Argument of layers that hand keys and values to later layers outside of the cache (Gemma 3n and 4): a mapping.
+HANDED_ON = "shared_kv_states"
+
 
 class LayerTraits(NamedTuple):
     """What the walk needs to know about a decoder layer; it holds no module, since modules may be replaced.
 
     Attributes:
         number: its number in the decoder, counted from 0.
+        native: its class. Somebody may wrap the layer later, and the wrapper is of another class.
         cache_argument: its argument for the K/V cache; None if it has none.
         routers: the modules that choose its experts.
     """
 
     number: int
+    native: type
     cache_argument: CacheArgument | None
     routers: Routers
 
     @classmethod
     def of(cls, number: int, layer: nn.Module) -> LayerTraits:
         """The traits of a layer that the native model has just built."""
-        return cls(number, find_cache_argument(layer), Routers.of(layer))
+        return cls(number, type(layer), find_cache_argument(layer), Routers.of(layer))
+
+    def native_in(self, layer: nn.Module) -> nn.Module:
+        """The native layer in what the layer list holds now: itself, or inside a wrapper."""
+        if isinstance(layer, self.native):
+            return layer
+        return next((module for module in layer.modules() if isinstance(module, self.native)), layer)
 
 
 class Walk:
@@ -59,65 +79,110 @@ class Walk:
 
     Attributes:
         spec: the loop.
-        num_layers: L, the number of decoder layers.
+        num_layers: the number of decoder layers that this forward runs.
+        traits: the traits of all decoder layers.
         vllm: a `looped_vllm.VllmSeam` if vLLM runs the model, else None.
+        num_tokens: the number of tokens of this forward; None if it is unknown.
+        spans: the spans that this forward loops: those that end within its layers.
         calls: the calls of span layers so far, by layer number, so that a recomputed call replaces the earlier one.
+        handed_on: for each pass of the current body, what its layers hand on outside of the cache.
         loops: whether this forward loops; None until the first call of a span layer.
+        first_slot: with `per_step`, the number of the first extra slot in the cache.
     """
 
-    def __init__(self, spec: LoopSpec, num_layers: int, vllm=None):
+    def __init__(self, spec: LoopSpec, num_layers: int, traits: list[LayerTraits], vllm=None, num_tokens=None):
         self.spec = spec
         self.num_layers = num_layers
+        self.traits = traits
         self.vllm = vllm
+        self.num_tokens = num_tokens
+        self.spans = [(start, stop) for start, stop in spec.spans if stop <= num_layers]
         self.calls: dict[int, LayerCall] = {}
+        self.handed_on: list = []
         self.loops: bool | None = None
+        self.first_slot = num_layers
+        self._due: set[int] | None = None  # None until the native forward has read its layer list
+        self._seen: set[int] = set()
+
+    def visit(self, layers: nn.ModuleList) -> list:
+        """What the native forward walks over: a visit for each looped layer, and the other layers themselves."""
+        visited: list = list(layers)
+        self._due = {index for start, stop in self.spans for index in self._held(visited, start, stop)}
+        for index in self._due:
+            visited[index] = Visit(self, visited[index], self.traits[index])
+        return visited
+
+    def _held(self, layers: list, start: int, stop: int) -> list[int]:
+        """The layers of a span in this process; in a pipeline, the layers of other stages are `nn.Identity`.
+
+        Raises:
+            ValueError: a stage boundary cuts a span in block mode.
+        """
+        held = [index for index in range(start, stop) if not isinstance(layers[index], nn.Identity)]
+        if self.spec.mode == "block" and 0 < len(held) < stop - start:
+            raise ValueError(
+                f"span {start}:{stop} crosses pipeline stages, which block mode cannot loop; choose a span inside "
+                "one stage, or mode layer"
+            )
+        return held
+
+    def check_complete(self, decoder: str) -> None:
+        """Raise ValueError unless the native forward ran every looped layer; else the result would be the base's."""
+        missing = [start for start, _ in self.spans] if self._due is None else sorted(self._due - self._seen)
+        if missing:
+            raise ValueError(
+                f"{decoder} did not run layer {missing[0]} through its layer list, so the loop did not run; this "
+                "release of transformers walks its layers in an untested way: use another one, or set loop_steps to 1"
+            )
 
     def run(self, call: LayerCall):
         """Run the natural pass of a span layer and, if it is the last layer of a body, the iterations."""
+        self._seen.add(call.index)
         if self.loops is None:
             self.loops = self._begin(call)
         if not (self.loops or self.spec.kv == "per_step"):
-            return call.run(call.hidden, call.cache)
+            return call.layer(*call.args, **call.kwargs)
+        start, stop = self._bounds(call.index)
+        if call.index == start:
+            self.handed_on = []
         output = call.run_natural()
         self.calls[call.index] = call
-        if not self.loops:
-            if call.cache is not None:
-                call.store_natural()
-            return output
-        start, stop = self._bounds(call.index)
+        if not self.loops and call.cache is not None:
+            call.store_natural()
         if call.index != stop - 1:
             return output
-        body = Body([self.calls[index] for index in range(start, stop)], _hidden_of(output))
-        return _with_hidden(output, run_loop(body.calls[0].hidden, body, self.spec))
+        if self.loops:
+            body = Body([self.calls[index] for index in range(start, stop)], _hidden_of(output))
+            output = _with_hidden(output, run_loop(body.calls[0].hidden, body, self.spec))
+        call.hand_on()
+        return output
 
     def slot(self, index: int, k: int) -> int:
         """With `per_step`, the number of a layer's cache slot for iteration k >= 1."""
         layers = self.spec.layers
-        return self.num_layers + (k - 1) * len(layers) + layers.index(index)
+        return self.first_slot + (k - 1) * len(layers) + layers.index(index)
 
     def _bounds(self, index: int) -> tuple[int, int]:
         """The half-open range of layers of the body that a layer belongs to."""
-        if self.spec.mode == "layer":
-            return index, index + 1
-        return next((start, stop) for start, stop in self.spec.spans if start <= index < stop)
+        return next((start, stop) for start, stop in self.spec.bodies if start <= index < stop)
 
     def _begin(self, call: LayerCall) -> bool:
         """Prepare the cache and decide whether this forward loops; see `LoopSpec.decode`."""
-        spec, cache, num_tokens = self.spec, call.cache, call.hidden.shape[-2]
+        spec, cache = self.spec, call.cache
+        num_tokens = call.hidden.shape[-2] if self.num_tokens is None else self.num_tokens
         if cache is None:
             return True
+        check_paged(cache, spec)
+        check_filled_by(cache, spec, call.index, num_tokens)
         if spec.kv == "per_step":
-            add_slots(cache, spec, self.num_layers, num_tokens)
+            self.first_slot = add_slots(cache, spec, self.num_layers, num_tokens)
+        is_prompt = num_tokens > 1 or (spec.decode != "full" and is_empty(cache, call.index, num_tokens))
+        mark_filled(cache, spec)
         if spec.decode == "full":
             return True
-        if num_tokens > 1 or is_empty(cache, call.index, num_tokens):
-            setattr(cache, DECODE_STEPS, 0)
-            return True
-        if spec.decode == "bypass":
-            return False
-        step = min(getattr(cache, DECODE_STEPS, 0) + 1, spec.first_n + 1)
+        step = 0 if is_prompt else min(getattr(cache, DECODE_STEPS, 0) + 1, spec.first_n + 1)
         setattr(cache, DECODE_STEPS, step)
-        return step <= spec.first_n
+        return is_prompt or (spec.decode == "first_n" and step <= spec.first_n)
 
 
 class Visit:
@@ -141,7 +206,8 @@ class LayerCall:
 
     Attributes:
         walk: the forward that it belongs to.
-        layer: the decoder layer.
+        layer: the decoder layer, or a wrapper around it.
+        native: the decoder layer itself.
         index: its number in the decoder, counted from 0.
         cache_argument: its argument for the K/V cache.
         hidden: the hidden states of the call, `(batch, seq, hidden)`.
@@ -154,29 +220,50 @@ class LayerCall:
         assert traits.cache_argument is not None, "LoopedLayers.check refuses layers without one"
         self.walk = walk
         self.layer = layer
+        self.native: Any = traits.native_in(layer)
         self.index = traits.number
         self.cache_argument = traits.cache_argument
         self.routes: dict[str, list] = {path: [] for path in traits.routers.known}
         self.args = list(args)
         self.kwargs = kwargs
         self.hidden = args[0] if args else kwargs["hidden_states"]
-        cache = traits.cache_argument.value_in(args, kwargs)
-        self.cache = getattr(cache, "self_attention_cache", cache)  # in decoders that can attend to an encoder
+        self.cache = self_attention(traits.cache_argument.value_in(args, kwargs))
         self.natural = NaturalPass(None)
 
-    def run(self, hidden, cache):
-        """The layer's output for these hidden states and this cache, with all other arguments as recorded."""
-        args, kwargs = self._arguments(hidden, cache)
+    def run(self, hidden, cache, k: int = 0):
+        """The layer's output for these hidden states and this cache, with all other arguments as recorded.
+
+        Args:
+            hidden: the hidden states, `(batch, seq, hidden)`.
+            cache: the cache or its stand-in.
+            k: the pass, 0 for the natural one.
+        """
+        args, kwargs = self._arguments(hidden, cache, k)
         return self.layer(*args, **kwargs)
 
-    def _arguments(self, hidden, cache) -> tuple[list, dict]:
+    def _arguments(self, hidden, cache, k: int) -> tuple[list, dict]:
         args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(kwargs.get(HANDED_ON), MutableMapping):
+            kwargs[HANDED_ON] = self._handed_on(k)
         if args:
             args[0] = hidden
         else:
             kwargs["hidden_states"] = hidden
         self.cache_argument.put(cache, args, kwargs)
         return args, kwargs
+
+    def _handed_on(self, k: int) -> MutableMapping:
+        """What the layers of pass k hand on to each other. Each pass has its own, since a backward pass that recomputes
+        a layer has to find there what the layer found."""
+        passes, original = self.walk.handed_on, self.kwargs[HANDED_ON]
+        while len(passes) <= k:
+            passes.append(type(original)(original))
+        return passes[k]
+
+    def hand_on(self) -> None:
+        """Hand on what the last pass did, to the layers behind the body."""
+        if self.walk.handed_on:
+            self.kwargs[HANDED_ON].update(self.walk.handed_on[-1])
 
     def run_natural(self):
         """The layer's output for the call as recorded; also records what iterations need."""
@@ -194,19 +281,19 @@ class LayerCall:
     def run_iteration(self, k: int, hidden):
         """The layer's output hidden states `(batch, seq, hidden)` in iteration k, counted from 1."""
         spec, vllm = self.walk.spec, self.walk.vllm
-        if spec.kv == "shared" and self._is_checkpointing():
-            return self.layer._gradient_checkpointing_func(self._run_shared, hidden, *self.natural.read)
+        if spec.kv == "shared" and self.natural.read and self._is_checkpointing():
+            return self.native._gradient_checkpointing_func(partial(self._run_shared, k), hidden, *self.natural.read)
         if vllm is not None:
             slot = self.walk.slot(self.index, k) if spec.kv == "per_step" else None
-            return _hidden_of(vllm.run(self.layer, self.index, slot, *self._arguments(hidden, self.cache)))
+            return _hidden_of(vllm.run(self.layer, self.index, slot, *self._arguments(hidden, self.cache, k)))
         cache = self._iteration_cache(k)
         if isinstance(cache, CacheStandIn):
             cache.length = self.natural.length
         with self._frozen(ReplayRoute):
-            return _hidden_of(self.run(hidden, cache))
+            return _hidden_of(self.run(hidden, cache, k))
 
-    def _frozen(self, stand_in):
-        return routing(self.layer, stand_in, self.routes if self.walk.spec.frozen_routing else {})
+    def _frozen(self, route):
+        return routing(self.native, route, self.routes if self.walk.spec.frozen_routing else {})
 
     def store_natural(self) -> None:
         """Store the natural keys and values in the slots of all iterations, for tokens that do not loop."""
@@ -230,28 +317,28 @@ class LayerCall:
     # reach them, with reentrant and with non-reentrant checkpointing.
 
     def _is_checkpointing(self) -> bool:
-        layer = self.layer
+        layer = self.native
         # Since transformers 5.24, a training layer keeps its cache and does not checkpoint if gradients are off.
         pauses_itself = hasattr(layer, "_can_checkpoint_with_cache") and not torch.is_grad_enabled()
-        return layer.training and getattr(layer, "gradient_checkpointing", False) and not pauses_itself
+        return layer.training and bool(getattr(layer, CHECKPOINTS, False)) and not pauses_itself
 
     def _run_natural_checkpointed(self):
         first_output = []
 
         def forward(hidden):
             natural = NaturalPass(None)
-            with _checkpointing_paused(self.layer):
+            with _checkpointing_paused(self.native):
                 output = self.run(hidden, natural)
             first_output.append(output)
             return (_hidden_of(output), *natural.read)
 
-        hidden, *read = self.layer._gradient_checkpointing_func(forward, self.hidden)
+        hidden, *read = self.native._gradient_checkpointing_func(forward, self.hidden)
         self.natural.read = tuple(read)
         return _with_hidden(first_output[0], hidden)
 
-    def _run_shared(self, hidden, keys, values):
-        with _checkpointing_paused(self.layer):
-            return _hidden_of(self.run(hidden, SharedRead(None, (keys, values))))
+    def _run_shared(self, k: int, hidden, keys, values):
+        with _checkpointing_paused(self.native):
+            return _hidden_of(self.run(hidden, SharedRead(None, (keys, values)), k))
 
 
 class Body:
@@ -262,9 +349,18 @@ class Body:
     Attributes:
         calls: the recorded calls of the layers, in order.
         natural_outputs: each layer's output in the natural pass, `(batch, seq, hidden)`.
+
+    Raises:
+        ValueError: the model changed the shape of the hidden states inside the span.
     """
 
     def __init__(self, calls: list[LayerCall], natural):
+        shapes = {tuple(call.hidden.shape) for call in calls} | {tuple(natural.shape)}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"the model changes the shape of the hidden states inside span {calls[0].index}:{calls[-1].index + 1} "
+                f"({', '.join(map(str, sorted(shapes)))}); choose a span on one side of the change, or mode layer"
+            )
         self.calls = calls
         self.natural_outputs = [call.hidden for call in calls[1:]] + [natural]
         self.count = 0
@@ -285,13 +381,35 @@ class Body:
         return hidden
 
 
+CHECKPOINTS = "gradient_checkpointing"  # attribute of native layers
+
+
+class _Thread(threading.local):
+    """Whether gradient checkpointing is paused in this thread."""
+
+    is_paused = False
+
+
+_THREAD = _Thread()
+
+
+class PausableCheckpointing:
+    """Replaces True in a layer's `gradient_checkpointing`: true, but for threads in which it is paused."""
+
+    def __bool__(self):
+        return not _THREAD.is_paused
+
+
 @contextmanager
 def _checkpointing_paused(layer):
-    layer.gradient_checkpointing = False
+    """Let a layer run as if gradient checkpointing were off, in this thread."""
+    if getattr(layer, CHECKPOINTS) is True:
+        setattr(layer, CHECKPOINTS, PausableCheckpointing())
+    _THREAD.is_paused = True
     try:
         yield
     finally:
-        layer.gradient_checkpointing = True
+        _THREAD.is_paused = False
 
 
 def _hidden_of(output):

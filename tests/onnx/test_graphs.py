@@ -31,7 +31,7 @@ RULES = (
     {"rule": "heun"},
     {"rule": "rk4"},
     {"rule": "heavy_ball"},
-    {"rule": "aitken"},
+    {"rule": "aitken", "kv": "reference"},
     {"rule": "norm_stab"},
     {"rule": "poly_blend", "schedule": (0.1, 0.2, 0.3, 0.3, 0.1)},
     {"rule": "input_anchor"},

@@ -84,7 +84,6 @@ RULES = {
     "heun": {},
     "rk4": {"steps": 2},
     "heavy_ball": {},
-    "aitken": {"steps": 4},
     "norm_stab": {},
     "poly_blend": {"schedule": (0.1, 0.2, 0.3, 0.4)},
     "input_anchor": {},

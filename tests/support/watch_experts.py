@@ -159,7 +159,7 @@ def sparse_export(family, directory, **fields):
         except (loopexport.LoopExportError, ValueError) as error:
             reasons.append(str(error))
             continue
-        if any(traits.routers.known for traits in looped_layers(model).traits[slice(*span)]):
+        if any(traits.routers.known for traits in decoder_loop(model).traits[slice(*span)]):
             return out, span
         reasons.append("no experts in the span")
     raise ValueError(next((reason for reason in reasons if "no experts" not in reason), reasons[0]))
@@ -169,5 +169,6 @@ def load(directory, **options):
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options).eval()
 
 
-def looped_layers(model):
-    return next(module for module in model.modules() if type(module).__name__ == "LoopedLayers")
+def decoder_loop(model):
+    """What the decoder of a looped model knows about its loop."""
+    return next(vars(module)["_loop"] for module in model.modules() if "_loop" in vars(module))

@@ -13,7 +13,7 @@ from support.compare import assert_bitwise, assert_close, assert_differs
 from support.loaded_code import code_beside
 from support.oracle import Oracle
 from support.tiny import MOE_FAMILIES, SPAN, tiny_tokens
-from support.watch_experts import LENGTH, STEPS, TRANSFORMERS_5, load, looped_layers
+from support.watch_experts import LENGTH, STEPS, TRANSFORMERS_5, load
 
 # Routers that others replace, copy, or go past.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ class Adapted(torch.nn.Module):
 
 
 def replace_routers(model):
-    for layer in looped_layers(model)._modules.values():
+    for layer in model.model.layers:
         block = getattr(layer, "mlp", None) or layer.block_sparse_moe
         for name in ("gate", "router"):
             if name in block._modules:
@@ -134,7 +134,7 @@ def test_a_router_that_iterations_ask_more_or_less_often_is_refused(looped, monk
 
 def test_experts_without_a_known_router_are_refused_at_load_and_at_run_time(looped, export_dir, monkeypatch):
     model, tokens = looped("gpt_oss"), tiny_tokens(2, LENGTH)
-    for name in ("looped_routing", "modeling_looped"):
+    for name in ("looped_routing", "looped_decoder"):
         monkeypatch.setattr(code_beside(model, name), "ROUTERS", ("chooser",))
     says = r"layer 1: mlp\.experts has experts but no known router \(chooser or gate\); switch frozen_routing off"
     with pytest.raises(ValueError, match=says):

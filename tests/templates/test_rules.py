@@ -13,6 +13,7 @@ from loopexport import templates
 from loopexport.cli.commands import main
 from loopexport.loop.spec import KV_POLICIES, MODES, RULES
 from loopexport.templates.looped_rules import UPDATES as TEMPLATE_UPDATES
+from loopexport.templates.looped_spec import UNSTABLE_RULES
 from support.compare import assert_bitwise, assert_close, assert_differs
 from support.forwards import LENGTH, check_against_oracle, full_forward
 from support.oracle import UPDATES, Oracle
@@ -35,7 +36,7 @@ OTHER_VALUES = {
 
 
 def policies(rule):
-    return ["reference"] if rule == "anderson" else KV_POLICIES
+    return ["reference"] if rule in UNSTABLE_RULES else KV_POLICIES
 
 
 def test_rules_are_declared_and_computed_under_the_same_names():
@@ -164,6 +165,7 @@ def test_frozen_routing_refuses_gradient_checkpointing(looped):
         ({"rule": "ema_sched", "schedule": "a,b"}, "schedule 'a,b' is not a list of numbers"),
         ({"rule": "poly_blend", "schedule": [0.5] * 5}, "must sum to 1, not 2.5"),
         ({"rule": "anderson", "kv": "shared"}, "use kv reference"),
+        ({"rule": "aitken", "steps": 4, "kv": "per_step"}, "so rounding decides between two steps"),
         ({"rule": "anderson", "kv": "reference", "history": 0}, "history 0 must be a whole number from 1"),
         ({"rule": "heavy_ball", "momentum": 1}, "momentum 1 must be a number in [0, 1)"),
         ({"momentum": 0.5}, "rule euler does not use momentum"),
