@@ -205,8 +205,9 @@ def is_empty(cache, layer_idx: int, num_tokens: int) -> bool:
     if torch.compiler.is_compiling():
         return not hasattr(cache, FILLED_BY)
     # A layer that reuses the keys of an earlier layer has none; the earlier one has already stored this forward's.
-    owner = next(index for index in range(layer_idx, -1, -1) if getattr(cache.layers[index], "keys", None) is not None)
-    return int(cache.get_seq_length(owner)) == (0 if owner == layer_idx else num_tokens)
+    owners = (index for index in range(layer_idx, -1, -1) if getattr(cache.layers[index], "keys", None) is not None)
+    owner = next(owners, None)
+    return owner is None or int(cache.get_seq_length(owner)) == (0 if owner == layer_idx else num_tokens)
 
 
 def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> int:
@@ -224,8 +225,8 @@ def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> in
         raise ValueError(f"kv per_step cannot add slots to a {type(cache).__name__}; use kv shared")
     if hasattr(cache, FIRST_SLOT):
         return getattr(cache, FIRST_SLOT)
-    count = len(cache.layers)
-    if count >= num_layers and not is_empty(cache, spec.layers[0], num_tokens):
+    count, layers = len(cache.layers), [i for start, stop in spec.spans_within(num_layers) for i in range(start, stop)]
+    if count >= num_layers and layers and not is_empty(cache, layers[0], num_tokens):
         raise ValueError(
             "kv per_step needs slots for every pass, and something without them filled this K/V cache, such as the "
             "base model or prefix tuning; start with a new cache, or use kv shared"
@@ -233,7 +234,7 @@ def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> in
     first = max(count, num_layers)
     setattr(cache, FIRST_SLOT, first)
     for _ in range(1, spec.evaluations) if count >= num_layers else ():
-        cache.layers.extend(_empty_slot_like(cache.layers[index]) for index in spec.layers)
+        cache.layers.extend([_empty_slot_like(cache.layers[index]) for index in layers])
     return first
 
 

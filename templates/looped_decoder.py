@@ -31,7 +31,8 @@ FIRST_REUSER = "first_kv_shared_layer_idx"  # attribute of decoders whose late l
 class _Thread(threading.local):
     """The forward that runs in this thread; modules hold no state of a call, since threads share them."""
 
-    walk: Walk | None = None
+    def __init__(self):  # once in each thread
+        self.walk: Walk | None = None
 
 
 _THREAD = _Thread()

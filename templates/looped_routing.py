@@ -22,7 +22,8 @@ ROUTERS = ("router", "router_gate")
 class _Thread(threading.local):
     """The routes of the layer that runs in this thread, by the path of the router; None outside of one."""
 
-    routes: dict[str, RecordRoute] | None = None
+    def __init__(self):  # once in each thread
+        self.routes: dict[str, RecordRoute] | None = None
 
 
 class RecordRoute:

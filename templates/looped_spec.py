@@ -151,6 +151,10 @@ class LoopSpec:
         """All spans, as a tuple even if there is only one."""
         return self.span if isinstance(self.span[0], tuple) else (self.span,)
 
+    def spans_within(self, num_layers: int) -> list[tuple[int, int]]:
+        """The spans that end within the first `num_layers` layers: a model that exits early runs no more layers."""
+        return [(start, stop) for start, stop in self.spans if stop <= num_layers]
+
     @property
     def bodies(self) -> tuple[tuple[int, int], ...]:
         """The ranges of layers that loop as one function: the spans in block mode, each layer in layer mode."""

@@ -96,7 +96,7 @@ class Walk:
         self.traits = traits
         self.vllm = vllm
         self.num_tokens = num_tokens
-        self.spans = [(start, stop) for start, stop in spec.spans if stop <= num_layers]
+        self.spans = spec.spans_within(num_layers)
         self.calls: dict[int, LayerCall] = {}
         self.handed_on: list = []
         self.loops: bool | None = None
@@ -159,7 +159,7 @@ class Walk:
 
     def slot(self, index: int, k: int) -> int:
         """With `per_step`, the number of a layer's cache slot for iteration k >= 1."""
-        layers = self.spec.layers
+        layers = [layer for start, stop in self.spans for layer in range(start, stop)]
         return self.first_slot + (k - 1) * len(layers) + layers.index(index)
 
     def _bounds(self, index: int) -> tuple[int, int]:
@@ -387,7 +387,8 @@ CHECKPOINTS = "gradient_checkpointing"  # attribute of native layers
 class _Thread(threading.local):
     """Whether gradient checkpointing is paused in this thread."""
 
-    is_paused = False
+    def __init__(self):  # once in each thread
+        self.is_paused = False
 
 
 _THREAD = _Thread()
