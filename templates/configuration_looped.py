@@ -14,7 +14,7 @@ _DIGEST_BEFORE = globals().get("CODE_DIGEST")  # not None if transformers runs t
 # Start of the sha256 of all other copied files. transformers 5 caches local code by directory name and the content of
 # this file: without the digest, two exports with one directory name but different code would, in one process, both run
 # the code that was loaded first.
-CODE_DIGEST = "45236b0f229d6aa3"
+CODE_DIGEST = "8bf85529f064fb1b"
 
 if _DIGEST_BEFORE not in (None, CODE_DIGEST):
     # transformers 4 copies the code of all exports with one directory name to one place. It runs a changed file again,
@@ -33,6 +33,7 @@ HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassific
 # Tables of other libraries that have an entry for each model type: their module, and the start of their names.
 TYPE_TABLES = {
     "peft.utils.constants": "TRANSFORMERS_MODELS_TO_",
+    "peft.tuners.adaption_prompt.config": "TRANSFORMERS_MODEL_CONFIG",
     "liger_kernel.transformers.monkey_patch": "MODEL_TYPE_TO_APPLY_LIGER_FN",
 }
 

@@ -103,33 +103,31 @@ class DecoderLoop:
         return None
 
 
-def loop_decoder(decoder: nn.Module, list_name: str, config) -> DecoderLoop:
+def loop_decoder(decoder: nn.Module, list_name: str, config, native: type | None = None) -> DecoderLoop:
     """Make a native decoder a looped one, in place.
 
     Args:
         decoder: the module that owns the layer list.
         list_name: its attribute for the list.
         config: the model's config.
+        native: the native class of the decoder if its class is ours already, else None.
     """
     loop = DecoderLoop(config, decoder, list_name)
     setattr(decoder, LOOP, loop)
     # Change the class instead of wrapping modules: everything that depends on module paths, such as parameter names,
     # device maps and tensor-parallel plans, stays the native model's.
-    native: Any = type(decoder)
-    decoder.__class__ = looped_decoder_class(native, list_name)
+    cls: Any = type(decoder)
+    if native is None:
+        decoder.__class__ = looped_decoder_class(cls, list_name)
+    elif list_name not in vars(cls):  # not another class: vLLM wraps the constructor of the class that it finds
+        for name, member in _members(native, list_name).items():
+            setattr(cls, name, member)
     return loop
 
 
 @functools.lru_cache(maxsize=None)
 def looped_decoder_class(native: type, list_name: str) -> type:
     """The class of a looped decoder: a subclass of the native class, with the same name."""
-
-    def layers(self):
-        return _layers_for(self, sys._getframe(1) if not torch.compiler.is_compiling() else None)
-
-    @functools.wraps(native.forward)
-    def forward(self, *args, **kwargs):
-        return _run(self, native, args, kwargs)
 
     def reduce(self, protocol):
         _, _, *state = cast(tuple, native.__reduce_ex__(self, protocol))
@@ -140,10 +138,21 @@ def looped_decoder_class(native: type, list_name: str) -> type:
         "__qualname__": native.__qualname__,
         "__doc__": native.__doc__,
         "__reduce_ex__": reduce,  # pickle finds a class by its name, and this name is the native class's
-        list_name: property(layers),
-        "forward": forward,
     }
-    return type(native.__name__, (native,), body)
+    return type(native.__name__, (native,), body | _members(native, list_name))
+
+
+def _members(native: Any, list_name: str) -> dict[str, Any]:
+    """What the class of a looped decoder has in place of the native layer list and the native forward."""
+
+    def layers(self):
+        return _layers_for(self, sys._getframe(1) if not torch.compiler.is_compiling() else None)
+
+    @functools.wraps(native.forward)
+    def forward(self, *args, **kwargs):
+        return _run(self, native, args, kwargs)
+
+    return {list_name: property(layers), "forward": forward}
 
 
 def _new_decoder(native: type, list_name: str):

@@ -355,11 +355,10 @@ class Body:
     """
 
     def __init__(self, calls: list[LayerCall], natural):
-        shapes = {tuple(call.hidden.shape) for call in calls} | {tuple(natural.shape)}
-        if len(shapes) > 1:
+        if any(call.hidden.shape != natural.shape for call in calls):  # no set: a compiled graph may leave sizes open
             raise ValueError(
                 f"the model changes the shape of the hidden states inside span {calls[0].index}:{calls[-1].index + 1} "
-                f"({', '.join(map(str, sorted(shapes)))}); choose a span on one side of the change, or mode layer"
+                f"({tuple(calls[0].hidden.shape)} to {tuple(natural.shape)}); choose a span on one side of the change, or mode layer"
             )
         self.calls = calls
         self.natural_outputs = [call.hidden for call in calls[1:]] + [natural]

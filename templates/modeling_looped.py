@@ -36,13 +36,19 @@ from .looped_walk import Walk  # noqa: F401  as above
 
 
 class LoopedModelMixin:
-    """Turns a native model into a looped one, after the native constructor has built its layers."""
+    """Turns a native model into a looped one, after the native constructor has built its layers.
+
+    Attributes:
+        native_class: the native model class.
+    """
+
+    native_class: type
 
     def __init__(self, config, *inputs, **kwargs):
         count_layers(config)
         super().__init__(config, *inputs, **kwargs)
         decoder, list_name = find_layers(self.base_model, config.num_hidden_layers)
-        loop = loop_decoder(decoder, list_name, config)
+        loop = loop_decoder(decoder, list_name, config, self.native_class if decoder is self else None)
         layers = loop.layers_of(decoder)
         spec = loop.checked_spec(layers)
         if config._attn_implementation != VLLM:
@@ -123,7 +129,7 @@ def _looped_class(name: str, family: str, mapping) -> type:
         raise AttributeError(f"{family} has no class of this kind in transformers, so there is no {name}")
     native = mapping[config_class.native_config_class]
     mixins = (LoopedModelMixin, *([LoopedGenerationMixin] if issubclass(native, GenerationMixin) else []))
-    body = {"config_class": config_class, "__module__": __name__, "__qualname__": name}
+    body = {"native_class": native, "config_class": config_class, "__module__": __name__, "__qualname__": name}
     looped = type(name, (*mixins, native), body)
     _load_as_native(native, looped)
     _quantise_as_native(looped.config_class.model_type)

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 tests/support/parallel_worker.py JOBS.json OUT
 
-A job has `name`, `directory`, `how` (a parallelism: tp, ep or pp) and `options` for `from_pretrained`. The logits of a
-full forward and of cached decoding go to `OUT/name.pt`. If the model is refused, the reason goes to `OUT/name.txt`.
+A job has `name`, `directory`, `how` (a parallelism: tp, ep, pp or fsdp) and `options` for `from_pretrained`. The logits
+of a full forward and of cached decoding go to `OUT/name.pt`; with fsdp, the loss and the gradients of a training step.
+If the model is refused, the reason goes to `OUT/name.txt`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ def run(job: dict, out: Path) -> None:
     """Run one job."""
     model = load(job["directory"], job["how"], job["options"])
     try:
-        iter(model.model.layers)
+        result = trained(sharded(model)) if job["how"] == "fsdp" else {"full": full(model)}
     except ValueError as refusal:
         (out / f"{job['name']}.txt").write_text(str(refusal))
         return
-    result = {"full": full(model), "decoded": decoded(model), "held": held(model)}
+    if job["how"] != "fsdp":
+        result |= {"decoded": decoded(model), "held": held(model)}
     if torch.distributed.get_rank() == 0:
         torch.save(result, out / f"{job['name']}.pt")
 
@@ -38,12 +40,37 @@ def load(directory: str, how: str | None, options: dict):
     parallel: dict = {}
     if how == "tp":
         parallel = {"tp_plan": "auto"}
-    elif how:
+    elif how in ("ep", "pp"):
         from transformers.distributed import DistributedConfig
 
         sizes = {"ep": {"tp_size": 2, "ep_size": 2}, "pp": {"pp_size": 2}}[how]
         parallel = {"distributed_config": DistributedConfig(**sizes)}
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **parallel, **options).eval()
+
+
+def sharded(model):
+    """The model in training, with each decoder layer sharded by FSDP2, by the usual loop over the layer list."""
+    from torch.distributed.fsdp import fully_shard
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model.train()
+
+
+def trained(model) -> dict:
+    """The loss and the gradients, by parameter, of one training step."""
+    loss = model(TOKENS, labels=TOKENS, use_cache=False).loss
+    loss.backward()
+    return {
+        "loss": loss.detach(),
+        **{
+            name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+            for name, p in model.named_parameters()
+        },
+    }
 
 
 @torch.no_grad()

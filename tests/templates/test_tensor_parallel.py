@@ -36,6 +36,10 @@ if TRANSFORMERS_5:
         "llama pipeline, span in a stage": ("llama", "pp", {"loop_span": [[0, 2], [3, 6]]}),
         "qwen3_moe pipeline": ("qwen3_moe", "pp", {"loop_span": [3, 6], "loop_frozen_routing": True}),
     }
+TRAINING: dict[str, tuple[str, str, dict]] = {
+    "llama fsdp": ("llama", "fsdp", {}),
+    "llama fsdp, layers, per step": ("llama", "fsdp", {"loop_mode": "layer", "loop_kv": "per_step"}),
+}
 CROSSING = ("llama", "pp", {"loop_span": [2, 5]})
 
 
@@ -43,7 +47,7 @@ CROSSING = ("llama", "pp", {"loop_span": [2, 5]})
 def results(export_dir, tmp_path_factory):
     """The directory of what two processes made of all jobs."""
     directory = tmp_path_factory.mktemp("parallel")
-    jobs = {**JOBS, "crossing": CROSSING} if TRANSFORMERS_5 else JOBS
+    jobs = {**JOBS, **TRAINING, **({"crossing": CROSSING} if TRANSFORMERS_5 else {})}
     described = [
         {"name": name, "directory": str(export_dir(family)), "how": how, "options": options}
         for name, (family, how, options) in jobs.items()
@@ -74,6 +78,16 @@ def test_two_processes_equal_one(name, results, export_dir):
         assert_close(ours["decoded"], parallel_worker.decoded(model))
     model.config.loop_steps = 1
     assert_differs(ours["full"], parallel_worker.full(model))
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_two_processes_train_as_one(name, results, export_dir):
+    family, _, options = TRAINING[name]
+    ours, model = torch.load(results / f"{name}.pt"), parallel_worker.load(str(export_dir(family)), None, options)
+    theirs = parallel_worker.trained(model.train())
+    assert list(ours) == list(theirs)
+    for parameter, gradient in theirs.items():
+        assert_close(ours[parameter], gradient, 1e-4)
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="pipelines came with transformers 5")
