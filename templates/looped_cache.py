@@ -195,8 +195,14 @@ def chunk_start(cache, layer_idx: int, natural: NaturalPass):
     return layer.cumulative_length - length
 
 
-def is_empty(cache, layer_idx: int, num_tokens: int) -> bool:
-    """Whether the cache had nothing for this layer before this forward of `num_tokens` tokens."""
+def is_empty(cache, layer_idx: int, num_tokens: int = 0) -> bool:
+    """Whether the cache had nothing for this layer before this forward.
+
+    Args:
+        cache: the cache.
+        layer_idx: the layer, which has stored nothing of this forward.
+        num_tokens: how many tokens of this forward the layers before it have stored.
+    """
     if not hasattr(cache, "layers"):  # a family's own cache class, transformers 4
         return int(cache.get_seq_length(layer_idx)) == 0
     if layer_idx >= len(cache.layers) or not cache.layers[layer_idx].is_initialized:
@@ -244,7 +250,7 @@ def _empty_slot_like(layer):
     return slot
 
 
-def check_filled_by(cache, spec: LoopSpec, layer_idx: int, num_tokens: int) -> None:
+def check_filled_by(cache, spec: LoopSpec) -> None:
     """Check that a forward of a loop may go on with a cache; call it before the forward stores anything.
 
     Under `shared` and `reference` a token keeps the keys and values that it was computed with, so the steps, their
@@ -254,7 +260,7 @@ def check_filled_by(cache, spec: LoopSpec, layer_idx: int, num_tokens: int) -> N
         ValueError: the cache was filled under a loop that this one cannot go on from.
     """
     before, now = getattr(cache, FILLED_BY, None), _fingerprint(spec)
-    if before is None or before == now or is_empty(cache, layer_idx, num_tokens):
+    if before is None or before == now or is_empty(cache, spec.layers[0]):
         return
     changed = (
         [name for name, was, value in zip(FIELDS, before, now, strict=True) if was != value] if before and now else []

@@ -18,7 +18,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .looped_cache import CACHE_ARGUMENTS, check_filled_by, find_cache_argument, mark_filled, self_attention
+from .looped_cache import (
+    CACHE_ARGUMENTS,
+    add_slots,
+    check_filled_by,
+    check_paged,
+    find_cache_argument,
+    mark_filled,
+    self_attention,
+)
 from .looped_routing import ROUTERS
 from .looped_spec import LoopSpec
 from .looped_vllm import VllmSeam
@@ -94,13 +102,22 @@ class DecoderLoop:
     def begin(self, layers: nn.ModuleList, args, kwargs) -> Walk | None:
         """The walk of a forward with these arguments; None if the forward is the base model's."""
         spec = self.checked_spec(layers)
-        if not spec.is_identity:
-            return Walk(spec, self.num_layers(layers), self.traits, self.vllm, _num_tokens(args, kwargs))
+        self._check_cache(spec, layers, args, kwargs)
+        if spec.is_identity:
+            return None
+        return Walk(spec, self.num_layers(layers), self.traits, self.vllm, _num_tokens(args, kwargs))
+
+    def _check_cache(self, spec: LoopSpec, layers: nn.ModuleList, args, kwargs) -> None:
+        """Raise ValueError if this loop cannot go on with the cache, before any layer stores there."""
         cache = self_attention(None if self.cache_argument is None else self.cache_argument.value_in(args, kwargs))
-        if cache is not None:
-            check_filled_by(cache, spec, spec.layers[0], _num_tokens(args, kwargs) or 1)
+        if cache is None:
+            return
+        check_paged(cache, spec)
+        check_filled_by(cache, spec)
+        if spec.extra_kv_slots:
+            add_slots(cache, spec, self.num_layers(layers))
+        if spec.is_identity:
             mark_filled(cache, spec)
-        return None
 
 
 def loop_decoder(decoder: nn.Module, list_name: str, config, native: type | None = None) -> DecoderLoop:

@@ -28,8 +28,6 @@ from .looped_cache import (
     OwnSlot,
     SharedRead,
     add_slots,
-    check_filled_by,
-    check_paged,
     chunk_start,
     find_cache_argument,
     is_empty,
@@ -172,8 +170,6 @@ class Walk:
         num_tokens = call.hidden.shape[-2] if self.num_tokens is None else self.num_tokens
         if cache is None:
             return True
-        check_paged(cache, spec)
-        check_filled_by(cache, spec, call.index, num_tokens)
         if spec.kv == "per_step":
             self.first_slot = add_slots(cache, spec, self.num_layers, num_tokens)
         is_prompt = num_tokens > 1 or (spec.decode != "full" and is_empty(cache, call.index, num_tokens))
@@ -358,7 +354,8 @@ class Body:
         if any(call.hidden.shape != natural.shape for call in calls):  # no set: a compiled graph may leave sizes open
             raise ValueError(
                 f"the model changes the shape of the hidden states inside span {calls[0].index}:{calls[-1].index + 1} "
-                f"({tuple(calls[0].hidden.shape)} to {tuple(natural.shape)}); choose a span on one side of the change, or mode layer"
+                f"({tuple(calls[0].hidden.shape)} to {tuple(natural.shape)}); choose a span on one side of the change, "
+                "or mode layer"
             )
         self.calls = calls
         self.natural_outputs = [call.hidden for call in calls[1:]] + [natural]

@@ -14,6 +14,8 @@ Source: "Training-Free Looped Transformers" (arXiv 2605.23872).
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,7 +28,7 @@ from transformers import (
 
 from .configuration_looped import CLASS_PREFIX, base_model_type, looped_config_class
 from .looped_cache import CACHE_ARGUMENTS, add_slots, check_continuous_batching, self_attention
-from .looped_decoder import loop_decoder
+from .looped_decoder import LOOP, loop_decoder
 from .looped_routing import ROUTERS  # noqa: F401  transformers 4 copies only files that this one imports
 from .looped_rules import run_loop  # noqa: F401  as above
 from .looped_spec import LoopSpec
@@ -48,6 +50,8 @@ class LoopedModelMixin:
         count_layers(config)
         super().__init__(config, *inputs, **kwargs)
         decoder, list_name = find_layers(self.base_model, config.num_hidden_layers)
+        if LOOP in vars(decoder):  # this head let AutoModel make its body, and that is looped already
+            return
         loop = loop_decoder(decoder, list_name, config, self.native_class if decoder is self else None)
         layers = loop.layers_of(decoder)
         spec = loop.checked_spec(layers)
@@ -128,11 +132,15 @@ def _looped_class(name: str, family: str, mapping) -> type:
     if config_class.native_config_class not in mapping:
         raise AttributeError(f"{family} has no class of this kind in transformers, so there is no {name}")
     native = mapping[config_class.native_config_class]
+    if mapping not in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        getattr(sys.modules[__name__], f"{CLASS_PREFIX}{family}Model")
     mixins = (LoopedModelMixin, *([LoopedGenerationMixin] if issubclass(native, GenerationMixin) else []))
     body = {"native_class": native, "config_class": config_class, "__module__": __name__, "__qualname__": name}
     looped = type(name, (*mixins, native), body)
     _load_as_native(native, looped)
     _quantise_as_native(looped.config_class.model_type)
+    if mapping is MODEL_MAPPING:
+        MODEL_MAPPING.register(config_class, looped, exist_ok=True)  # heads may make their body by its config
     return looped
 
 

@@ -2,7 +2,7 @@
 
 For each family, make a tiny random base, convert it, load it, and check what holds for every family: no missing or
 unexpected keys; one step is bitwise the base; a full forward under `per_step` equals a replay of the base's own layers
-by hand; cached decoding equals a full forward.
+by hand; cached decoding equals a full forward; gradient checkpointing changes no gradient.
 
     PYTHONPATH=tests python -m support.family_walk
 
@@ -12,7 +12,9 @@ writes the outcomes into `loopexport/base/families.json`, the source of the fami
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
+import math
 import re
 import tempfile
 import warnings
@@ -32,7 +34,9 @@ from support.forwards import full_forward
 
 RELEASE = ".".join(__version__.split(".")[:2])
 SMALLEST_EFFECT = 1e-4  # of the logits' scale; if a loop changes less, the other checks prove nothing
+GRADIENT_TOLERANCE = 1e-4  # of a gradient's largest value
 STEPS = 3
+MODES = ("block", "layer")
 KV_POLICIES = ("per_step", "shared")
 PREFILL, LENGTH = 5, 9
 MAX_PARAMETERS = 50_000_000
@@ -180,8 +184,44 @@ def check_exact(base: Path, span: tuple[int, int], directory: Path, kvs=KV_POLIC
         if decodes:
             _require_close("cached decoding and the full forward", _decoded(model, tokens), full)
         _require(_relative(full, natural) > SMALLEST_EFFECT, "the loop changes nothing")
+        if kv == kvs[0] and _checkpointing_difference(_load(base)) <= GRADIENT_TOLERANCE:
+            _check_gradients(_load(out))
         model.config.loop_steps = 1
         _require(torch.equal(full_forward(model, tokens), natural), "one step is not the base")
+
+
+def _check_gradients(model) -> None:
+    """Gradients with and without checkpointing are equal, or checkpointing is refused, for each mode and policy."""
+    for mode, kv in itertools.product(MODES, (*KV_POLICIES, "reference")):
+        model.config.loop_mode, model.config.loop_kv = mode, kv
+        difference = _checkpointing_difference(model)
+        _require(
+            difference <= GRADIENT_TOLERANCE,
+            f"mode {mode}, kv {kv}: checkpointing changes gradients by {difference:.2g}",
+        )
+
+
+def _checkpointing_difference(model) -> float:
+    """How far gradients with checkpointing are from those without, of their scale; infinite if the base has none."""
+    try:
+        plain = _gradients(model.train())
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpointed = _gradients(model)
+    except ValueError:  # refused, by transformers or by us
+        return 0.0 if hasattr(model.config, "loop_steps") else math.inf
+    finally:
+        model.gradient_checkpointing_disable()
+    return max((_relative(checkpointed[name], plain[name]) for name in plain), default=math.inf)
+
+
+def _gradients(model) -> dict[str, torch.Tensor]:
+    """The gradients of a loss, by parameter; those that are not about zero."""
+    model.zero_grad()
+    torch.manual_seed(0)  # for dropout, and routers with noise
+    model(_tokens(), labels=_tokens(), use_cache=False).loss.backward()
+    found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    largest = max((each.abs().max().item() for each in found.values()), default=0.0)
+    return {name: each for name, each in found.items() if each.abs().max() > 1e-4 * largest}
 
 
 @torch.no_grad()
