@@ -136,10 +136,10 @@ def check_family(config: dict) -> None:
             f"{_names(architectures, model_type)} is multimodal; take its language model out "
             "(examples/language_model.py does) and convert that"
         )
-    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+    if not is_language_model(config) and not all(name.endswith("Model") for name in architectures):
         raise CheckpointError(
-            f"{_names(architectures, model_type)} is not a causal language model "
-            "(architectures: ...ForCausalLM or ...LMHeadModel)"
+            f"{_names(architectures, model_type)} is not a causal language model (architectures: ...ForCausalLM or "
+            "...LMHeadModel); convert a checkpoint with the head of one"
         )
     if not layer_count(config):
         raise CheckpointError(
@@ -161,6 +161,18 @@ def _check_native(model_type: str) -> None:
             f"transformers {__version__} has no model family {model_type!r}, and an export never runs code that comes "
             "with a checkpoint; install a transformers that has the family"
         )
+
+
+def is_language_model(config: dict) -> bool:
+    """Whether `architectures` names a causal language model; a bare model's name, or none, says nothing of the head."""
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or [])
+
+
+def ties_by_default(model_type: str) -> bool:
+    """Whether the token embeddings of a family serve as its head where the config does not say."""
+    from transformers import CONFIG_MAPPING
+
+    return bool(getattr(CONFIG_MAPPING[model_type](), "tie_word_embeddings", False))
 
 
 def layer_count(config: dict) -> int | None:

@@ -137,6 +137,9 @@ restore_weights_option = weights_option(Placement)
 convert_weights_option = weights_option(
     Weights, "; none leaves the weights of a Hub model on the Hub, and `push` copies them there"
 )
+adapter_option = option(
+    FILES, "--without-adapter", is_flag=True, help="Ignore a PEFT adapter beside the weights instead of refusing MODEL."
+)
 overwrite_option = option(FILES, "--overwrite", is_flag=True, help="Replace an existing export at OUT.")
 
 base_revision_option = option(HUB, "--revision", help="Branch, tag or commit of MODEL on the Hub.")
