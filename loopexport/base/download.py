@@ -9,6 +9,7 @@ from pathlib import Path
 from loopexport.errors import CheckpointError, HubError, first_line
 
 from . import adapter
+from .cached import cached_revisions
 from .checkpoint import (
     CARD,
     CARRIED,
@@ -157,7 +158,7 @@ def _explained(repo_id: str, revision: str | None):
     except errors.RevisionNotFoundError:
         raise HubError(f"{repo_id} has no revision {revision!r}; leave --revision out for its main branch") from None
     except errors.LocalEntryNotFoundError as error:
-        raise HubError(_not_cached(repo_id, first_line(error.__cause__ or error))) from None
+        raise HubError(_not_cached(repo_id, revision, first_line(error.__cause__ or error))) from None
     except errors.EntryNotFoundError:
         raise HubError(f"{repo_id} has no {CONFIG}; is it a transformers model?") from None
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
@@ -167,12 +168,22 @@ def _explained(repo_id: str, revision: str | None):
         ) from None
 
 
-def _not_cached(repo_id: str, cause: str) -> str:
+def _not_cached(repo_id: str, revision: str | None, cause: str) -> str:
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if not constants.HF_HUB_OFFLINE:
+        return f"cannot download {repo_id} ({cause}); check the network and run the same command again"
+    revisions = cached_revisions(repo_id)
+    if revisions is None:
         return (
             f"no directory {repo_id}, and no model of that name in the Hub's cache; check the path, or unset "
             "HF_HUB_OFFLINE to ask the Hub"
         )
-    return f"cannot download {repo_id} ({cause}); check the network and run the same command again"
+    wanted = revision or "main"
+    if wanted in revisions:
+        return f"the Hub's cache has {repo_id} at {wanted} without {CONFIG}; unset HF_HUB_OFFLINE to download the rest"
+    known = f"only {', '.join(revisions)}" if revisions else "no whole revision"
+    return (
+        f"the Hub's cache has no revision {wanted!r} of {repo_id}, {known}; give one with --revision, or unset "
+        "HF_HUB_OFFLINE to ask the Hub"
+    )
