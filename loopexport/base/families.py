@@ -47,6 +47,14 @@ def outcomes() -> dict[str, dict[str, str]]:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
+def worded_outcomes() -> dict[str, dict[str, str]]:
+    """`outcomes` with the reasons in plain words."""
+    return {
+        family: {key: ": ".join(filter(None, _split(outcome))) for key, outcome in record.items()}
+        for family, record in outcomes().items()
+    }
+
+
 def newest_outcome(model_type: str) -> tuple[str, str]:
     """Status and reason of a family on the newest release it was tested on; both empty if it never was.
 
@@ -54,14 +62,12 @@ def newest_outcome(model_type: str) -> tuple[str, str]:
     """
     record = outcomes().get(model_type, {})
     newest = max(record.keys() - {ONNX}, key=_version, default="")
-    status, _, reason = record.get(newest, "").partition(": ")
-    return status, _in_words(status, reason)
+    return _split(record.get(newest, ""))
 
 
 def onnx_outcome(model_type: str) -> tuple[str, str]:
     """Status ("works" or "refused") and reason of a family's ONNX export; both empty if it was never tested."""
-    status, _, reason = outcomes().get(model_type, {}).get(ONNX, "").partition(": ")
-    return status, reason
+    return _split(outcomes().get(model_type, {}).get(ONNX, ""))
 
 
 def releases() -> list[str]:
@@ -93,13 +99,14 @@ def _version(release: str) -> list[int]:
     return [int(part) for part in release.split(".")]
 
 
-def _in_words(status: str, reason: str) -> str:
-    """A recorded reason in plain words; `families.json` keeps the words of the code."""
+def _split(outcome: str) -> tuple[str, str]:
+    """Status and reason of a recorded outcome, the reason in plain words; `families.json` has those of the code."""
+    status, _, reason = outcome.partition(": ")
     for pattern, words in IN_WORDS:
         match = re.fullmatch(pattern, reason)
         if match:
-            return match.expand(words)
-    return NOT_MADE if status == "untried" else reason
+            return status, match.expand(words)
+    return status, NOT_MADE if status == "untried" else reason
 
 
 def _short(reason: str) -> str:

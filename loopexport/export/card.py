@@ -12,7 +12,14 @@ from loopexport.base.tokenizer import Home
 from loopexport.loop.cost import Cost
 from loopexport.loop.presets import STATUSES, Preset
 from loopexport.loop.spec import LoopSpec
-from loopexport.loop.wording import describe_layers, describe_refinements, describe_rule, describe_span, formula
+from loopexport.loop.wording import (
+    describe_layers,
+    describe_refinements,
+    describe_rule,
+    describe_span,
+    describe_unlooped_steps,
+    formula,
+)
 
 from .card_usage import on_the_hub, onnx_section, transformers_section, vllm_section
 from .manifest import OnnxRecord
@@ -142,6 +149,7 @@ def _table(facts: CardFacts) -> dict[str, object]:
         "decode_meaning": DECODE_MEANING[spec.decode].format(n=spec.first_n),
         "evaluations": facts.cost.layer_evaluations,
         "multiplier": f"{facts.cost.multiplier:.2f}",
+        "unlooped_steps": describe_unlooped_steps(spec),
         "formula": formula(spec),
     }
 
@@ -242,7 +250,7 @@ own task before you rely on it. {results}
 | refinements | {refinements} |
 | K/V policy | `{kv}`: {kv_meaning} |
 | decoding | `{decode}`: {decode_meaning} |
-| cost | {evaluations} layer evaluations per token instead of {num_layers}: {multiplier}x |
+| cost | {evaluations} layer evaluations per token instead of {num_layers}: {multiplier}x{unlooped_steps} |
 
 Here x are the hidden states that enter the span, and g is one run through it. In layer mode, each layer of the span
 loops by itself, in turn.

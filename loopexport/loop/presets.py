@@ -10,10 +10,9 @@ Sources: `PAPER` is arXiv 2605.23872; `AUTHORS` is the README of the authors' co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from loopexport.base.checkpoint import Checkpoint
-from loopexport.errors import SpecError
+from loopexport.errors import SpecError, nearest
 
 from .spec import LoopSpec
 
@@ -219,8 +218,8 @@ def find_preset(name: str) -> Preset:
         if preset.name == name:
             return preset
     names = [preset.name for preset in PRESETS]
-    near = get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the presets are {', '.join(names)}"
+    near = nearest(name, tuple(names)) or next((each for each in names if name and each.startswith(name)), None)
+    hint = f"did you mean {near}?" if near else f"the presets are {', '.join(names)}"
     raise SpecError(f"no preset {name!r}; {hint}")
 
 

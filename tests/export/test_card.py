@@ -56,6 +56,7 @@ CARDS = {
     "foreign_tokenizer": lambda: card(
         tokenizer="base", spec={"rule": "heavy_ball", "first_n": 2, "decode": "first_n"}, quantisation="gptq"
     ),
+    "no_tokenizer": lambda: card(origin=Origin("checkpoint"), tokenizer="nowhere"),
     "no_weights": lambda: card("---\nlicense: apache-2.0\n---\n", has_weights=False),
     "onnx": lambda: card(onnx={**PER_STEP, "genai_config.json": OnnxRecord(9)}, spec={"kv": "per_step"}),
     "onnx_latents": lambda: card(onnx=PER_STEP, spec={"kv": "per_step"}),

@@ -157,6 +157,7 @@ def test_flags_and_spec_file_override_a_preset(make_base, tmp_path):
     ("name", "says"),
     [
         ("qwen3-4b-mmlu", "did you mean qwen3-4b-mmlu-pro?"),
+        ("gpt-oss", "did you mean gpt-oss-20b-aime26?"),
         ("nothing", "the presets are qwen3-4b-mmlu-pro, "),
         (
             "moonlight-16b-a3b-openbookqa",
