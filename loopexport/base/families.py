@@ -7,6 +7,7 @@ The templates work on any native decoder that iterates one list of layers, so th
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from functools import lru_cache
@@ -176,10 +177,16 @@ def is_language_model(config: dict) -> bool:
 
 
 def ties_by_default(model_type: str) -> bool:
-    """Whether the token embeddings of a family serve as its head where the config does not say."""
+    """Whether the token embeddings of a family serve as its head where the config does not say.
+
+    Raises:
+        CheckpointError: the installed transformers does not have the family.
+    """
     from transformers import CONFIG_MAPPING
 
-    return bool(getattr(CONFIG_MAPPING[model_type](), "tie_word_embeddings", False))
+    _check_native(model_type)
+    field = inspect.signature(CONFIG_MAPPING[model_type].__init__).parameters.get("tie_word_embeddings")
+    return field is None or bool(field.default)
 
 
 def layer_count(config: dict) -> int | None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import loopexport
+from loopexport.base import families
 from loopexport.errors import CheckpointError
 from support.tiny import FAMILIES, save_tiny, tiny_config, tiny_tokens
 
@@ -116,3 +117,11 @@ def assert_same_at_one_step(out, base):
     native = AutoModelForCausalLM.from_pretrained(base).eval()
     with torch.no_grad():
         assert torch.equal(looped(tiny_tokens(1, 6)).logits, native(tiny_tokens(1, 6)).logits)
+
+
+def test_bare_model_of_a_family_that_is_gone_from_transformers_is_refused(base, monkeypatch):
+    monkeypatch.setattr(families, "outcomes", lambda: {"martian": {"4.57": "works"}})
+    edit_config(base, model_type="martian", architectures=None, tie_word_embeddings=None)
+    rename(base, lambda name: None if name == "lm_head.weight" else name)
+    with pytest.raises(CheckpointError, match="has no model family 'martian'"):
+        loopexport.plan_convert(base, **PLAN)
