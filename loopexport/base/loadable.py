@@ -13,12 +13,19 @@ from loopexport.errors import CheckpointError
 from .families import is_language_model, layer_count, newest_outcome, ties_by_default
 from .tensor_names import HEAD, layer_of, wrapper_of
 
-# The families with these outcomes keep every layer under its number; of other families this is not known.
+# The names that families with these outcomes read are known.
 TRIED = ("works", "in part", "no span")
 
 # Embeddings and heads in the words of any family.
 SOME_EMBEDDING = re.compile(r"emb|wte|^(.*\.)?w\.")
 SOME_HEAD = re.compile(rf"{HEAD.pattern}|head|lm_loss|pred_layer")
+
+# How multimodal checkpoints name their language model, and the families of text models that read such names too, on some
+# release of transformers.
+MULTIMODAL = {
+    "language_model.": ("gemma3_text", "llama4_text"),
+    "model.language_model.": ("apertus1p5_text", "gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text"),
+}
 
 AGAIN = "download or save the checkpoint again"
 
@@ -31,6 +38,7 @@ def check_loadable(config: dict, names: Collection[str]) -> None:
     """
     _check_no_wrapper(names)
     if newest_outcome(config["model_type"])[0] in TRIED:
+        _check_not_multimodal(config["model_type"], names)
         _check_layers(layer_count(config) or 0, names)
     outside = [name for name in names if layer_of(name) is None]
     has_head = any(SOME_HEAD.search(name) for name in outside)
@@ -58,6 +66,16 @@ def _check_no_wrapper(names: Collection[str]) -> None:
             raise CheckpointError(
                 f"the weights have names such as {name}, and transformers would ignore them because of "
                 f"{wrapper[0]!r}; {wrapper[1]}"
+            )
+
+
+def _check_not_multimodal(model_type: str, names: Collection[str]) -> None:
+    for prefix, families in MULTIMODAL.items():
+        found = next((name for name in names if name.startswith(prefix)), None)
+        if found and model_type not in families:
+            raise CheckpointError(
+                f"the weights have names such as {found}, of a multimodal model, but the config is of {model_type}; "
+                "take the language model out of the multimodal checkpoint (examples/language_model.py does)"
             )
 
 

@@ -20,7 +20,6 @@ WRAPPERS = {
     r"module\.": "save the model inside the wrapper (`model.module.save_pretrained`)",
     r"(.*\.)?_orig_mod\.": "save the model that was not compiled (`model._orig_mod.save_pretrained`)",
     r"(.*\.)?(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.": "save the full state dict without the wrappers",
-    r"language_model\.": "take the language model out of the multimodal one (examples/language_model.py does)",
 }
 
 

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import loopexport
 from loopexport.base import families
 from loopexport.errors import CheckpointError
+from support.family_walk import save_tiny_family
 from support.tiny import FAMILIES, save_tiny, tiny_config, tiny_tokens
 
 PLAN = {"span": (1, 4), "steps": 2, "dry_run": True}
@@ -54,6 +55,7 @@ def test_whole_checkpoints_of_every_tiny_family_pass(family, tmp_path):
         (lambda name: name.replace("layers.0.", "layers.0._orig_mod."), "_orig_mod.save_pretrained"),
         (lambda name: name.replace("layers.5.", "layers.5._fsdp_wrapped_module."), "without the wrappers"),
         (lambda name: f"language_model.{name}", "take the language model out"),
+        (lambda name: name.replace("model.", "model.language_model."), "take the language model out"),
         (lambda name: None if ".layers.4." in name else name, "says 6 layers, but the weights have none for layer 4"),
         (lambda name: None if name == "lm_head.weight" else name, r"have no head \(lm_head\)"),
         (lambda name: None if "embed" in name else name, "no token embeddings"),
@@ -64,6 +66,15 @@ def test_names_that_leave_weights_random_are_refused(base, change, says):
     with pytest.raises(CheckpointError, match=says):
         loopexport.plan_convert(base, **PLAN)
     assert missing_in_transformers(base)
+
+
+def test_text_family_that_reads_names_of_its_multimodal_model_passes(tmp_path):
+    if "qwen3_5_text" not in CONFIG_MAPPING:
+        pytest.skip("qwen3_5_text came with transformers 5")
+    base = save_tiny_family("qwen3_5_text", tmp_path / "base")
+    rename(base, lambda name: name.replace("model.", "model.language_model."))
+    assert not missing_in_transformers(base)
+    assert loopexport.plan_convert(base, span=(3, 4), steps=2, dry_run=True)
 
 
 def test_more_layers_in_the_config_than_in_the_weights_are_refused(base):
