@@ -13,15 +13,15 @@ from loopexport.errors import CheckpointError
 from .families import is_language_model, layer_count, newest_outcome, ties_by_default
 from .tensor_names import HEAD, layer_of, wrapper_of
 
-# The names that families with these outcomes read are known.
+# Outcomes of families that were tried: which names they read is known.
 TRIED = ("works", "in part", "no span")
 
 # Embeddings and heads in the words of any family.
 SOME_EMBEDDING = re.compile(r"emb|wte|^(.*\.)?w\.")
 SOME_HEAD = re.compile(rf"{HEAD.pattern}|head|lm_loss|pred_layer")
 
-# How multimodal checkpoints name their language model, and the families of text models that read such names too, on some
-# release of transformers.
+# How multimodal checkpoints name their language model, and the families of text models that read such names too, on 4.57
+# or 5.24.
 MULTIMODAL = {
     "language_model.": ("gemma3_text", "llama4_text"),
     "model.language_model.": ("apertus1p5_text", "gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text"),
