@@ -20,8 +20,8 @@ TRIED = ("works", "in part", "no span")
 SOME_EMBEDDING = re.compile(r"emb|wte|^(.*\.)?w\.")
 SOME_HEAD = re.compile(rf"{HEAD.pattern}|head|lm_loss|pred_layer")
 
-# How multimodal checkpoints name their language model, and the families of text models that read such names too, on 4.57
-# or 5.24.
+# How multimodal checkpoints name their language model, and the text families that read such names too, on transformers
+# 4.57 or 5.24.
 MULTIMODAL = {
     "language_model.": ("gemma3_text", "llama4_text"),
     "model.language_model.": ("apertus1p5_text", "gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text"),
