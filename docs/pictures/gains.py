@@ -12,12 +12,13 @@ from loopexport.loop.presets import AUTHORS, PAPER, PRESETS, Preset, Result
 
 LABEL = "Published differences between looped models and their bases, in points, with 95 % confidence intervals"
 LEFT, RIGHT, TOP, ROW = 452, 900, 98, 42
-LEAST, MOST = -6.5, 6.5
+LEAST, MOST = -8.5, 8.5
 
 
 def draw(theme: Theme) -> str:
     """The picture as SVG."""
-    rows = [(preset, result) for preset in PRESETS for result in preset.results if result.gain is not None]
+    cited = [preset for preset in PRESETS if preset.status != "third-party"]
+    rows = [(preset, result) for preset in cited for result in preset.results if result.gain is not None]
     bottom = TOP + len(rows) * ROW
     canvas = Canvas(980, bottom + 86, theme, LABEL)
     canvas.text(36, 34, "What was published: looped minus base, in percentage points", size=17, weight="600")
@@ -35,7 +36,7 @@ def _x(points: float) -> float:
 
 def _axis(canvas: Canvas, bottom: int) -> None:
     theme = canvas.theme
-    for points in range(-6, 7, 2):
+    for points in range(-8, 9, 2):
         canvas.line([(_x(points), TOP - 6), (_x(points), bottom)], width=1)
         canvas.text(_x(points), bottom + 20, f"{points:+d}" if points else "0", anchor="middle", fill=theme.muted)
     canvas.line([(_x(0), TOP - 6), (_x(0), bottom)], stroke=theme.text, width=1.5)

@@ -14,7 +14,9 @@ from loopexport.errors import CheckpointError
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
 from .families import check_family, layer_count
+from .loadable import check_index, check_loadable
 from .safetensors_header import Header, Tensor, read_header
+from .tensor_names import layer_of
 from .tokenizer import FILES as TOKENIZER_FILES
 
 CONFIG = "config.json"
@@ -55,8 +57,6 @@ RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|l
 
 # Config keys for the number of experts in a sparse layer.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d{1,6})\.")
 
 MAX_LAYERS = 100_000  # far more than any model has, and a loop over them still takes no time
 
@@ -172,12 +172,6 @@ class Checkpoint:
         return found
 
 
-def layer_of(name: str) -> int | None:
-    """The number of the decoder layer that owns a tensor; None for a tensor outside the layers."""
-    match = LAYER_TENSOR.search(name)
-    return int(match[1]) if match else None
-
-
 def open_checkpoint(
     root: Path,
     origin: Origin | None = None,
@@ -203,6 +197,7 @@ def open_checkpoint(
     check_family(config)
     shards = _read_shards(root, names, read_shard or read_local_shard)
     _check_causal(config, shards)
+    check_loadable(config, [tensor for shard in shards for tensor in shard.header.tensors])
     weights = {shard.name for shard in shards}
     carried = {name for name in names if CARRIED.fullmatch(name)}
     if SINGLE_FILE not in weights:
@@ -288,11 +283,13 @@ def _read_shards(root: Path, names: set[str], read_shard: Callable[[Path, str], 
         return (shard,)
     if INDEX not in names:
         raise CheckpointError(_no_weights(root, names))
-    weight_map = read_json(root / INDEX).get("weight_map")
+    index = read_json(root / INDEX)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX} has no weight_map; download it again")
     for name in weight_map.values():
         _check_shard_name(name)
+    check_index(index, INDEX)
     shards = tuple(read_shard(root, name) for name in dict.fromkeys(weight_map.values()))
     held = {shard.name: shard.header.tensors for shard in shards}
     for tensor, name in weight_map.items():

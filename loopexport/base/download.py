@@ -8,12 +8,31 @@ from pathlib import Path
 
 from loopexport.errors import CheckpointError, HubError, first_line
 
-from .checkpoint import CARD, CARRIED, CONFIG, INDEX, Checkpoint, Origin, Shard, open_checkpoint, read_local_shard
+from . import adapter
+from .cached import cached_revisions
+from .checkpoint import (
+    CARD,
+    CARRIED,
+    CONFIG,
+    INDEX,
+    Checkpoint,
+    Origin,
+    Shard,
+    file_names,
+    open_checkpoint,
+    read_json,
+    read_local_shard,
+)
 from .safetensors_header import Header, Tensor
 
 
 def find_checkpoint(
-    model: str, revision: str | None = None, *, token: str | None = None, headers_only: bool = False
+    model: str,
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    headers_only: bool = False,
+    without_adapter: bool = False,
 ) -> Checkpoint:
     """Open a base; Hub files are downloaded into the Hub client's cache, unless they are there already.
 
@@ -25,6 +44,7 @@ def find_checkpoint(
         revision: a branch, tag or commit of a Hub id, resolved once to a commit; None is the main branch.
         token: the Hub token; None uses the one that is logged in.
         headers_only: read only the headers of the weights, which is enough for a plan.
+        without_adapter: ignore a PEFT adapter beside the weights.
 
     Raises:
         CheckpointError: there is no such directory, or the model cannot be looped.
@@ -34,14 +54,16 @@ def find_checkpoint(
     if _is_directory(path):
         if revision is not None:
             raise CheckpointError(f"--revision needs a Hub id, but {model} is a local directory; leave --revision out")
-        return open_checkpoint(path)
+        names = file_names(path)
+        adapter.check_adapter(model, names, lambda: read_json(path / adapter.CONFIG), without_adapter)
+        return open_checkpoint(path, names=names)
     if path.exists():
         raise CheckpointError(f"{model} is a file; give the model's directory{_file_remedy(path)}")
     if not _is_hub_id(model):
         raise CheckpointError(
             f"{model} is neither a directory nor a Hub id; give a model directory, or a Hub id such as org/name"
         )
-    return _download(model, revision, token, headers_only)
+    return _download(model, revision, token, headers_only, without_adapter)
 
 
 def _is_directory(path: Path) -> bool:
@@ -65,18 +87,29 @@ def _is_hub_id(model: str) -> bool:
     return not model.startswith((".", "~", os.sep))
 
 
-def _download(repo_id: str, revision: str | None, token: str | None, headers_only: bool) -> Checkpoint:
+def _download(
+    repo_id: str, revision: str | None, token: str | None, headers_only: bool, without_adapter: bool
+) -> Checkpoint:
     from huggingface_hub import HfApi, constants, hf_hub_download
+
+    def check_adapter(names: set[str], revision: str | None) -> None:
+        def read() -> dict:
+            return read_json(Path(hf_hub_download(repo_id, adapter.CONFIG, revision=revision, token=token)))
+
+        adapter.check_adapter(repo_id, names, read, without_adapter)
 
     api = HfApi(token=token)
     with _explained(repo_id, revision):
         if not constants.HF_HUB_OFFLINE:  # without a network this fails at once; a download retries for half a minute
-            api.model_info(repo_id, revision=revision)
+            info = api.model_info(repo_id, revision=revision)
+            check_adapter({file.rfilename for file in info.siblings or []}, info.sha)
         # The first download resolves the revision to a commit; all later ones name that commit.
         root = Path(hf_hub_download(repo_id, CONFIG, revision=revision, token=token)).parent
         origin = Origin(repo_id, revision=root.name)
         if constants.HF_HUB_OFFLINE:
-            return open_checkpoint(root, origin)
+            names = file_names(root)
+            check_adapter(names, root.name)
+            return open_checkpoint(root, origin, names)
         info = api.model_info(repo_id, revision=origin.revision, files_metadata=True)
         siblings = {file.rfilename: file for file in info.siblings or []}
         for name in siblings:
@@ -125,7 +158,7 @@ def _explained(repo_id: str, revision: str | None):
     except errors.RevisionNotFoundError:
         raise HubError(f"{repo_id} has no revision {revision!r}; leave --revision out for its main branch") from None
     except errors.LocalEntryNotFoundError as error:
-        raise HubError(_not_cached(repo_id, first_line(error.__cause__ or error))) from None
+        raise HubError(_not_cached(repo_id, revision, first_line(error.__cause__ or error))) from None
     except errors.EntryNotFoundError:
         raise HubError(f"{repo_id} has no {CONFIG}; is it a transformers model?") from None
     except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
@@ -135,12 +168,22 @@ def _explained(repo_id: str, revision: str | None):
         ) from None
 
 
-def _not_cached(repo_id: str, cause: str) -> str:
+def _not_cached(repo_id: str, revision: str | None, cause: str) -> str:
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    if not constants.HF_HUB_OFFLINE:
+        return f"cannot download {repo_id} ({cause}); check the network and run the same command again"
+    revisions = cached_revisions(repo_id)
+    if revisions is None:
         return (
             f"no directory {repo_id}, and no model of that name in the Hub's cache; check the path, or unset "
             "HF_HUB_OFFLINE to ask the Hub"
         )
-    return f"cannot download {repo_id} ({cause}); check the network and run the same command again"
+    wanted = revision or "main"
+    if wanted in revisions:
+        return f"the Hub's cache has {repo_id} at {wanted} without {CONFIG}; unset HF_HUB_OFFLINE to download the rest"
+    known = f"only {', '.join(revisions)}" if revisions else "no whole revision"
+    return (
+        f"the Hub's cache has no revision {wanted!r} of {repo_id}, {known}; give one with --revision, or unset "
+        "HF_HUB_OFFLINE to ask the Hub"
+    )

@@ -7,6 +7,7 @@ The templates work on any native decoder that iterates one list of layers, so th
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from functools import lru_cache
@@ -47,6 +48,14 @@ def outcomes() -> dict[str, dict[str, str]]:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
+def worded_outcomes() -> dict[str, dict[str, str]]:
+    """`outcomes` with the reasons in plain words."""
+    return {
+        family: {key: ": ".join(filter(None, _split(outcome))) for key, outcome in record.items()}
+        for family, record in outcomes().items()
+    }
+
+
 def newest_outcome(model_type: str) -> tuple[str, str]:
     """Status and reason of a family on the newest release it was tested on; both empty if it never was.
 
@@ -54,14 +63,12 @@ def newest_outcome(model_type: str) -> tuple[str, str]:
     """
     record = outcomes().get(model_type, {})
     newest = max(record.keys() - {ONNX}, key=_version, default="")
-    status, _, reason = record.get(newest, "").partition(": ")
-    return status, _in_words(status, reason)
+    return _split(record.get(newest, ""))
 
 
 def onnx_outcome(model_type: str) -> tuple[str, str]:
     """Status ("works" or "refused") and reason of a family's ONNX export; both empty if it was never tested."""
-    status, _, reason = outcomes().get(model_type, {}).get(ONNX, "").partition(": ")
-    return status, reason
+    return _split(outcomes().get(model_type, {}).get(ONNX, ""))
 
 
 def releases() -> list[str]:
@@ -93,13 +100,14 @@ def _version(release: str) -> list[int]:
     return [int(part) for part in release.split(".")]
 
 
-def _in_words(status: str, reason: str) -> str:
-    """A recorded reason in plain words; `families.json` keeps the words of the code."""
+def _split(outcome: str) -> tuple[str, str]:
+    """Status and reason of a recorded outcome, the reason in plain words; `families.json` has those of the code."""
+    status, _, reason = outcome.partition(": ")
     for pattern, words in IN_WORDS:
         match = re.fullmatch(pattern, reason)
         if match:
-            return match.expand(words)
-    return NOT_MADE if status == "untried" else reason
+            return status, match.expand(words)
+    return status, NOT_MADE if status == "untried" else reason
 
 
 def _short(reason: str) -> str:
@@ -136,10 +144,10 @@ def check_family(config: dict) -> None:
             f"{_names(architectures, model_type)} is multimodal; take its language model out "
             "(examples/language_model.py does) and convert that"
         )
-    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+    if not is_language_model(config) and not all(name.endswith("Model") for name in architectures):
         raise CheckpointError(
-            f"{_names(architectures, model_type)} is not a causal language model "
-            "(architectures: ...ForCausalLM or ...LMHeadModel)"
+            f"{_names(architectures, model_type)} is not a causal language model (architectures: ...ForCausalLM or "
+            "...LMHeadModel); convert a checkpoint with the head of one"
         )
     if not layer_count(config):
         raise CheckpointError(
@@ -161,6 +169,24 @@ def _check_native(model_type: str) -> None:
             f"transformers {__version__} has no model family {model_type!r}, and an export never runs code that comes "
             "with a checkpoint; install a transformers that has the family"
         )
+
+
+def is_language_model(config: dict) -> bool:
+    """Whether `architectures` names a causal language model; a bare model's name, or none, says nothing of the head."""
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or [])
+
+
+def ties_by_default(model_type: str) -> bool:
+    """Whether the token embeddings of a family serve as its head where the config does not say.
+
+    Raises:
+        CheckpointError: the installed transformers does not have the family.
+    """
+    from transformers import CONFIG_MAPPING
+
+    _check_native(model_type)
+    field = inspect.signature(CONFIG_MAPPING[model_type].__init__).parameters.get("tie_word_embeddings")
+    return field is None or bool(field.default)
 
 
 def layer_count(config: dict) -> int | None:

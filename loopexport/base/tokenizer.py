@@ -9,16 +9,30 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from typing import Literal, TypeAlias
 
 CONFIG = "tokenizer_config.json"
 SERIALISED = "tokenizer.json"
-FILES = re.compile(
-    r"""
-      (tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json
-    | (tokenizer|sentencepiece|spiece)(\.bpe)?\.model | merges\.txt | vocab\.txt | [\w.-]+\.tiktoken | tiktoken\.model
-    """,
-    re.VERBOSE,
-)
+SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json")
+
+# The files that a tokenizer class reads: all of `vocab_files_names` in transformers 4.57 and 5.24, and some that other
+# loaders look for. The pickles of transfo-xl, vocab.pkl and vocab.bin, are not here.
+JSON_VOCABULARIES = (
+    SERIALISED, "tekken.json", "vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
+    "entity_vocab.json", "emoji.json", "byte_maps.json", "normalizer.json", "word_pronunciation.json",
+    "word_shape.json", "artists.json", "genres.json", "lyrics.json",
+)  # fmt: skip
+VOCABULARIES = (
+    *JSON_VOCABULARIES, "tokenizer.model", "tokenizer.bpe.model", "sentencepiece.model", "sentencepiece.bpe.model",
+    "spiece.model", "spiece.bpe.model", "spm.model", "spm_char.model", "source.spm", "target.spm", "tiktoken.model",
+    "prophetnet.tokenizer", "bpe.codes", "dict.txt", "merges.txt", "vocab.txt",
+)  # fmt: skip
+FILES = re.compile("|".join([*map(re.escape, (*SETTINGS, *VOCABULARIES)), r"[\w.-]+\.tiktoken"]))
+
+CLASSES_WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "DiaTokenizer", "PerceiverTokenizer")
+
+# Where the tokenizer of an export is: in it, with the base alone, or not even there.
+Home: TypeAlias = Literal["export", "base", "nowhere"]
 
 
 def foreign_class(config: bytes) -> str | None:
@@ -27,7 +41,7 @@ def foreign_class(config: bytes) -> str | None:
     Args:
         config: the content of `tokenizer_config.json`; empty if there is none.
     """
-    entry = _auto_map(config)
+    entry = _read(config).get("auto_map")
     entry = entry.get("AutoTokenizer") if isinstance(entry, dict) else entry
     names = [name for name in (entry if isinstance(entry, list) else [entry]) if isinstance(name, str)]
     return names[-1].rsplit("--", 1)[-1] if names else None
@@ -50,24 +64,38 @@ def without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
     return originals
 
 
-def is_left_out(config: bytes, names: Collection[str]) -> bool:
-    """Whether an export leaves the tokenizer out; `names` are the base's files."""
-    return foreign_class(config) is not None and SERIALISED not in names
+def tokenizer_home(config: bytes, names: Collection[str]) -> Home:
+    """Where the tokenizer of an export is; `names` are the base's files."""
+    if foreign_class(config) is not None:
+        return "export" if SERIALISED in names else "base"
+    has_one = any(FILES.fullmatch(name) and name not in SETTINGS for name in names)
+    return "export" if has_one or _read(config).get("tokenizer_class") in CLASSES_WITHOUT_VOCABULARY else "nowhere"
 
 
-def tokenizer_warning(config: bytes, names: Collection[str], base_name: str) -> str | None:
+def tokenizer_warning(config: bytes, names: Collection[str], base_name: str, is_on_hub: bool) -> str | None:
     """What the user should know about the tokenizer, in one line; None if there is nothing to say."""
-    name = foreign_class(config)
+    name, home = foreign_class(config), tokenizer_home(config, names)
+    if home == "nowhere":
+        return _no_tokenizer(base_name, is_on_hub)
     if name is None:
         return None
-    if not is_left_out(config, names):
+    if home == "export":
         return f"the base's tokenizer class {name} is not copied; tokenizer.json loads without it: compare token ids"
     return f"the tokenizer needs code of the base ({name}) and is not copied: load it from {base_name}"
 
 
-def _auto_map(config: bytes):
+def _no_tokenizer(base_name: str, is_on_hub: bool) -> str:
+    if not is_on_hub:
+        return "the base's directory has no tokenizer, so the export has none: add its files there and convert again"
+    return (
+        f"no tokenizer of {base_name} was found, so the export has none: load it from {base_name}, or, if only the "
+        "Hub's cache was searched, unset HF_HUB_OFFLINE and convert again"
+    )
+
+
+def _read(config: bytes) -> dict:
     try:
         values = json.loads(config)
     except (ValueError, RecursionError):
-        return None
-    return values.get("auto_map") if isinstance(values, dict) else None
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -6,7 +6,7 @@ import functools
 
 import click
 
-from loopexport.errors import LoopExportError
+from loopexport.errors import LoopExportError, nearest
 
 from .output import echo_line
 
@@ -30,6 +30,20 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted; no partial output was left behind.", err=True)
             ctx.exit(130)
+
+
+class Words(click.Choice):
+    """One of a few words; the error for another word names the nearest."""
+
+    def convert(self, value, param: click.Parameter | None, ctx: click.Context | None):
+        """Check the word."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = nearest(value, tuple(self.choices))
+            if near is None:
+                raise
+            self.fail(f"{error.message} Did you mean {near!r}?", param, ctx)
 
 
 class GroupedOption(click.Option):

@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 from loopexport.choices import Placement, Weights
 from loopexport.templates.looped_spec import DECODE_MODES, KV_POLICIES, MODES, RULES
 
-from .groups import FILES, HUB, LOOP, OUTPUT, combine, option
+from .groups import FILES, HUB, LOOP, OUTPUT, Words, combine, option
 
 
 def complete_directory(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -59,27 +59,27 @@ loop_options = combine(
     option(
         LOOP,
         "--mode",
-        type=click.Choice(MODES),
+        type=Words(MODES),
         help="Loop the span as one block, or each of its layers in turn.  [default: block]",
     ),
     option(
         LOOP,
         "--kv",
-        type=click.Choice(KV_POLICIES),
+        type=Words(KV_POLICIES),
         help="Keys and values that an iteration attends to: from the natural pass (shared), its own (per_step), or a "
         "mix as in the authors' code (reference).  [default: shared]",
     ),
     option(
         LOOP,
         "--decode",
-        type=click.Choice(DECODE_MODES),
+        type=Words(DECODE_MODES),
         help="Decode steps that loop: all, none, or only the first.  [default: full]",
     ),
     option(LOOP, "--first-n", type=int, metavar="N", help="With --decode first_n: how many decode steps loop."),
     option(
         LOOP,
         "--rule",
-        type=click.Choice(tuple(RULES)),
+        type=Words(tuple(RULES)),
         metavar="NAME",
         help="Update rule; see `loopexport rules`.  [default: euler]",
     ),
@@ -126,7 +126,7 @@ def weights_option(kind, more: str = ""):
     return option(
         FILES,
         "--weights",
-        type=click.Choice(get_args(kind)),
+        type=Words(get_args(kind)),
         default="auto",
         show_default=True,
         help=f"How to put the weights in place; auto is a reflink where the file system can, else a copy{more}.",
@@ -136,6 +136,9 @@ def weights_option(kind, more: str = ""):
 restore_weights_option = weights_option(Placement)
 convert_weights_option = weights_option(
     Weights, "; none leaves the weights of a Hub model on the Hub, and `push` copies them there"
+)
+adapter_option = option(
+    FILES, "--without-adapter", is_flag=True, help="Ignore a PEFT adapter beside the weights instead of refusing MODEL."
 )
 overwrite_option = option(FILES, "--overwrite", is_flag=True, help="Replace an existing export at OUT.")
 
@@ -151,8 +154,17 @@ directory_argument = click.argument("directory", shell_complete=complete_directo
 
 
 def merge_spec(spec_file: Path | None, options: dict) -> dict:
-    """The options that were given, and below them the entries of the spec file."""
-    from loopexport.loop.spec import read_spec_file
+    """The options that were given, and below them the entries of the spec file.
+
+    Raises:
+        click.UsageError: neither options nor a preset nor a spec file give the span and the steps.
+    """
+    from loopexport.loop.spec import missing_field, read_spec_file
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
-    return {**read_spec_file(spec_file), **given} if spec_file else given
+    if spec_file:
+        return {**read_spec_file(spec_file), **given}
+    missing = missing_field(given)
+    if missing and "preset" not in given:
+        raise click.UsageError(missing)
+    return given

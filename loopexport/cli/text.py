@@ -17,7 +17,14 @@ from loopexport.hub.transfers import COPY, DELETE, THERE, UPLOAD
 from loopexport.loop.cost import Cost, dtype_name
 from loopexport.loop.presets import PRESETS, STATUSES, Preset
 from loopexport.loop.spec import RULES, LoopSpec
-from loopexport.loop.wording import describe_decode, describe_layers, describe_refinements, describe_rule, describe_span
+from loopexport.loop.wording import (
+    describe_decode,
+    describe_layers,
+    describe_refinements,
+    describe_rule,
+    describe_span,
+    describe_unlooped_steps,
+)
 from loopexport.templates.looped_spec import Rule
 
 if TYPE_CHECKING:
@@ -185,17 +192,10 @@ def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
         f"depth {_depths(base, spec)}",
         *_loop_lines(spec),
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
-        f"{cost.multiplier:.2f}x{_unlooped_steps(spec)}",
+        f"{cost.multiplier:.2f}x{describe_unlooped_steps(spec)}",
         f"         {_weights_read_text(cost)}",
         f"         {_kv_text(cost)}",
     ]
-
-
-def _unlooped_steps(spec: LoopSpec) -> str:
-    """Which decode steps cost as much as in the base."""
-    if spec.is_identity or spec.decode == "full":
-        return ""
-    return f"; decode steps{' after the first ' + str(spec.first_n) if spec.decode == 'first_n' else ''} as the base"
 
 
 def _depths(base: Checkpoint, spec: LoopSpec) -> str:

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 
 from loopexport.base.checkpoint import Origin
 from loopexport.base.licence import licence_of
+from loopexport.base.tokenizer import Home
 from loopexport.loop.cost import Cost
 from loopexport.loop.presets import STATUSES, Preset
 from loopexport.loop.spec import LoopSpec
-from loopexport.loop.wording import describe_layers, describe_refinements, describe_rule, describe_span, formula
+from loopexport.loop.wording import (
+    describe_layers,
+    describe_refinements,
+    describe_rule,
+    describe_span,
+    describe_unlooped_steps,
+    formula,
+)
 
 from .card_usage import on_the_hub, onnx_section, transformers_section, vllm_section
 from .manifest import OnnxRecord
@@ -52,7 +60,7 @@ class CardFacts:
         cost: the cost of the loop.
         published: the preset that was measured with this loop on this model; None if there is none.
         quantisation: the base's quantisation method; None for plain weights.
-        has_tokenizer: whether the export has the base's tokenizer.
+        tokenizer: where the tokenizer is.
         has_weights: whether the export has its weights.
         onnx: the ONNX files of the export, by name.
         config: the base's config.
@@ -66,7 +74,7 @@ class CardFacts:
     cost: Cost
     published: Preset | None = None
     quantisation: str | None = None
-    has_tokenizer: bool = True
+    tokenizer: Home = "export"
     has_weights: bool = True
     onnx: Mapping[str, OnnxRecord] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
@@ -141,6 +149,7 @@ def _table(facts: CardFacts) -> dict[str, object]:
         "decode_meaning": DECODE_MEANING[spec.decode].format(n=spec.first_n),
         "evaluations": facts.cost.layer_evaluations,
         "multiplier": f"{facts.cost.multiplier:.2f}",
+        "unlooped_steps": describe_unlooped_steps(spec),
         "formula": formula(spec),
     }
 
@@ -148,10 +157,18 @@ def _table(facts: CardFacts) -> dict[str, object]:
 def _use(facts: CardFacts) -> list[str]:
     """How to load the model: a section for each runtime, empty for a runtime that cannot."""
     return [
-        transformers_section(facts.spec.steps, "path" if facts.has_tokenizer else f'"{facts.base.name}"'),
+        transformers_section(facts.spec.steps, _tokenizer(facts)),
         onnx_section(facts.onnx, facts.num_layers),
         vllm_section(facts.model_type, facts.spec, facts.config, facts.quantisation is not None),
     ]
+
+
+def _tokenizer(facts: CardFacts) -> str | None:
+    """The Python expression to load the tokenizer from; None if there is none."""
+    if facts.tokenizer == "export":
+        return "path"
+    is_lost = facts.tokenizer == "nowhere" and facts.base.revision is None
+    return None if is_lost else f'"{facts.base.name}"'
 
 
 def _quantised(method: str | None) -> str:
@@ -233,7 +250,7 @@ own task before you rely on it. {results}
 | refinements | {refinements} |
 | K/V policy | `{kv}`: {kv_meaning} |
 | decoding | `{decode}`: {decode_meaning} |
-| cost | {evaluations} layer evaluations per token instead of {num_layers}: {multiplier}x |
+| cost | {evaluations} layer evaluations per token instead of {num_layers}: {multiplier}x{unlooped_steps} |
 
 Here x are the hidden states that enter the span, and g is one run through it. In layer mode, each layer of the span
 loops by itself, in turn.

@@ -29,13 +29,23 @@ def on_the_hub(card: str, repo_id: str) -> str:
     return card
 
 
-def transformers_section(steps: int, tokenizer: str) -> str:
-    """The section for transformers; `tokenizer` is the Python expression to load the tokenizer from."""
+def transformers_section(steps: int, tokenizer: str | None) -> str:
+    """The section for transformers.
+
+    Args:
+        steps: K.
+        tokenizer: the Python expression to load the tokenizer from; None if the base had none.
+    """
+    if tokenizer is None:
+        names, line = "AutoModelForCausalLM", "# The base's directory had no tokenizer: this model takes token ids."
+    else:
+        names = "AutoModelForCausalLM, AutoTokenizer"
+        line = f"tokenizer = AutoTokenizer.from_pretrained({tokenizer}, trust_remote_code=True)"
     return f"""\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {names}
 
-{LOCAL_PATH}tokenizer = AutoTokenizer.from_pretrained({tokenizer}, trust_remote_code=True)
+{LOCAL_PATH}{line}
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 model.config.loop_steps = {steps}  # change it at any time; 1 is the base model
 ```

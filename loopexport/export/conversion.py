@@ -133,6 +133,7 @@ def plan_convert(
     preset: str | None = None,
     revision: str | None = None,
     weights: Weights = "auto",
+    without_adapter: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> ConvertPlan:
@@ -162,6 +163,7 @@ def plan_convert(
         revision: branch, tag or commit of a Hub model.
         weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
             leaves the weights of a Hub model on the Hub, and `push` copies them there.
+        without_adapter: ignore a PEFT adapter beside the weights, which transformers would load too.
         overwrite: replace an existing export at `out`.
         dry_run: only plan, and do not download weights.
 
@@ -190,7 +192,8 @@ def plan_convert(
     check_first_n(loop, is_given="first_n" in fields)
     if weights not in WEIGHTS:
         raise OutputError(f"weights method {weights!r} must be one of {', '.join(WEIGHTS)}")
-    base = find_checkpoint(str(model), revision, headers_only=dry_run or weights == WITHOUT)
+    headers_only = dry_run or weights == WITHOUT
+    base = find_checkpoint(str(model), revision, headers_only=headers_only, without_adapter=without_adapter)
     if weights == WITHOUT:
         _check_copyable(base)
     loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
@@ -230,6 +233,7 @@ def convert(
     preset: str | None = None,
     revision: str | None = None,
     weights: Weights = "auto",
+    without_adapter: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda count: None,
 ) -> Export:
@@ -262,6 +266,7 @@ def convert(
         revision: branch, tag or commit of a Hub model.
         weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
             leaves the weights of a Hub model on the Hub, and `push` copies them there.
+        without_adapter: ignore a PEFT adapter beside the weights, which transformers would load too.
         overwrite: replace an existing export at `out`.
         progress: called with the number of weight bytes just copied.
 
@@ -288,6 +293,7 @@ def convert(
         preset=preset,
         revision=revision,
         weights=weights,
+        without_adapter=without_adapter,
         overwrite=overwrite,
     )
     return plan.apply(progress)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from loopexport.base import tokenizer
-from loopexport.base.checkpoint import CARD, CONFIG, LICENCE_TEXT, Checkpoint
+from loopexport.base.checkpoint import CARD, CONFIG, LICENCE_TEXT, Checkpoint, Origin
 from loopexport.base.licence import NOTICE, licence_of, licence_warnings
 from loopexport.errors import CheckpointError
 from loopexport.files.digests import file_sha256
@@ -31,8 +32,8 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
     files = {name: _read(base.root / name) for name in base.carried}
     originals = {name: _read(base.root / name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
     files[CONFIG] = _looped_config(base, spec)
-    has_tokenizer = not tokenizer.is_left_out(_tokenizer_config(base), base.carried)
-    facts = _card_facts(base, spec, cost, originals.get(CARD, b""), has_tokenizer, has_weights)
+    home = tokenizer.tokenizer_home(_tokenizer_config(base), base.carried)
+    facts = _card_facts(base, spec, cost, originals.get(CARD, b""), home, has_weights)
     files[CARD] = make_card(facts).encode()
     originals |= tokenizer.without_foreign_code(files)
     files |= {name: template_bytes(name) for name in TEMPLATES} | licence_notice_file(base)
@@ -41,16 +42,15 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
 
 def export_card(export: Export) -> str:
     """A new card for the current state of an export: its loop, its weights, its ONNX files."""
-    has_tokenizer = not tokenizer.is_left_out(_original_tokenizer_config(export), _base_names(export))
+    home = tokenizer.tokenizer_home(_original_tokenizer_config(export), _base_names(export))
     base_card = _original(export, CARD)
-    facts = _card_facts(export.base, export.spec, export.cost, base_card, has_tokenizer, not export.lacking)
+    facts = _card_facts(export.base, export.spec, export.cost, base_card, home, not export.lacking)
     return make_card(replace(facts, onnx=export.manifest.onnx))
 
 
 def export_warnings(export: Export) -> list[str]:
     """What the user should know about the current state of an export, one line each, as `convert` prints it."""
-    names = _base_names(export)
-    about_tokenizer = tokenizer.tokenizer_warning(_original_tokenizer_config(export), names, export.manifest.base.name)
+    about_tokenizer = _about_tokenizer(_original_tokenizer_config(export), _base_names(export), export.manifest.base)
     metadata = read_metadata(_original(export, CARD).decode("utf-8", errors="replace"))
     return [
         *loop_warnings(export.base, export.spec),
@@ -82,8 +82,12 @@ def is_card_edited(export: Export) -> bool:
 
 def base_file_warnings(base: Checkpoint) -> list[str]:
     """What the user should know about the base's tokenizer and licence, one line each."""
-    about_tokenizer = tokenizer.tokenizer_warning(_tokenizer_config(base), base.carried, base.origin.name)
+    about_tokenizer = _about_tokenizer(_tokenizer_config(base), base.carried, base.origin)
     return [*filter(None, [about_tokenizer]), *licence_warnings(_metadata(base), list(base.carried))]
+
+
+def _about_tokenizer(config: bytes, names: Collection[str], base: Origin) -> str | None:
+    return tokenizer.tokenizer_warning(config, names, base.name, is_on_hub=base.revision is not None)
 
 
 def licence_notice_file(base: Checkpoint) -> dict[str, bytes]:
@@ -94,7 +98,7 @@ def licence_notice_file(base: Checkpoint) -> dict[str, bytes]:
 
 
 def _card_facts(
-    base: Checkpoint, spec: LoopSpec, cost: Cost, base_card: bytes, has_tokenizer: bool, has_weights: bool
+    base: Checkpoint, spec: LoopSpec, cost: Cost, base_card: bytes, home: tokenizer.Home, has_weights: bool
 ) -> CardFacts:
     return CardFacts(
         base.origin,
@@ -105,7 +109,7 @@ def _card_facts(
         cost,
         published=published_cell(base, spec),
         quantisation=base.quantisation,
-        has_tokenizer=has_tokenizer,
+        tokenizer=home,
         has_weights=has_weights,
         config=base.config,
     )

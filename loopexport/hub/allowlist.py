@@ -18,6 +18,7 @@ from pathlib import Path
 
 from loopexport.base.checkpoint import CARD, CARRIED, CONFIG, INDEX, LICENCE_TEXT
 from loopexport.base.tokenizer import FILES as TOKENIZER_FILES
+from loopexport.base.tokenizer import JSON_VOCABULARIES
 from loopexport.errors import PushError
 from loopexport.export.directory import BASE_FOLDER, Export
 from loopexport.export.integrity import EDITABLE, check_config, check_onnx, check_small_files
@@ -53,7 +54,7 @@ SECRET = re.compile(
 # The start of an absolute path, on any system, of a path in a home directory, or of a file URL.
 ABSOLUTE_PATH = re.compile(r"/[^/\s]+/|[A-Za-z]:[\\/]|~[\w.-]*/|\\\\\w|file:/")
 # Files with tokens or tensor names in them: what looks like a path there is not one.
-VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json", "tekken.json", INDEX}
+NAMES_INSIDE = {*JSON_VOCABULARIES, "added_tokens.json", INDEX}
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _check_content(name: str, content: bytes, is_public: bool) -> None:
     secret = SECRET.search(content)
     if secret:
         raise PushError(f"{name} contains something like a secret ({secret[0][:6].decode()}...); remove it")
-    if not name.endswith(".json") or name in VOCABULARIES:
+    if not name.endswith(".json") or name in NAMES_INSIDE:
         return
     try:
         values = json.loads(content)

@@ -6,9 +6,10 @@ import re
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
-from loopexport.base.checkpoint import EXPERTS, Checkpoint, layer_of
+from loopexport.base.checkpoint import EXPERTS, Checkpoint
 from loopexport.base.families import layer_types
 from loopexport.base.safetensors_header import DTYPE_BITS, Tensor
+from loopexport.base.tensor_names import EMBEDDING, HEAD, layer_of
 from loopexport.templates.looped_spec import ATTENTION_TYPES
 
 from .spec import LoopSpec
@@ -23,15 +24,10 @@ HIDDEN = ("hidden_size", "n_embd", "d_model")
 HEAD_DIM = ("head_dim", "kv_channels")
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
-# Tensors outside the layers, by module name: the token embeddings, which may also serve as the head; other tables, of
-# which a token reads one row; heads; and modules that transformers does not run (multi-token prediction).
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|w|((word|tok)_)?embeddings)\.\w*weight\w*$")
+# Other tensors outside the layers: tables of which a token reads one row, and modules that transformers does not run
+# (multi-token prediction).
 OTHER_TABLE = re.compile(
     r"(^|\.)(wpe|embed_positions|embed_tokens_per_layer|(position|token_type)_embeddings)\.\w*weight\w*$"
-)
-HEAD = re.compile(
-    r"(^|\.)(((generator_)?lm_head|predictions)(\.decoder)?|embed_out|output(_projection)?)\.\w*weight\w*$"
-    r"|^decoder\.\w*weight\w*$"
 )
 UNREAD = re.compile(r"^(model\.)?mtp\.")
 

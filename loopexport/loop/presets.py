@@ -4,28 +4,30 @@ A preset applies to the architecture and depth that it was measured on; its span
 
 Sources: `PAPER` is arXiv 2605.23872; `AUTHORS` is the README of the authors' code
 (github.com/L-z-Chen/Training-Free-Looped-Transformer); `REPRODUCTION` is an independent reproduction
-(github.com/singularity119/Training-Free-Looped-Transformers-Reproduction).
+(github.com/singularity119/Training-Free-Looped-Transformers-Reproduction); `NOTES` are reading notes on the paper by
+third parties.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from loopexport.base.checkpoint import Checkpoint
-from loopexport.errors import SpecError
+from loopexport.errors import SpecError, nearest
 
 from .spec import LoopSpec
 
 PAPER = "arXiv 2605.23872"
 AUTHORS = "the authors' code"
 REPRODUCTION = "an independent reproduction"
+NOTES = "notes of third parties on the paper"
 
 STATUSES = {
     "reported": "by the authors only",
     "replicated": "others measured a gain too",
     "not replicated": "measured again, the gain was within the noise",
     "negative": "the loop lost, within the noise or beyond it",
+    "third-party": "from notes of third parties, not compared with the source: no card repeats it",
 }
 
 # Fields that the authors' recipes share: log-likelihood tasks, and generation with sparse experts.
@@ -128,15 +130,12 @@ PRESETS = (
     ),
     Preset(
         "qwen3-30b-a3b-16-tasks",
-        ("Qwen3-30B-A3B", "Qwen3-30B-A3B-Instruct-2507"),
+        ("Qwen3-30B-A3B",),
         "qwen3_moe",
         48,
         {"span": (22, 26), **_ANCHORED},
         "reported",
-        (
-            Result("16 log-likelihood tasks", None, AUTHORS, note="the recipe only, without a result"),
-            Result("CommonsenseQA, Qwen3-30B-A3B-Instruct", 1.14, PAPER),
-        ),
+        (Result("16 log-likelihood tasks", None, AUTHORS, note="the recipe only, without a result"),),
     ),
     Preset(
         "qwen3-30b-a3b-aime26",
@@ -159,6 +158,54 @@ PRESETS = (
         {"span": (29, 34), **_FROZEN, "damping": 1 / 3},
         "reported",
         (Result("AIME26, five seeds, integration time 2", 2.79, AUTHORS, (0.03, 5.55)),),
+    ),
+    Preset(
+        "qwen3-30b-a3b-aime26-t2-no-norm",
+        ("Qwen3-30B-A3B",),
+        "qwen3_moe",
+        48,
+        {"span": (29, 34), **_FROZEN, "damping": 1 / 3, "norm_interpolation": False},
+        "reported",
+        (Result("AIME26, time 2, no norm interpolation", 2.81, AUTHORS),),
+    ),
+    Preset(
+        "qwen3-30b-a3b-aime26-t2-narrow",
+        ("Qwen3-30B-A3B",),
+        "qwen3_moe",
+        48,
+        {"span": (29, 33), **_FROZEN, "damping": 1 / 3},
+        "reported",
+        (Result("AIME26, three seeds, time 2, 29:33", 2.43, AUTHORS, (-1.49, 6.35)),),
+    ),
+    Preset(
+        "qwen3-30b-a3b-aime26-t2.5",
+        ("Qwen3-30B-A3B",),
+        "qwen3_moe",
+        48,
+        {"span": (29, 34), **_FROZEN, "damping": 2.5 / 6},
+        "reported",
+        (Result("AIME26, five seeds, integration time 2.5", 2.79, AUTHORS, (-0.69, 6.27)),),
+    ),
+    Preset(
+        "qwen3-30b-a3b-aime26-t4",
+        ("Qwen3-30B-A3B",),
+        "qwen3_moe",
+        48,
+        {"span": (29, 33), **_FROZEN, "steps": 12, "damping": 1 / 3},
+        "negative",
+        (Result("AIME26, one seed, K 12, integration time 4", -7.9, AUTHORS, note="70.2 to 62.3"),),
+    ),
+    Preset(
+        "qwen3-1.7b-base-16-tasks",
+        ("Qwen3-1.7B-Base",),
+        "qwen3",
+        28,
+        {"span": (12, 16), "steps": 2, "kv": "reference"},
+        "third-party",
+        (
+            Result("16 log-likelihood tasks", 0.55, NOTES, note="anchor, K/V policy and decode mode were not given"),
+            Result("16 log-likelihood tasks, other spans", None, NOTES, note="6 layers -0.82, 12 -0.63, all 28 -27.73"),
+        ),
     ),
     Preset(
         "moonlight-16b-a3b-openbookqa",
@@ -204,6 +251,15 @@ PRESETS = (
             ),
         ),
     ),
+    Preset(
+        "kimi-vl-a3b-truncation",
+        ("Kimi-VL-A3B-Thinking-2506",),
+        "deepseek_v3",
+        27,
+        {"span": (8, 10), **_FROZEN},
+        "reported",
+        (Result("truncated answers", None, AUTHORS, note="13.5 to 5.7 %, p 0.0004, at the same accuracy"),),
+    ),
 )
 
 
@@ -219,8 +275,8 @@ def find_preset(name: str) -> Preset:
         if preset.name == name:
             return preset
     names = [preset.name for preset in PRESETS]
-    near = get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the presets are {', '.join(names)}"
+    near = nearest(name, tuple(names)) or next((each for each in names if name and each.startswith(name)), None)
+    hint = f"did you mean {near}?" if near else f"the presets are {', '.join(names)}"
     raise SpecError(f"no preset {name!r}; {hint}")
 
 
@@ -239,9 +295,11 @@ def preset_fields(name: str) -> dict:
 
 
 def published_cell(base: Checkpoint, spec: LoopSpec) -> Preset | None:
-    """The preset that was measured with exactly this loop on exactly this model; None if there is none."""
+    """The preset that was measured with exactly this loop on exactly this model, and may be cited; None without one."""
     name = base.origin.name.rsplit("/", 1)[-1].lower()
     for preset in PRESETS:
+        if preset.status == "third-party":
+            continue
         if preset.spec == spec and not misfit(preset, base) and name in map(str.lower, preset.models):
             return preset
     return None

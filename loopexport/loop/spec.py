@@ -43,11 +43,9 @@ def make_spec(**values) -> LoopSpec:
         SpecError: a key is unknown or missing, or a value is not allowed.
     """
     _check_keys(values)
-    for key, example in (("span", "12:20"), ("steps", "4")):
-        if values.get(key) is None:
-            raise SpecError(
-                f"the loop spec has no {key}; give one, such as --{key} {example} (in Python {key}=...), or a preset"
-            )
+    missing = missing_field(values)
+    if missing:
+        raise SpecError(missing)
     values["span"] = _parsed(values["span"])
     if isinstance(values.get("schedule"), str):
         values["schedule"] = _parse_numbers(values["schedule"])
@@ -55,6 +53,14 @@ def make_spec(**values) -> LoopSpec:
         return LoopSpec(**values)
     except ValueError as error:
         raise SpecError(str(error)) from None
+
+
+def missing_field(values: dict) -> str | None:
+    """Which field without a default is missing, and how to give it, in one line; None if both are there."""
+    for key, example in (("span", "12:20"), ("steps", "4")):
+        if values.get(key) is None:
+            return f"the loop spec has no {key}; give one, such as --{key} {example} (in Python {key}=...), or a preset"
+    return None
 
 
 def check_first_n(spec: LoopSpec, is_given: bool) -> None:

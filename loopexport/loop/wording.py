@@ -43,6 +43,14 @@ def describe_decode(spec: LoopSpec) -> str:
     return f"first_n {spec.first_n}" if spec.decode == "first_n" else spec.decode
 
 
+def describe_unlooped_steps(spec: LoopSpec) -> str:
+    """Which decode steps run at the base's cost: `; decode steps run at the base's cost`, or nothing."""
+    if spec.is_identity or spec.decode == "full":
+        return ""
+    after = f" after the first {spec.first_n}" if spec.decode == "first_n" else ""
+    return f"; decode steps{after} run at the base's cost"
+
+
 def formula(spec: LoopSpec) -> str:
     """The formula of the loop, one line each, with the numbers of the spec filled in."""
     beta, last = f"{spec.anchor:g}", spec.steps

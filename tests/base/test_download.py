@@ -137,3 +137,17 @@ def test_repository_without_config_is_refused(hub, convert):
         1,
         "Error: org/model has no config.json; is it a transformers model?",
     )
+
+
+def test_adapter_on_the_hub_is_refused_before_any_weights_travel(hub, convert):
+    (hub.root / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')
+    hub.add("org/both", hub.root)
+    done = convert("org/both")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "org/both holds an adapter for org/other (adapter_config.json)" in done.stderr
+    assert not [name for name in hub.sent if name.endswith(".safetensors")]
+    for path in hub.root.glob("*model*"):
+        path.unlink()
+    (hub.root / "config.json").unlink()
+    hub.add("org/alone", hub.root)
+    assert "org/alone holds only an adapter for org/other; load it with peft" in convert("org/alone").stderr

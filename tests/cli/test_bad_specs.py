@@ -22,8 +22,6 @@ BAD_SPECS = [
     (["--span", "1:4", "--steps", "-3"], "steps -3 must be"),
     (["--span", "1:4", "--steps", str(10**400)], "to 2147483647"),
     (["--span", f"1:{'9' * 5000}", "--steps", "2"], "is not START:STOP"),
-    (["--span", "1:4"], "the loop spec has no steps"),
-    (["--steps", "2"], "the loop spec has no span; give one, such as --span 12:20"),
     ([*SPEC, "--decode", "first_n"], "decode first_n needs first_n"),
     ([*SPEC, "--first-n", "2"], "first_n 2 needs decode first_n, not full"),
     ([*SPEC, "--damping", "nan"], "damping nan must be a step size in (0, 1]"),
@@ -64,8 +62,26 @@ def test_wrong_usage_exits_with_2(base, tmp_path, options):
 
 
 @pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--span", "1:4"], "Error: the loop spec has no steps; give one, such as --steps 4"),
+        (["--steps", "2"], "Error: the loop spec has no span; give one, such as --span 12:20"),
+        ([], "Error: the loop spec has no span"),
+        ([*SPEC, "--rule", "eular"], "Did you mean 'euler'?"),
+        ([*SPEC, "--kv", "per-step"], "Did you mean 'per_step'?"),
+        ([*SPEC, "--weights", "hard-link"], "Did you mean 'hardlink'?"),
+        ([*SPEC, "--decode", "byepass"], "Did you mean 'bypass'?"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_wrong_usage_says_what_to_write(base, tmp_path, options, says):
+    assert_refused(tmp_path, "convert", base, tmp_path / "out", *options, says=says, status=2)
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("span: 1:4\n", "the loop spec has no steps"),
         ("span: 1:4\nsteps: 3\nstep_size: 0.5\n", "unknown key 'step_size'"),
         ("just a string", "is not a mapping"),
         ("span: [1, 4\n", "is not YAML"),

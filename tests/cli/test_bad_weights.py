@@ -103,7 +103,7 @@ def test_weights_without_tensors_are_refused(base, tmp_path):
 
 
 def test_numbers_in_tensor_names_that_are_no_layers_are_ignored(base, tmp_path):
-    text = json.dumps({f"layers.{'9' * 5000}.w": entry(0, 8)})
+    text = json.dumps({f"layers.{'9' * 5000}.w": entry(0, 4), "lm_head.weight": entry(4, 8)})
     (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(8))
     assert run("convert", base, tmp_path / "out", *SPEC).exit_code == 0
 
@@ -142,3 +142,11 @@ def test_index_that_promises_another_tensor_is_refused(base, tmp_path):
     index["weight_map"]["ghost"] = first_shard(base).name
     (base / INDEX).write_text(json.dumps(index))
     assert_refused(tmp_path, "convert", base, tmp_path / "out", *SPEC, says="holds ghost, but it does not")
+
+
+@pytest.mark.parametrize("metadata", [None, [], "7"], ids=str)
+def test_index_that_transformers_cannot_read_is_refused(base, tmp_path, metadata):
+    index = {**json.loads((base / INDEX).read_text()), "metadata": metadata}
+    for each in (index, {"weight_map": index["weight_map"]}):
+        (base / INDEX).write_text(json.dumps(each))
+        assert_refused(tmp_path, "convert", base, tmp_path / "out", *SPEC, says='add "metadata": {} to it')

@@ -77,7 +77,9 @@ def test_any_config_is_refused_clearly_or_exported_whole(scene):
 
 def test_any_index_is_refused_clearly_or_exported_whole(scene):
     weight_map = scene.index["weight_map"]
-    maps = mutated(weight_map, TEXTS, INDEX_VALUES).map(lambda each: json.dumps({"weight_map": each}).encode())
+    maps = mutated(weight_map, TEXTS, INDEX_VALUES).map(
+        lambda each: json.dumps({**scene.index, "weight_map": each}).encode()
+    )
     explore(
         maps | json_bytes(scene.index, st.just("weight_map") | TEXTS, JUNK),
         lambda index: scene.try_convert({INDEX: index}),

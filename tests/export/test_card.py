@@ -54,8 +54,9 @@ CARDS = {
     "local_no_licence": lambda: card(origin=Origin("checkpoint"), spec={"span": ["2:4", "6:8"], "anchor": 0.5}),
     "preset": lambda: card(origin=Origin("org/Qwen3-30B-A3B", SHA), published=PRESET, spec=PRESET.fields),
     "foreign_tokenizer": lambda: card(
-        has_tokenizer=False, spec={"rule": "heavy_ball", "first_n": 2, "decode": "first_n"}, quantisation="gptq"
+        tokenizer="base", spec={"rule": "heavy_ball", "first_n": 2, "decode": "first_n"}, quantisation="gptq"
     ),
+    "no_tokenizer": lambda: card(origin=Origin("checkpoint"), tokenizer="nowhere"),
     "no_weights": lambda: card("---\nlicense: apache-2.0\n---\n", has_weights=False),
     "onnx": lambda: card(onnx={**PER_STEP, "genai_config.json": OnnxRecord(9)}, spec={"kv": "per_step"}),
     "onnx_latents": lambda: card(onnx=PER_STEP, spec={"kv": "per_step"}),

@@ -242,8 +242,11 @@ def test_plan_tells_span_cost_cache_and_disk(base):
 def test_plan_tells_which_decode_steps_cost_as_much_as_the_base(base):
     decodes = {
         "full": ([], "2.00x\n"),
-        "bypass": (["--decode", "bypass"], "2.00x; decode steps as the base\n"),
-        "first_n": (["--decode", "first_n", "--first-n", "8"], "2.00x; decode steps after the first 8 as the base\n"),
+        "bypass": (["--decode", "bypass"], "2.00x; decode steps run at the base's cost\n"),
+        "first_n": (
+            ["--decode", "first_n", "--first-n", "8"],
+            "2.00x; decode steps after the first 8 run at the base's cost\n",
+        ),
     }
     for options, says in decodes.values():
         assert says in run("convert", base, "out", *SPEC, *options, "--dry-run").stdout

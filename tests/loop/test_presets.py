@@ -18,20 +18,32 @@ CELLS = {
     "qwen3-30b-a3b-16-tasks": ((22, 26), 6, 1 / 6, 0.5, "block", "bypass", False, False),
     "qwen3-30b-a3b-aime26": ((29, 33), 6, 1 / 6, 0.5, "layer", "full", True, True),
     "qwen3-30b-a3b-aime26-t2": ((29, 34), 6, 1 / 3, 0.5, "layer", "full", True, True),
+    "qwen3-30b-a3b-aime26-t2-no-norm": ((29, 34), 6, 1 / 3, 0.5, "layer", "full", True, False),
+    "qwen3-30b-a3b-aime26-t2-narrow": ((29, 33), 6, 1 / 3, 0.5, "layer", "full", True, True),
+    "qwen3-30b-a3b-aime26-t2.5": ((29, 34), 6, 2.5 / 6, 0.5, "layer", "full", True, True),
+    "qwen3-30b-a3b-aime26-t4": ((29, 33), 12, 1 / 3, 0.5, "layer", "full", True, True),
+    "qwen3-1.7b-base-16-tasks": ((12, 16), 2, 1 / 2, 0, "block", "full", False, False),
     "gpt-oss-20b-aime26": ((14, 16), 6, 1 / 6, 0.5, "layer", "full", True, True),
     "ernie-4.5-21b-a3b-aime26": ((17, 19), 6, 1 / 6, 0.5, "layer", "full", True, True),
     "kimi-vl-a3b-aime26": ((16, 18), 6, 1 / 6, 0.5, "layer", "full", True, True),
+    "kimi-vl-a3b-truncation": ((8, 10), 6, 1 / 6, 0.5, "layer", "full", True, True),
 }
 GAINS = {
     "qwen3-4b-mmlu-pro": [2.64, 1.05],
     "qwen3-4b-base-16-tasks": [None],
-    "qwen3-30b-a3b-16-tasks": [None, 1.14],
+    "qwen3-30b-a3b-16-tasks": [None],
     "qwen3-30b-a3b-aime26": [1.42, 0.35, 0.22],
     "qwen3-30b-a3b-aime26-t2": [2.79],
+    "qwen3-30b-a3b-aime26-t2-no-norm": [2.81],
+    "qwen3-30b-a3b-aime26-t2-narrow": [2.43],
+    "qwen3-30b-a3b-aime26-t2.5": [2.79],
+    "qwen3-30b-a3b-aime26-t4": [-7.9],
+    "qwen3-1.7b-base-16-tasks": [0.55, None],
     "moonlight-16b-a3b-openbookqa": [1.20],
     "gpt-oss-20b-aime26": [-1.15],
     "ernie-4.5-21b-a3b-aime26": [-2.29],
     "kimi-vl-a3b-aime26": [-0.52],
+    "kimi-vl-a3b-truncation": [None],
 }
 
 
@@ -83,6 +95,16 @@ def test_preset_on_its_own_model_says_what_was_published(make_base, tmp_path):
     assert "Published for this model and loop, negative" in card
     assert "-1.15 points" in card
     assert "No measured gain" not in card
+
+
+def test_cell_of_third_parties_is_no_claim(make_base, tmp_path):
+    base = make_base("Qwen3-1.7B-Base", "qwen3", 28)
+    result = run("convert", base, tmp_path / "out", "--preset", "qwen3-1.7b-base-16-tasks")
+    assert "unproven" in result.stdout
+    assert "published" not in result.stdout
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "No measured gain is known" in card
+    assert "0.55" not in card
 
 
 def test_the_same_loop_by_flags_is_the_published_cell_too(make_base):
@@ -157,6 +179,7 @@ def test_flags_and_spec_file_override_a_preset(make_base, tmp_path):
     ("name", "says"),
     [
         ("qwen3-4b-mmlu", "did you mean qwen3-4b-mmlu-pro?"),
+        ("gpt-oss", "did you mean gpt-oss-20b-aime26?"),
         ("nothing", "the presets are qwen3-4b-mmlu-pro, "),
         (
             "moonlight-16b-a3b-openbookqa",

@@ -204,13 +204,16 @@ TENSOR_NAMES = st.sampled_from(
     ["model.layers.0.w", "model.layers.1.w", "layers." + "9" * 5000 + ".w", "layers.\u0661.w", "lm_head.weight", "a",
      "model.embed_tokens.weight", "bert.encoder.layer.0.w", "model.layers.2.conv1d.weight", "\ud800", "", "\n"]
 )  # fmt: skip
+# One tensor for each layer of the fuzzed base, and a head: `convert` refuses weights that lack one.
+WHOLE_MODEL = ("lm_head.weight", *(f"model.layers.{layer}.w" for layer in range(6)))
 
 
 @st.composite
 def shard_bytes(draw):
     """A safetensors file of a few small tensors; some have gaps or overlaps, or a wrong file size."""
     entries, offset = {}, 0
-    for name in draw(st.lists(TENSOR_NAMES, max_size=4, unique=True)):
+    names = st.lists(TENSOR_NAMES, max_size=4, unique=True)
+    for name in dict.fromkeys([*draw(st.sampled_from([(), WHOLE_MODEL])), *draw(names)]):
         end = offset + draw(st.integers(0, 5))
         entries[name] = draw(header_entry(offset, end))
         offset = max(0, end + draw(st.sampled_from([0, 0, 0, 0, 0, 0, -1, 1])))

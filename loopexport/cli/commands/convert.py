@@ -17,6 +17,7 @@ from .push import push_export
 @click.argument("out", required=False, shell_complete=options.complete_directory)
 @options.loop_options
 @options.convert_weights_option
+@options.adapter_option
 @options.overwrite_option
 @options.base_revision_option
 @options.push_option

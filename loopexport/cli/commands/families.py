@@ -12,10 +12,10 @@ from loopexport.cli.output import echo_json, echo_lines
 @json_option
 def families(as_json) -> None:
     """List the model families of transformers, and the result of converting a tiny model of each."""
-    from loopexport.base.families import outcomes
+    from loopexport.base.families import worded_outcomes
     from loopexport.cli.text import family_lines
 
     if as_json:
-        echo_json(outcomes())
+        echo_json(worded_outcomes())
     else:
         echo_lines(family_lines())

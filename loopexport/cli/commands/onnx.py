@@ -8,6 +8,7 @@ from typing import get_args
 import click
 
 from loopexport.choices import Attention, OnnxDtype
+from loopexport.cli.groups import Words
 from loopexport.cli.options import complete_directory, directory_argument, dry_run_option, json_option, overwrite_option
 from loopexport.cli.output import NOTHING_WRITTEN, echo_json, echo_line, echo_lines
 from loopexport.cli.progress import ByteBar
@@ -24,14 +25,14 @@ from loopexport.cli.progress import ByteBar
 @click.option("--steps", metavar="K,...", help="One graph for each K, such as 2,4,8.  [default: the export's own K]")
 @click.option(
     "--dtype",
-    type=click.Choice(get_args(OnnxDtype)),
+    type=Words(get_args(OnnxDtype)),
     default="as-is",
     show_default=True,
     help="Number format of the graphs; as-is keeps the stored one and writes no weights.",
 )
 @click.option(
     "--attention",
-    type=click.Choice(get_args(Attention)),
+    type=Words(get_args(Attention)),
     default="portable",
     show_default=True,
     help="gqa is faster, but takes no padded batches.",

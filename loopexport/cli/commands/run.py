@@ -7,6 +7,7 @@ from typing import get_args
 import click
 
 from loopexport.choices import Provider
+from loopexport.cli.groups import Words
 from loopexport.cli.options import directory_argument
 from loopexport.cli.output import echo_note
 
@@ -17,7 +18,7 @@ from loopexport.cli.output import echo_note
 @click.option("--file", help="File name of the graph.  [default: model.onnx]")
 @click.option(
     "--provider",
-    type=click.Choice(get_args(Provider)),
+    type=Words(get_args(Provider)),
     default="auto",
     show_default=True,
     help="Where ONNX Runtime computes; auto is CUDA if it is available.",

@@ -8,6 +8,7 @@ from typing import get_args
 import click
 
 from loopexport.choices import Runtime
+from loopexport.cli.groups import Words
 from loopexport.cli.options import directory_argument, json_option
 from loopexport.cli.output import echo_json, echo_lines
 from loopexport.cli.progress import ByteBar
@@ -24,7 +25,7 @@ from loopexport.cli.progress import ByteBar
 )
 @click.option(
     "--runtime",
-    type=click.Choice(get_args(Runtime)),
+    type=Words(get_args(Runtime)),
     default="transformers",
     show_default=True,
     help="vllm compares the greedy tokens of the installed vLLM with those of transformers.",

@@ -1,0 +1,106 @@
+"""Refuse checkpoints that transformers itself cannot load right: it would fill in random weights, with a warning.
+
+The checks use the config and the tensor names alone, and pass what they do not understand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from loopexport.errors import CheckpointError
+
+from .families import is_language_model, layer_count, newest_outcome, ties_by_default
+from .tensor_names import HEAD, layer_of, wrapper_of
+
+# Outcomes of families that were tried: which names they read is known.
+TRIED = ("works", "in part", "no span")
+
+# Embeddings and heads in the words of any family.
+SOME_EMBEDDING = re.compile(r"emb|wte|^(.*\.)?w\.")
+SOME_HEAD = re.compile(rf"{HEAD.pattern}|head|lm_loss|pred_layer")
+
+# How multimodal checkpoints name their language model, and the text families that read such names too, on transformers
+# 4.57 or 5.24.
+MULTIMODAL = {
+    "language_model.": ("gemma3_text", "llama4_text"),
+    "model.language_model.": ("apertus1p5_text", "gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text"),
+}
+
+AGAIN = "download or save the checkpoint again"
+
+
+def check_loadable(config: dict, names: Collection[str]) -> None:
+    """Check that the tensors, by `names`, are all that the config asks for.
+
+    Raises:
+        CheckpointError: the names have the prefix of a wrapper, or tensors are missing; the message says which.
+    """
+    _check_no_wrapper(names)
+    if newest_outcome(config["model_type"])[0] in TRIED:
+        _check_not_multimodal(config["model_type"], names)
+        _check_layers(layer_count(config) or 0, names)
+    outside = [name for name in names if layer_of(name) is None]
+    has_head = any(SOME_HEAD.search(name) for name in outside)
+    has_embedding = any(SOME_EMBEDDING.search(name) for name in outside)
+    if not has_embedding and not (has_head and _is_tied(config)):
+        raise CheckpointError(f"the weights have no token embeddings, and transformers would make random ones; {AGAIN}")
+    if not has_head and not _is_tied(config):
+        raise CheckpointError(_no_head(config))
+
+
+def check_index(index: dict, name: str) -> None:
+    """Check what transformers needs of a weights index besides its `weight_map`.
+
+    Raises:
+        CheckpointError: there is no `metadata`.
+    """
+    if not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(f'{name} has no metadata, and transformers cannot load it; add "metadata": {{}} to it')
+
+
+def _check_no_wrapper(names: Collection[str]) -> None:
+    for name in names:
+        wrapper = wrapper_of(name)
+        if wrapper:
+            raise CheckpointError(
+                f"the weights have names such as {name}, and transformers would ignore them because of "
+                f"{wrapper[0]!r}; {wrapper[1]}"
+            )
+
+
+def _check_not_multimodal(model_type: str, names: Collection[str]) -> None:
+    for prefix, families in MULTIMODAL.items():
+        found = next((name for name in names if name.startswith(prefix)), None)
+        if found and model_type not in families:
+            raise CheckpointError(
+                f"the weights have names such as {found}, of a multimodal model, but the config is of {model_type}; "
+                "take the language model out of the multimodal checkpoint (examples/language_model.py does)"
+            )
+
+
+def _check_layers(count: int, names: Collection[str]) -> None:
+    owners = {layer_of(name) for name in names} - {None}
+    missing = [layer for layer in range(count) if layer not in owners]
+    if missing and owners:
+        raise CheckpointError(
+            f"config.json says {count} layers, but the weights have none for layer {missing[0]}, and transformers "
+            f"would make random ones; correct the number of layers, or {AGAIN}"
+        )
+
+
+def _is_tied(config: dict) -> bool:
+    """Whether the token embeddings serve as the head."""
+    tied = config.get("tie_word_embeddings")
+    if tied is None:  # the family decides; most bases that leave it out are tied
+        return is_language_model(config) or ties_by_default(config["model_type"])
+    return bool(tied) or "shared_input_output_embedding" in config  # the second is open-llama's own key
+
+
+def _no_head(config: dict) -> str:
+    names = ", ".join(config.get("architectures") or ["no class"])
+    return (
+        f"the weights have no head (lm_head), the config does not tie it to the embeddings, and transformers would "
+        f"make a random one (architectures: {names}); convert a checkpoint with a head, or set tie_word_embeddings if "
+        "it is tied"
+    )
