@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 
 RUNTIMES = get_args(Runtime)
 
-PROMPT_TOKENS = 16  # prefill, before the decode steps
-DECODE_STEPS = 8
+NUM_TOKENS = 24
+# Lengths of the forwards through one cache: a prefill and decode steps; the same with a longer chunk between them.
+STEPS = (16, *[1] * 8)
+CHUNKS = (12, 1, 1, 1, 6, 1, 1, 1)
 
 KEYS_LOADED = "every weight is loaded, and no other"
 ONE_STEP_IS_BASE = "steps 1 is bitwise the base model"
 FULL_ANCHOR_IS_BASE = "anchor 1 is bitwise the base model"
 FULL_IS_BY_HAND = "the full forward equals the loop by hand over the base"
-DECODE_IS_BY_HAND = "cached decode equals the loop by hand over the base"
+CACHED_IS_BY_HAND = "cached chunks and steps equal the loop by hand over the base"
 CACHED_DECODE_IS_FULL = "cached decode equals the full forward"
 # All checks of the model in torch, in order.
 MODEL = (
@@ -48,7 +50,7 @@ MODEL = (
     LAYER_RUNS,
     CHANGES_LOGITS,
     FULL_IS_BY_HAND,
-    DECODE_IS_BY_HAND,
+    CACHED_IS_BY_HAND,
     CACHED_DECODE_IS_FULL,
 )
 RUNS = "the looped model loads and runs"
@@ -113,16 +115,14 @@ class _BaseDoesNotRunError(Exception):
 
 @dataclass(frozen=True)
 class _ByHand:
-    """Results of the loop by hand over the native model.
+    """The result of the loop by hand over the native model.
 
     Attributes:
-        full: the logits of a full forward; None if the loop cannot be computed by hand.
-        decoded: the logits of a prefill and its decode steps; None likewise.
+        logits: None if the loop cannot be computed by hand.
         reason: why not.
     """
 
-    full: torch.Tensor | None = None
-    decoded: torch.Tensor | None = None
+    logits: torch.Tensor | None
     reason: str = ""
 
 
@@ -133,7 +133,8 @@ class _BaseRun:
     Attributes:
         dtype: the argument `dtype` of `from_pretrained`.
         logits: the logits of a full forward.
-        by_hand: the same with the loop.
+        by_hand: the same with the loop by hand.
+        cached_by_hand: the logits of `CHUNKS` with the loop by hand.
         decode_difference: difference between its cached decoding and the full forward, relative to the logits' scale.
             It is measured for quantised models only, else 0.
     """
@@ -141,6 +142,7 @@ class _BaseRun:
     dtype: Any
     logits: torch.Tensor
     by_hand: _ByHand
+    cached_by_hand: _ByHand
     decode_difference: float = 0.0
 
 
@@ -151,42 +153,46 @@ class _LoopedRun:
     Attributes:
         runs: how often each decoder layer ran in a full forward.
         full: the logits of a full forward.
-        decoded: the logits of a prefill and its decode steps.
+        decoded: the logits of `STEPS`.
+        cached: the logits of `CHUNKS`; None if there is nothing to compare them with.
     """
 
     runs: list[int]
     full: torch.Tensor
     decoded: torch.Tensor
+    cached: torch.Tensor | None
 
 
 def _check_model(export: Export) -> list[Check]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    shape = (2, PROMPT_TOKENS + DECODE_STEPS)
-    tokens = torch.randint(_base_config(export).vocab_size, shape, generator=generator)
+    tokens = torch.randint(_base_config(export).vocab_size, (2, NUM_TOKENS), generator=generator)
     with torch.no_grad():
         try:
             base = _run_base(export, tokens)
         except _BaseDoesNotRunError as error:
             return [Check(name, None, f"the base itself does not run on this machine: {error}") for name in MODEL]
+        gc.collect()  # the base is not needed any more
         try:
             model, loading = _load(export, base.dtype)
-            keys = _check_keys(loading)
-            looped = _run_looped(model, tokens)
-        except Exception as error:  # the code of the export may be anything
+            checks = [_check_keys(loading), *_check_against(base, model, tokens, export.spec)]
+        except Exception as error:  # the code of an export may raise anything
             return [Check(RUNS, False, f"{type(error).__name__}: {first_line(error)}; convert the base again")]
-        return [
-            keys,
-            _check_identity(ONE_STEP_IS_BASE, model, tokens, base.logits, loop_steps=1),
-            _check_identity(FULL_ANCHOR_IS_BASE, model, tokens, base.logits, loop_anchor=1.0),
-            check_runs(looped.runs, export.spec),
-            check_effect(looped.full, base.logits, base.by_hand.full, export.spec),
-            _check_by_hand(FULL_IS_BY_HAND, looped.full, base.by_hand.full, base),
-            _check_by_hand(DECODE_IS_BY_HAND, looped.decoded, base.by_hand.decoded, base),
-            _check_cached_decode(looped.decoded, looped.full, export.spec, base.decode_difference),
-            *_check_graphs(export, model),
-        ]
+        return [*checks, *_check_graphs(export, model)]
+
+
+def _check_against(base: _BaseRun, model, tokens: torch.Tensor, spec: LoopSpec) -> list[Check]:
+    looped = _run_looped(model, tokens, base)
+    return [
+        _check_identity(ONE_STEP_IS_BASE, model, tokens, base.logits, loop_steps=1),
+        _check_identity(FULL_ANCHOR_IS_BASE, model, tokens, base.logits, loop_anchor=1.0),
+        check_runs(looped.runs, spec),
+        check_effect(looped.full, base.logits, base.by_hand.logits, spec),
+        _check_by_hand(FULL_IS_BY_HAND, looped.full, base.by_hand, base.decode_difference),
+        _check_by_hand(CACHED_IS_BY_HAND, looped.cached, base.cached_by_hand, base.decode_difference),
+        _check_cached_decode(looped.decoded, looped.full, spec, base.decode_difference),
+    ]
 
 
 def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
@@ -199,41 +205,41 @@ def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
 
     if not export.base.quantisation:
         model = _load_base(export, torch.float32)
-        run = _BaseRun(torch.float32, _full_logits(model, tokens), _run_by_hand(model, tokens, export.spec))
-        del model
-        gc.collect()
-        return run
+        return _BaseRun(torch.float32, _full_logits(model, tokens), *_run_by_hand(model, tokens, export.spec))
     for dtype in (torch.float32, "auto"):
         try:
             model = _load_base(export, dtype)
             logits = _full_logits(model, tokens)
-            difference = (_decode(model, tokens) - logits).abs().max().item()
+            difference = (_cached_logits(model, tokens, STEPS) - logits).abs().max().item()
         except Exception as error:  # a quantiser may raise anything: missing kernels, devices, packages
             failure = error
             continue
         by_hand = _run_by_hand(model, tokens, export.spec)
-        return _BaseRun(dtype, logits, by_hand, difference / (logits.abs().max().item() or 1.0))
+        return _BaseRun(dtype, logits, *by_hand, difference / (logits.abs().max().item() or 1.0))
     raise _BaseDoesNotRunError(f"{type(failure).__name__}: {first_line(failure)}")
 
 
-def _run_by_hand(model, tokens: torch.Tensor, spec: LoopSpec) -> _ByHand:
+def _run_by_hand(model, tokens: torch.Tensor, spec: LoopSpec) -> tuple[_ByHand, _ByHand]:
+    """A full forward, and the forwards of `CHUNKS`."""
     from .replay import CannotReplayError, looped_by_hand
 
-    try:
-        with looped_by_hand(model, spec):
-            full = model(tokens, use_cache=True).logits
-        with looped_by_hand(model, spec):
-            return _ByHand(full, _decode(model, tokens))
-    except CannotReplayError as error:
-        return _ByHand(reason=str(error))
-    except Exception as error:  # a family's layers may reject what stands in for the cache, with any error
-        return _ByHand(reason=f"{type(error).__name__}: {first_line(error)}")
+    def attempt(chunks: tuple[int, ...]) -> _ByHand:
+        try:
+            with looped_by_hand(model, spec):
+                return _ByHand(_cached_logits(model, tokens, chunks))
+        except CannotReplayError as error:
+            return _ByHand(None, str(error))
+        except Exception as error:  # a family's layers may reject what stands in for the cache, with any error
+            return _ByHand(None, f"{type(error).__name__}: {first_line(error)}")
+
+    return attempt((NUM_TOKENS,)), attempt(CHUNKS)
 
 
-def _run_looped(model, tokens: torch.Tensor) -> _LoopedRun:
+def _run_looped(model, tokens: torch.Tensor, base: _BaseRun) -> _LoopedRun:
     with counted_runs(model) as runs:
         full = _full_logits(model, tokens)
-    return _LoopedRun(runs, full, _decode(model, tokens))
+    cached = None if base.cached_by_hand.logits is None else _cached_logits(model, tokens, CHUNKS)
+    return _LoopedRun(runs, full, _cached_logits(model, tokens, STEPS), cached)
 
 
 def _load(export: Export, dtype) -> tuple[Any, dict]:
@@ -275,19 +281,17 @@ def _check_identity(name: str, model, tokens: torch.Tensor, base_logits: torch.T
     return Check(name, torch.equal(logits, base_logits), f"largest difference {difference:.3g}", difference)
 
 
-def _check_by_hand(name: str, looped: torch.Tensor, by_hand: torch.Tensor | None, base: _BaseRun) -> Check:
+def _check_by_hand(name: str, looped: torch.Tensor | None, by_hand: _ByHand, base_difference: float) -> Check:
     """Compare logits of the looped model with those of the loop by hand over the native model."""
     import torch
 
-    if by_hand is None:
-        return Check(
-            name, None, f"not checked: the loop of this model cannot be computed by hand ({base.by_hand.reason})"
-        )
-    difference, scale, detail = _measure(looped, by_hand)
+    if looped is None or by_hand.logits is None:
+        return Check(name, None, f"not checked: the loop cannot be computed by hand here ({by_hand.reason})")
+    difference, scale, detail = _measure(looped, by_hand.logits)
     holds = difference <= TOLERANCE * scale
-    if not holds and math.isfinite(difference) and by_hand.dtype != torch.float32:
-        return Check(name, None, f"{detail}; not checked: too much rounding in {by_hand.dtype}", difference)
-    return _unless_base_violates_it(name, holds, difference, detail, base.decode_difference)
+    if not holds and math.isfinite(difference) and looped.dtype != torch.float32:
+        return Check(name, None, f"{detail}; not checked: {looped.dtype} rounds too coarsely", difference)
+    return _unless_base_violates_it(name, holds, difference, detail, base_difference)
 
 
 def _measure(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float, str]:
@@ -332,20 +336,21 @@ def _check_graphs(export: Export, model) -> list[Check]:
     return checks
 
 
-def _decode(model, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits of a prefill and of single decode steps after it, `(batch, seq, vocab)`."""
+def _cached_logits(model, tokens: torch.Tensor, chunks: tuple[int, ...]) -> torch.Tensor:
+    """The logits of forwards of these lengths through one cache, `(batch, seq, vocab)`."""
     import torch
 
     from loopexport.templates.looped_cache import find_cache_argument
 
     argument = find_cache_argument(model)
     name = "past_key_values" if argument is None else argument[0]  # transformers renames it from 5.24 on
-    output = model(tokens[:, :PROMPT_TOKENS], use_cache=True)
-    steps = [output.logits]
-    for position in range(PROMPT_TOKENS, tokens.shape[1]):
-        output = model(tokens[:, position : position + 1], **{name: output[name]}, use_cache=True)
-        steps.append(output.logits)
-    return torch.cat(steps, dim=1)
+    cache: dict[str, Any] = {}
+    logits = []
+    for chunk in tokens.split(chunks, dim=1):
+        output = model(chunk, **cache, use_cache=True)
+        logits.append(output.logits)
+        cache = {name: output[name]} if len(chunks) > 1 else {}
+    return torch.cat(logits, dim=1)
 
 
 def _why_decode_differs(spec: LoopSpec) -> str:

@@ -136,11 +136,11 @@ def _check_records(export: Export) -> Check:
         return Check(name, False, str(error))
     foreign = foreign_files(export)
     if foreign.loaded:
-        what = "is not part of the export, but a runtime may load it"
-        return Check(name, False, f"{_listed(foreign.loaded)} {what}; move it elsewhere")
+        detail = f"not part of the export, but a runtime may load it: {_listed(foreign.loaded)}; move it elsewhere"
+        return Check(name, False, detail)
     if foreign.links:
-        what = "is a symbolic link, which may point anywhere"
-        return Check(name, False, f"{_listed(foreign.links)} {what}; replace it with the file, or remove it")
+        why = "symbolic links that are not part of the export and may point anywhere"
+        return Check(name, False, f"{why}: {_listed(foreign.links)}; replace them with files, or remove them")
     carried = (each for each in base.carried if not LICENCE_TEXT.fullmatch(each))  # its owner may add one
     needed = {CONFIG, CARD, *code_files(export.root), *carried, *originals}
     unknown = sorted(needed - export.manifest.files.keys())

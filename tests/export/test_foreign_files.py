@@ -80,8 +80,7 @@ def test_foreign_file_that_a_runtime_would_load_fails(export, name):
     assert is_loaded(name)
     check = knows(export)
     assert check.passed is False
-    assert check.detail.startswith(name), check.detail
-    assert check.detail.endswith("is not part of the export, but a runtime may load it; move it elsewhere")
+    assert check.detail == f"not part of the export, but a runtime may load it: {name}; move it elsewhere"
 
 
 def test_other_foreign_files_are_named_and_pass(export):
@@ -104,7 +103,7 @@ def test_a_record_in_the_manifest_does_not_make_an_adapter_part_of_the_export(ex
     write(export, "adapter_config.json", "{}")
     record = {"size": 2, "sha256": sha256(export / "adapter_config.json")}
     edit_manifest(export, lambda values: values["files"].update({"adapter_config.json": record}))
-    assert knows(export).detail.startswith("adapter_config.json is not part of the export")
+    assert "a runtime may load it: adapter_config.json;" in knows(export).detail
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling"])
@@ -112,7 +111,8 @@ def test_link_that_the_manifest_does_not_have_fails(export, tmp_path, kind):
     target = {"file": export / "README.md", "folder": tmp_path, "dangling": tmp_path / "nothing"}[kind]
     (export / "notes").symlink_to(target)
     check = knows(export)
-    assert (check.passed, check.detail.split(",")[0]) == (False, "notes is a symbolic link")
+    assert check.passed is False
+    assert "may point anywhere: notes; replace them" in check.detail
 
 
 @pytest.mark.parametrize("folder", ["snapshots", "elsewhere"])

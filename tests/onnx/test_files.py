@@ -52,7 +52,7 @@ def test_custom_generate_is_not_run_by_verify(export):
     custom_generate(export)
     outcome, status = checks(export)
     assert status == 1
-    assert "generate.py is not part of the export" in outcome["the manifest knows every file"]["detail"]
+    assert "may load it: custom_generate/generate.py" in outcome["the manifest knows every file"]["detail"]
     assert "steps 1 is bitwise the base model" not in outcome
     assert "is code that LoopExport did not write" in refused("push", export, "me/name", "--token", "none")
 
