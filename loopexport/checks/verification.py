@@ -69,10 +69,12 @@ def verify(
     runtime: Runtime = "transformers",
     progress: Progress = lambda count: None,
 ) -> list[Check]:
-    """Check an export: files, K=1 equals the base, cached decoding, ONNX graphs.
+    """Check an export: files, K=1 equals the base, the loop by hand, cached decoding, ONNX graphs.
 
-    The model is loaded in fp32 on the CPU; a quantised model that does not run in fp32 keeps its own dtype. A check
-    does not apply (`passed` is None) if the base itself does not run on this machine, or violates the invariant.
+    The loop is computed a second time by hand, over the native model and without the export's code. The model is loaded
+    in fp32 on the CPU; a quantised model that does not run in fp32 keeps its own dtype. A check does not apply
+    (`passed` is None) if the base itself does not run on this machine, or violates the invariant, or if the loop of its
+    family cannot be computed by hand.
 
     Args:
         root: the export.
