@@ -34,7 +34,7 @@ RUNTIMES = get_args(Runtime)
 NUM_TOKENS = 24
 # Lengths of the forwards through one cache: a prefill and decode steps; the same with a longer chunk between them.
 STEPS = (16, *[1] * 8)
-CHUNKS = (12, 1, 1, 1, 6, 1, 1, 1)
+CHUNKS = (12, 1, 1, 9, 1)
 
 KEYS_LOADED = "every weight is loaded, and no other"
 ONE_STEP_IS_BASE = "steps 1 is bitwise the base model"

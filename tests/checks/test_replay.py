@@ -40,7 +40,7 @@ def assert_is_by_hand(root):
     "spec",
     [
         {"mode": "block", "decode": "bypass", "span": ((0, 2), (3, 6))},
-        {"mode": "layer", "decode": "first_n", "first_n": 2, "anchor": 0.3},
+        {"mode": "layer", "decode": "first_n", "first_n": 1, "anchor": 0.3},
         {"mode": "layer", "span": ((0, 1), (2, 4))},
     ],
     ids=["blocks", "layers", "spans"],
