@@ -23,6 +23,7 @@ from loopexport.export.stale_graphs import check_loops
 from loopexport.files.digests import Progress
 from loopexport.loop.spec import LoopSpec, make_spec
 
+from .effect import CHANGES_LOGITS, LAYER_RUNS, check_effect, check_runs, counted_runs
 from .vllm import check_serving
 
 if TYPE_CHECKING:
@@ -30,13 +31,29 @@ if TYPE_CHECKING:
 
 RUNTIMES = get_args(Runtime)
 
-PROMPT_TOKENS = 16  # prefill, before the decode steps
-DECODE_STEPS = 8
+NUM_TOKENS = 24
+# Lengths of the forwards through one cache: a prefill and decode steps; the same with a longer chunk between them.
+STEPS = (16, *[1] * 8)
+CHUNKS = (12, 1, 1, 9, 1)
 
 KEYS_LOADED = "every weight is loaded, and no other"
 ONE_STEP_IS_BASE = "steps 1 is bitwise the base model"
 FULL_ANCHOR_IS_BASE = "anchor 1 is bitwise the base model"
+FULL_IS_BY_HAND = "the full forward equals the loop by hand over the base"
+CACHED_IS_BY_HAND = "cached chunks and steps equal the loop by hand over the base"
 CACHED_DECODE_IS_FULL = "cached decode equals the full forward"
+# All checks of the model in torch, in order.
+MODEL = (
+    KEYS_LOADED,
+    ONE_STEP_IS_BASE,
+    FULL_ANCHOR_IS_BASE,
+    LAYER_RUNS,
+    CHANGES_LOGITS,
+    FULL_IS_BY_HAND,
+    CACHED_IS_BY_HAND,
+    CACHED_DECODE_IS_FULL,
+)
+RUNS = "the looped model loads and runs"
 
 # Largest |a - b| allowed, relative to the largest |b|, between two orders of the same fp32 sums.
 TOLERANCE = 1e-5
@@ -52,10 +69,12 @@ def verify(
     runtime: Runtime = "transformers",
     progress: Progress = lambda count: None,
 ) -> list[Check]:
-    """Check an export: files, K=1 equals the base, cached decoding, ONNX graphs.
+    """Check an export: files, K=1 equals the base, the loop by hand, cached decoding, ONNX graphs.
 
-    The model is loaded in fp32 on the CPU; a quantised model that does not run in fp32 keeps its own dtype. A check
-    does not apply (`passed` is None) if the base itself does not run on this machine, or violates the invariant.
+    The loop is computed a second time by hand, over the native model and without the export's code. The model is loaded
+    in fp32 on the CPU; a quantised model that does not run in fp32 keeps its own dtype. A check does not apply
+    (`passed` is None) if the base itself does not run on this machine, or violates the invariant, or if the loop of its
+    family cannot be computed by hand.
 
     Args:
         root: the export.
@@ -97,41 +116,85 @@ class _BaseDoesNotRunError(Exception):
 
 
 @dataclass(frozen=True)
+class _ByHand:
+    """The result of the loop by hand over the native model.
+
+    Attributes:
+        logits: None if the loop cannot be computed by hand.
+        reason: why not.
+    """
+
+    logits: torch.Tensor | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class _BaseRun:
     """The native model's results with the export's weights.
 
     Attributes:
         dtype: the argument `dtype` of `from_pretrained`.
         logits: the logits of a full forward.
+        by_hand: the same with the loop by hand.
+        cached_by_hand: the logits of `CHUNKS` with the loop by hand.
         decode_difference: difference between its cached decoding and the full forward, relative to the logits' scale.
             It is measured for quantised models only, else 0.
     """
 
     dtype: Any
     logits: torch.Tensor
+    by_hand: _ByHand
+    cached_by_hand: _ByHand
     decode_difference: float = 0.0
+
+
+@dataclass(frozen=True)
+class _LoopedRun:
+    """The looped model's results.
+
+    Attributes:
+        runs: how often each decoder layer ran in a full forward.
+        full: the logits of a full forward.
+        decoded: the logits of `STEPS`.
+        cached: the logits of `CHUNKS`; None if there is nothing to compare them with.
+    """
+
+    runs: list[int]
+    full: torch.Tensor
+    decoded: torch.Tensor
+    cached: torch.Tensor | None
 
 
 def _check_model(export: Export) -> list[Check]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    shape = (2, PROMPT_TOKENS + DECODE_STEPS)
-    tokens = torch.randint(_base_config(export).vocab_size, shape, generator=generator)
+    tokens = torch.randint(_base_config(export).vocab_size, (2, NUM_TOKENS), generator=generator)
     with torch.no_grad():
         try:
             base = _run_base(export, tokens)
         except _BaseDoesNotRunError as error:
-            names = (KEYS_LOADED, ONE_STEP_IS_BASE, FULL_ANCHOR_IS_BASE, CACHED_DECODE_IS_FULL)
-            return [Check(name, None, f"the base itself does not run on this machine: {error}") for name in names]
-        model, loading = _load(export, base.dtype)
-        return [
-            _check_keys(loading),
-            _check_identity(ONE_STEP_IS_BASE, model, tokens, base.logits, loop_steps=1),
-            _check_identity(FULL_ANCHOR_IS_BASE, model, tokens, base.logits, loop_anchor=1.0),
-            _check_cached_decode(model, tokens, export.spec, base.decode_difference),
-            *_check_graphs(export, model),
-        ]
+            return [Check(name, None, f"the base itself does not run on this machine: {error}") for name in MODEL]
+        gc.collect()  # the base is not needed any more
+        try:
+            model, loading = _load(export, base.dtype)
+            checks = [_check_keys(loading), *_check_against(base, model, tokens, export.spec)]
+        except Exception as error:  # the code of an export may raise anything
+            return [Check(RUNS, False, f"{type(error).__name__}: {first_line(error)}; convert the base again")]
+        return [*checks, *_check_graphs(export, model)]
+
+
+def _check_against(base: _BaseRun, model, tokens: torch.Tensor, spec: LoopSpec) -> list[Check]:
+    looped = _run_looped(model, tokens, base)
+    return [
+        _check_identity(ONE_STEP_IS_BASE, model, tokens, base.logits, loop_steps=1),
+        _check_identity(FULL_ANCHOR_IS_BASE, model, tokens, base.logits, loop_anchor=1.0),
+        check_runs(looped.runs, spec),
+        check_effect(looped.full, base.logits, base.by_hand.logits, spec),
+        _check_by_hand(FULL_IS_BY_HAND, looped.full, base.by_hand, base.decode_difference),
+        _check_by_hand(CACHED_IS_BY_HAND, looped.cached, base.cached_by_hand, base.decode_difference),
+        _check_cached_decode(looped.decoded, looped.full, spec, base.decode_difference),
+    ]
 
 
 def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
@@ -143,16 +206,42 @@ def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
     import torch
 
     if not export.base.quantisation:
-        return _BaseRun(torch.float32, _logits(_load_base(export, torch.float32), tokens))
+        model = _load_base(export, torch.float32)
+        return _BaseRun(torch.float32, _full_logits(model, tokens), *_run_by_hand(model, tokens, export.spec))
     for dtype in (torch.float32, "auto"):
         try:
             model = _load_base(export, dtype)
-            logits = model(tokens, use_cache=False).logits
-            difference = _largest_difference(_decode(model, tokens), logits)
-            return _BaseRun(dtype, logits, difference / (logits.abs().max().item() or 1.0))
+            logits = _full_logits(model, tokens)
+            difference = (_cached_logits(model, tokens, STEPS) - logits).abs().max().item()
         except Exception as error:  # a quantiser may raise anything: missing kernels, devices, packages
             failure = error
+            continue
+        by_hand = _run_by_hand(model, tokens, export.spec)
+        return _BaseRun(dtype, logits, *by_hand, difference / (logits.abs().max().item() or 1.0))
     raise _BaseDoesNotRunError(f"{type(failure).__name__}: {first_line(failure)}")
+
+
+def _run_by_hand(model, tokens: torch.Tensor, spec: LoopSpec) -> tuple[_ByHand, _ByHand]:
+    """A full forward, and the forwards of `CHUNKS`."""
+    from .replay import CannotReplayError, looped_by_hand
+
+    def attempt(chunks: tuple[int, ...]) -> _ByHand:
+        try:
+            with looped_by_hand(model, spec):
+                return _ByHand(_cached_logits(model, tokens, chunks))
+        except CannotReplayError as error:
+            return _ByHand(None, str(error))
+        except Exception as error:  # a family's layers may reject what stands in for the cache, with any error
+            return _ByHand(None, f"{type(error).__name__}: {first_line(error)}")
+
+    return attempt((NUM_TOKENS,)), attempt(CHUNKS)
+
+
+def _run_looped(model, tokens: torch.Tensor, base: _BaseRun) -> _LoopedRun:
+    with counted_runs(model) as runs:
+        full = _full_logits(model, tokens)
+    cached = None if base.cached_by_hand.logits is None else _cached_logits(model, tokens, CHUNKS)
+    return _LoopedRun(runs, full, _cached_logits(model, tokens, STEPS), cached)
 
 
 def _load(export: Export, dtype) -> tuple[Any, dict]:
@@ -175,11 +264,8 @@ def _base_config(export: Export):
     return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False)
 
 
-def _logits(model, tokens: torch.Tensor) -> torch.Tensor:
-    logits = model(tokens, use_cache=False).logits
-    del model
-    gc.collect()
-    return logits
+def _full_logits(model, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens, use_cache=False).logits
 
 
 def _check_keys(loading: dict) -> Check:
@@ -197,22 +283,41 @@ def _check_identity(name: str, model, tokens: torch.Tensor, base_logits: torch.T
     return Check(name, torch.equal(logits, base_logits), f"largest difference {difference:.3g}", difference)
 
 
-def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec, base_difference: float) -> Check:
+def _check_by_hand(name: str, looped: torch.Tensor | None, by_hand: _ByHand, base_difference: float) -> Check:
+    """Compare logits of the looped model with those of the loop by hand over the native model."""
+    import torch
+
+    if looped is None or by_hand.logits is None:
+        return Check(name, None, f"not checked: the loop cannot be computed by hand here ({by_hand.reason})")
+    difference, scale, detail = _measure(looped, by_hand.logits)
+    holds = difference <= TOLERANCE * scale
+    if not holds and math.isfinite(difference) and looped.dtype != torch.float32:
+        return Check(name, None, f"{detail}; not checked: {looped.dtype} rounds too coarsely", difference)
+    return _unless_base_violates_it(name, holds, difference, detail, base_difference)
+
+
+def _measure(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float, str]:
+    """The largest difference, the scale of `theirs`, and both in words."""
+    difference = (ours - theirs).abs().max().item()
+    scale = theirs.abs().max().item() or 1.0
+    return difference, scale, f"largest difference {difference:.3g}, {difference / scale:.3g} of the logits' scale"
+
+
+def _unless_base_violates_it(name: str, holds: bool, difference: float, detail: str, base_difference: float) -> Check:
+    if not holds and math.isfinite(difference) and base_difference > TOLERANCE:
+        why = f"the quantised base itself violates it, by {base_difference:.3g} of the logits' scale"
+        return Check(name, None, f"{detail}; {why}", difference)
+    return Check(name, holds, detail, difference)
+
+
+def _check_cached_decode(decoded: torch.Tensor, full: torch.Tensor, spec: LoopSpec, base_difference: float) -> Check:
     """Compare prefill and single decode steps with one forward over all tokens."""
-    full = model(tokens, use_cache=False).logits
-    difference = _largest_difference(_decode(model, tokens), full)
-    scale = full.abs().max().item() or 1.0
-    detail = f"largest difference {difference:.3g}, {difference / scale:.3g} of the logits' scale"
-    if not math.isfinite(difference):
-        return Check(CACHED_DECODE_IS_FULL, False, detail, difference)
+    difference, scale, detail = _measure(decoded, full)
     reason = _why_decode_differs(spec)
-    if reason:
+    if reason and math.isfinite(difference):
         return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; does not hold by design: {reason}", difference)
     holds = difference <= TOLERANCE * scale
-    if not holds and base_difference > TOLERANCE:
-        why = f"the quantised base itself violates it, by {base_difference:.3g} of the logits' scale"
-        return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; {why}", difference)
-    return Check(CACHED_DECODE_IS_FULL, holds, detail, difference)
+    return _unless_base_violates_it(CACHED_DECODE_IS_FULL, holds, difference, detail, base_difference)
 
 
 def _check_graphs(export: Export, model) -> list[Check]:
@@ -233,24 +338,21 @@ def _check_graphs(export: Export, model) -> list[Check]:
     return checks
 
 
-def _decode(model, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """The logits of a prefill, then of single decode steps."""
+def _cached_logits(model, tokens: torch.Tensor, chunks: tuple[int, ...]) -> torch.Tensor:
+    """The logits of forwards of these lengths through one cache, `(batch, seq, vocab)`."""
+    import torch
+
     from loopexport.templates.looped_cache import find_cache_argument
 
     argument = find_cache_argument(model)
     name = "past_key_values" if argument is None else argument[0]  # transformers renames it from 5.24 on
-    output = model(tokens[:, :PROMPT_TOKENS], use_cache=True)
-    steps = [output.logits]
-    for position in range(PROMPT_TOKENS, tokens.shape[1]):
-        output = model(tokens[:, position : position + 1], **{name: output[name]}, use_cache=True)
-        steps.append(output.logits)
-    return steps
-
-
-def _largest_difference(parts: list[torch.Tensor], whole: torch.Tensor) -> float:
-    import torch
-
-    return (torch.cat(parts, dim=1) - whole).abs().max().item()
+    cache: dict[str, Any] = {}
+    logits = []
+    for chunk in tokens.split(chunks, dim=1):
+        output = model(chunk, **cache, use_cache=True)
+        logits.append(output.logits)
+        cache = {name: output[name]} if len(chunks) > 1 else {}
+    return torch.cat(logits, dim=1)
 
 
 def _why_decode_differs(spec: LoopSpec) -> str:

@@ -6,13 +6,14 @@ import json
 import os
 from pathlib import Path
 
-from loopexport.base.checkpoint import CARD, CONFIG, file_names, read_config
+from loopexport.base.checkpoint import CARD, CONFIG, LICENCE_TEXT, file_names, read_config
 from loopexport.base.safetensors_header import read_header
 from loopexport.errors import CheckpointError, ExportError
 from loopexport.files.digests import Progress, file_digests, file_sha256, file_xxh3
 
 from .check import Check
 from .directory import BASE_FOLDER, Export, looped_config
+from .foreign_files import foreign_files
 from .manifest import FileRecord, OnnxRecord
 from .own_code import code_files
 
@@ -22,6 +23,8 @@ WITHOUT_WEIGHTS = (
 
 # Files that the user may edit: all of the card, and the loop fields of the config.
 EDITABLE = (CARD, CONFIG)
+
+MAX_LISTED = 8  # foreign files that a check names
 
 UNKNOWN_DIGEST = "size and header (linked weights have no recorded digest)"
 
@@ -124,19 +127,35 @@ def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
 
 
 def _check_records(export: Export) -> Check:
-    """Check that the manifest records every file that belongs to the model, and no other weights."""
+    """Check that the manifest records every file that belongs to the model, and that no runtime would load another."""
     name = "the manifest knows every file"
     try:
         base = export.base
         originals = {f"{BASE_FOLDER}/{each}" for each in file_names(export.root / BASE_FOLDER)}
     except CheckpointError as error:
         return Check(name, False, str(error))
-    needed = {CONFIG, CARD, *code_files(export.root), *base.carried, *originals}
+    foreign = foreign_files(export)
+    if foreign.loaded:
+        detail = f"not part of the export, but a runtime may load it: {_listed(foreign.loaded)}; move it elsewhere"
+        return Check(name, False, detail)
+    if foreign.links:
+        why = "symbolic links that are not part of the export and may point anywhere"
+        return Check(name, False, f"{why}: {_listed(foreign.links)}; replace them with files, or remove them")
+    carried = (each for each in base.carried if not LICENCE_TEXT.fullmatch(each))  # its owner may add one
+    needed = {CONFIG, CARD, *code_files(export.root), *carried, *originals}
     unknown = sorted(needed - export.manifest.files.keys())
     unknown += sorted(({shard.name for shard in base.shards} ^ export.manifest.weights.keys()) - {*export.lacking})
     if unknown:
         return Check(name, False, f"{unknown[0]} is not recorded in it, or is not part of the model")
-    return Check(name, True, f"{len(needed)} small files, {len(base.shards)} with weights")
+    others = f"; not part of the export: {_listed(foreign.others)}" if foreign.others else ""
+    return Check(name, True, f"{len(needed)} small files, {len(base.shards)} with weights{others}")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - MAX_LISTED
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:MAX_LISTED])
+    return shown + (f" and {more} more" if more > 0 else "")
 
 
 def _weights_changed(path: Path, record: FileRecord, full: bool, progress: Progress) -> tuple[str, str]:

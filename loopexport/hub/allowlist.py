@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopexport.base.checkpoint import CARD, CARRIED, CONFIG, INDEX, LICENCE_TEXT
-from loopexport.base.tokenizer import FILES as TOKENIZER_FILES
+from loopexport.base.checkpoint import CONFIG, INDEX, LICENCE_TEXT
 from loopexport.base.tokenizer import JSON_VOCABULARIES
 from loopexport.errors import PushError
 from loopexport.export.directory import BASE_FOLDER, Export
+from loopexport.export.foreign_files import CODE, IGNORED_FOLDERS, PICKLES, is_small_file
 from loopexport.export.integrity import EDITABLE, check_config, check_onnx, check_small_files
 from loopexport.export.manifest import MANIFEST
 from loopexport.export.onnx_files import DATA_SUFFIX
@@ -29,22 +29,10 @@ from loopexport.export.own_code import foreign_code
 from loopexport.export.stale_graphs import stale_graphs
 from loopexport.templates import FILES as TEMPLATES
 
-# Names that `push` may upload, besides weights and ONNX files. A new kind of file needs a line here and an entry in the
-# manifest.
-ALLOWED = (
-    CARRIED,
-    re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST, *TEMPLATES)))),
-    re.compile(f"{BASE_FOLDER}/({re.escape(CONFIG)}|{re.escape(CARD)}|{TOKENIZER_FILES.pattern})", re.VERBOSE),
-)
 LARGE_BYTES = 64 * 2**20
 
 WEIGHTS_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 
-# Folders of git, the Hub client and Python; no part of the model is there.
-IGNORED_FOLDERS = {".git", ".cache", "__pycache__"}
-
-CODE = {".py", ".pyc", ".so", ".pyd", ".dll", ".sh"}
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".msgpack"}
 SECRET_NAME = re.compile(r"\.env(\..*)?|\.netrc|\.git-credentials|\.pypirc|id_(rsa|ed25519|ecdsa)|.*\.(pem|key|p12)")
 
 SECRET = re.compile(
@@ -155,7 +143,7 @@ def _is_allowed(name: str, export: Export) -> bool:
     if ONNX_FILES.fullmatch(name):
         return name in export.manifest.onnx
     is_listed = name == MANIFEST or name in export.manifest.files
-    return is_listed and any(pattern.fullmatch(name) for pattern in ALLOWED)
+    return is_listed and is_small_file(name)
 
 
 def _is_large(name: str, export: Export) -> bool:

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -15,8 +16,9 @@ import loopexport
 import loopexport.onnx
 from loopexport.onnx import OnnxModel, build
 from loopexport.onnx.check import TOLERANCES
-from support.commands import checks, run, tree
+from support.commands import checks, run, sha256, tree
 from support.damage import edit_config, flip_last_byte
+from support.push import edit_manifest
 from support.tiny import SPAN
 
 
@@ -158,6 +160,18 @@ def test_verify_runs_the_graphs(export, one_trace, monkeypatch):
     assert outcome["ONNX files are as written"]["passed"]
     assert not outcome["model.onnx computes what torch does"]["passed"]
     assert outcome["model_k1.onnx computes what torch does"]["passed"]
+
+
+def test_edited_graph_that_is_recorded_as_genuine_is_caught(export, one_trace):
+    assert run("onnx", export, "--no-verify").exit_code == 0
+    path = export / "model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    next(node for node in graph.graph.node if node.op_type == "Sub").op_type = "Add"
+    onnx.save(graph, path)
+    digest = {"size": path.stat().st_size, "sha256": sha256(path)}
+    edit_manifest(export, lambda values: values["onnx"][path.name].update(digest))
+    outcome, _ = checks(export)
+    assert [name for name in outcome if outcome[name]["passed"] is False] == ["model.onnx computes what torch does"]
 
 
 ONNX_DAMAGE = {

@@ -18,6 +18,7 @@ from support.paths import ROOT
 
 TEMPLATES = ("templates/*.py",)
 TINY = ("tests/support/tiny.py", "tests/support/compare.py", "tests/support/structure.py")
+VERIFY = tuple(f"loopexport/checks/{name}.py" for name in ("verification", "effect", "replay", "replay_rules"))
 WALK = ("tests/support/family_walk.py", "loopexport/base/families.py", "loopexport/base/families.json")
 ORACLE = (
     *(f"tests/support/{name}.py" for name in ("oracle", "forwards", "routing", "rule_values", "loaded_code")),
@@ -79,7 +80,7 @@ RECORDS = {
         Record(
             "oracle", ("tests/templates",), (*TEMPLATES, *TINY, *ORACLE, "tests/support/*.py", "tests/templates/*.py")
         ),
-        Record("verify", ("tests/checks/test_verify.py",), (*TEMPLATES, *TINY, "loopexport/checks/verification.py")),
+        Record("verify", ("tests/checks/test_verify.py",), (*TEMPLATES, *TINY, *VERIFY)),
         Record("families", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),
         Record("families-oldest", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),
         Record(

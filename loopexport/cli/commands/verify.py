@@ -32,10 +32,11 @@ from loopexport.cli.progress import ByteBar
 )
 @json_option
 def verify(directory, as_json, **options) -> None:
-    """Check an export: files, K=1 equals the base, cached decoding, ONNX graphs.
+    """Check an export: files, K=1 equals the base, the loop by hand, cached decoding, ONNX graphs.
 
-    The model is loaded in fp32 on the CPU; a quantised model that does not run in fp32 keeps its own dtype. Exit status
-    1 if a check fails.
+    A file beside the export's own fails if transformers or another runtime would load it. The loop is computed a second
+    time by hand, over the native model and without the export's code. The model is loaded in fp32 on the CPU; a
+    quantised model that does not run in fp32 keeps its own dtype. Exit status 1 if a check fails.
     """
     from loopexport.checks.verification import verify as run_checks
     from loopexport.cli.text import check_lines

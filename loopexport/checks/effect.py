@@ -1,0 +1,89 @@
+"""Does the loop run, and does it change anything?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from loopexport.export.check import Check
+from loopexport.loop.spec import LoopSpec
+
+if TYPE_CHECKING:
+    import torch
+
+LAYER_RUNS = "each layer runs as often as the loop says"
+CHANGES_LOGITS = "the loop changes the logits"
+
+
+def decoder_layers(model) -> list:
+    """The decoder layers of a model, native or looped: the outermost ModuleList with as many items as it has layers.
+
+    The list itself is not iterated, since a looped model may make that a forward.
+    """
+    from torch import nn
+
+    count = model.config.num_hidden_layers
+    lists = [
+        (name.count("."), list(module.children()))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    return min(lists, key=lambda pair: pair[0])[1]
+
+
+@contextmanager
+def counted_runs(model) -> Iterator[list[int]]:
+    """Count how often each decoder layer runs, until the block ends."""
+    layers = decoder_layers(model)
+    runs = [0] * len(layers)
+
+    def count(number: int):
+        def hook(*_):
+            runs[number] += 1
+
+        return hook
+
+    handles = [layer.register_forward_hook(count(number)) for number, layer in enumerate(layers)]
+    try:
+        yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_runs(runs: list[int], spec: LoopSpec) -> Check:
+    """Compare how often each layer ran in one full forward with its loop.
+
+    Args:
+        runs: from `counted_runs`.
+        spec: the loop.
+    """
+    looped = dict.fromkeys(spec.layers, spec.evaluations)
+    for number, count in enumerate(runs):
+        wanted = looped.get(number, 1)
+        if count != wanted:
+            return Check(LAYER_RUNS, False, f"layer {number} runs {count} times, not {wanted}")
+    return Check(LAYER_RUNS, True, f"{len(looped)} looped layers {spec.evaluations} times, others once")
+
+
+def check_effect(looped: torch.Tensor, base: torch.Tensor, by_hand: torch.Tensor | None, spec: LoopSpec) -> Check:
+    """Check that the logits differ from the base's, unless the loop is an identity.
+
+    Args:
+        looped: logits of the looped model.
+        base: logits of the base.
+        by_hand: logits of the loop by hand, if it could be computed. If they are the base's too, the loop is too weak
+            to show.
+        spec: the loop.
+    """
+    difference = (looped - base).abs().max().item()
+    if spec.is_identity:
+        why = f"steps {spec.steps}, anchor {spec.anchor:g} is the base model"
+        return Check(CHANGES_LOGITS, None, f"does not apply: {why}; largest difference {difference:.3g}", difference)
+    detail = f"largest difference from the base {difference:.3g}"
+    if difference != 0:
+        return Check(CHANGES_LOGITS, True, detail, difference)
+    if by_hand is not None and by_hand.equal(base):
+        return Check(CHANGES_LOGITS, None, f"{detail}; the loop by hand changes nothing either", difference)
+    return Check(CHANGES_LOGITS, False, detail, difference)

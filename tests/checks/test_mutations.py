@@ -1,0 +1,240 @@
+"""Deliberate faults in an export, each recorded as genuine: `verify` has to catch every one.
+
+A fault in the code is recorded in the manifest with its new digest, so that only the checks of the model can catch it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import loopexport
+from loopexport.errors import LoopExportError
+from loopexport.templates import FILES
+from loopexport.templates.configuration_looped import CODE_DIGEST
+from support.commands import sha256
+from support.damage import edit_config, flip_last_byte
+from support.push import edit_manifest
+
+CONFIGURATION = "configuration_looped.py"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault in a template file.
+
+    Attributes:
+        file: the name of the file.
+        old: text in the file.
+        new: the wrong text.
+        spec: the loop that shows it.
+    """
+
+    file: str
+    old: str
+    new: str
+    spec: dict = field(default_factory=dict)
+
+
+def rule(old: str, new: str, **spec) -> Fault:
+    """A fault in an update rule."""
+    return Fault("looped_rules.py", old, new, spec)
+
+
+def field_of_spec(old: str, new: str, **spec) -> Fault:
+    """A fault in how the loop's fields are read."""
+    return Fault("looped_spec.py", old, new, spec)
+
+
+ANCHOR = "spec.anchor * g.natural + (1 - spec.anchor) * h"
+EULER_STEP = "h = y if s == 1 else h + s * (y - h)"
+EULER_STEPS = "for k in range(1, spec.steps + 1):"
+NORMS = "if spec.norm_interpolation and k < spec.steps:"
+
+FAULTS = {
+    # Update rules.
+    "sign of the step": rule("h + s * (y - h)", "h - s * (y - h)"),
+    "one step too few": rule(EULER_STEPS, "for k in range(1, spec.steps):"),
+    "one step too many": rule(EULER_STEPS, "for k in range(1, spec.steps + 2):"),
+    "last step is dropped": rule(EULER_STEP, f"{EULER_STEP} if k < spec.steps else h"),
+    "coarse rounding": rule(EULER_STEP, "h = y if s == 1 else h + (s * (y - h)).half().float()"),
+    "step from x": rule(EULER_STEP, "h = y if s == 1 else x + s * (y - x)"),
+    "naive loop is damped": rule(EULER_STEP, "h = h + 0.5 * (y - h)", damping=1.0),
+    "norms are not rescaled": rule(NORMS, "if False:", norm_interpolation=True),
+    "last norm is rescaled too": rule(NORMS, "if spec.norm_interpolation:", norm_interpolation=True),
+    "norms go to another place": rule("_norm(x), _norm(g.natural)", "_norm(x), _norm(h)", norm_interpolation=True),
+    "anchor is ignored": rule("return h if spec.anchor == 0 else", "return h if spec.anchor < 1 else", anchor=0.5),
+    "anchor is swapped": rule(ANCHOR, "(1 - spec.anchor) * g.natural + spec.anchor * h", anchor=0.25),
+    "anchor on the input": rule(ANCHOR, "spec.anchor * x + (1 - spec.anchor) * h", anchor=0.5),
+    "no anchor is one": rule("return h if spec.anchor == 0", "return g.natural if spec.anchor == 0"),
+    "a rule is another": rule('"midpoint": _midpoint', '"midpoint": _heun', rule="midpoint"),
+    "no momentum": rule("momentum = 0.3 if", "momentum = 0.0 if", rule="heavy_ball"),
+    "a step of the schedule": rule("for s in spec.schedule or", "for s in (0.3,) * 3 or", rule="ema_sched",
+                                   schedule=(0.5, 0.3, 0.2)),
+    "mean of one too many": rule("/ k", "/ (k + 1)", rule="uniform"),
+    "slopes of rk4": rule("k1 + 2 * k2", "k1 + k2", rule="rk4"),
+    # Fields of the loop.
+    "nothing loops": field_of_spec("return self.steps == 1 or self.anchor == 1", "return True"),
+    "one step is no identity": field_of_spec(
+        "return self.steps == 1 or self.anchor == 1", "return self.anchor == 1", damping=0.8
+    ),
+    "step size": field_of_spec("return 1.0 / self.steps", "return 0.9 / self.steps"),
+    "damping is ignored": field_of_spec("if self.damping is None else self.damping", "", damping=0.8),
+    "another span": field_of_spec(
+        "return self.span if isinstance(self.span[0], tuple) else (self.span,)",
+        "return ((self.span[0] + 1, self.span[1] + 1),)",
+    ),
+    "span without its last layer": field_of_spec(
+        "return self.span if isinstance(self.span[0], tuple) else (self.span,)",
+        "return ((self.span[0], self.span[1] - 1),)",
+    ),
+    "one more step": field_of_spec('"steps": _check_steps', '"steps": lambda value: 4 if value == 3 else value'),
+    "layers loop as a block": field_of_spec('_one_of("mode", MODES)', 'lambda value: "block"', mode="layer"),
+    "a block loops by layers": field_of_spec('_one_of("mode", MODES)', 'lambda value: "layer"'),
+    "keys of another pass": field_of_spec('_one_of("kv", KV_POLICIES)', 'lambda value: "per_step"'),
+    "natural keys for all": field_of_spec('_one_of("kv", KV_POLICIES)', 'lambda value: "shared"', kv="per_step"),
+    "reference as per_step": field_of_spec('_one_of("kv", KV_POLICIES)', 'lambda value: "per_step"', kv="reference"),
+    "decode steps loop": field_of_spec('_one_of("decode", DECODE_MODES)', 'lambda value: "full"', decode="bypass"),
+    "no decode step loops": field_of_spec('_one_of("decode", DECODE_MODES)', 'lambda value: "bypass"'),
+    "one decode step more": field_of_spec(
+        '"first_n": _check_first_n', '"first_n": lambda value: 2', decode="first_n", first_n=1
+    ),
+    # The walk and its cache.
+    "span runs backwards": Fault("looped_walk.py", "in enumerate(self.calls):", "in enumerate(self.calls[::-1]):"),
+    "a layer is left out": Fault("looped_walk.py", "in enumerate(self.calls):", "in enumerate(self.calls[:-1]):"),
+    "another layer's iteration": Fault(
+        "looped_walk.py", "hidden = call.run_iteration(", "hidden = self.calls[0].run_iteration("
+    ),
+    "one slot for all iterations": Fault("looped_walk.py", "(k - 1) * len(layers)", "0", {"kv": "per_step"}),
+    "skipped tokens have no keys": Fault(
+        "looped_walk.py",
+        "self.cache.update(*self.natural.new,",
+        "self.cache.update(*[0 * each for each in self.natural.new],",
+        {"kv": "per_step", "decode": "bypass"},
+    ),
+    "shared reads its own": Fault(
+        "looped_cache.py", "**kwargs):\n        return self.read\n", "**kwargs):\n        return keys, values\n"
+    ),
+    "reference reads the natural chunk": Fault(
+        "looped_cache.py", "return self._replace_chunk(self.read[0], keys), self._replace_chunk(self.read[1], values)",
+        "return self.read", {"kv": "reference"},
+    ),
+}  # fmt: skip
+
+
+def copy_of(export, tmp_path, name: str):
+    """A copy in a directory of its own name, since transformers caches code by that name."""
+    return shutil.copytree(export, tmp_path / f"mutant_{name.replace(' ', '_')}")
+
+
+def record(root, *names):
+    """Record files in the manifest as they are now."""
+    digests = {name: {"size": (root / name).stat().st_size, "sha256": sha256(root / name)} for name in names}
+    edit_manifest(root, lambda values: values["files"].update(digests))
+
+
+def mutate(root, fault: Fault):
+    """Edit a template file in an export, and record it as genuine."""
+    path = root / fault.file
+    assert path.read_text().count(fault.old) == 1, f"{fault.file} has no or several {fault.old!r}"
+    path.write_text(path.read_text().replace(fault.old, fault.new))
+    path = root / CONFIGURATION
+    path.write_text(path.read_text().replace(CODE_DIGEST, sha256(root / fault.file)[:16]))
+    record(root, *FILES)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_in_the_code_is_caught_by_the_model(export_dir, tmp_path, name):
+    fault = FAULTS[name]
+    root = copy_of(export_dir("llama", **fault.spec), tmp_path, name)
+    mutate(root, fault)
+    failed = [check.name for check in loopexport.verify(root, trust_remote_code=True) if check.passed is False]
+    assert failed
+    assert not {"files are as written", "the manifest knows every file"} & {*failed}
+
+
+def test_code_that_is_only_recorded_again_passes(export_dir, tmp_path):
+    """Or else the faults could be caught by their records."""
+    root = copy_of(export_dir("llama"), tmp_path, "control")
+    mutate(root, rule("h + s * (y - h)", "h + (s * (y - h))"))
+    assert all(check.passed for check in loopexport.verify(root, trust_remote_code=True))
+
+
+def change_tensors(root, change):
+    """Rewrite the weights and record them as genuine."""
+    path = root / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    edit_manifest(root, lambda values: values["weights"].update({path.name: {"size": path.stat().st_size}}))
+
+
+def swap(tensors):
+    """Swap two tensors of the same shape."""
+    one, other = (f"model.layers.{number}.mlp.up_proj.weight" for number in (1, 2))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def swap_on_disk(root):
+    """Swap two tensors; the sizes and the header stay."""
+    tensors = load_file(root / "model.safetensors")
+    swap(tensors)
+    save_file(tensors, root / "model.safetensors", {"format": "pt"})
+
+
+def forget(root, group, name):
+    """Remove a record from the manifest."""
+    edit_manifest(root, lambda values: values[group].pop(name))
+
+
+def write(name, text="{}"):
+    """A damage: a file that the manifest does not have."""
+
+    def damage(root):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+
+    return damage
+
+
+DAMAGE = {
+    "a field of the base": lambda root: edit_config(root, rms_norm_eps=0.1),
+    "a new field": lambda root: edit_config(root, attention_multiplier=2.0),
+    "fewer layers": lambda root: edit_config(root, num_hidden_layers=5),
+    "a span outside the base": lambda root: edit_config(root, loop_span=[4, 9]),
+    "a loop that is none": lambda root: edit_config(root, loop_rule="newton"),
+    "auto_map": lambda root: edit_config(root, auto_map={"AutoModelForCausalLM": "modeling_looped.LoopedLlamaModel"}),
+    "the base's class": lambda root: edit_config(root, architectures=["LlamaForCausalLM"]),
+    "a flipped bit of the weights": lambda root: flip_last_byte(root / "model.safetensors"),
+    "swapped tensors": swap_on_disk,
+    "a missing tensor": lambda root: change_tensors(root, lambda each: each.pop("model.layers.2.mlp.up_proj.weight")),
+    "a tensor too many": lambda root: change_tensors(root, lambda each: each.update(x=each["model.norm.weight"] + 0)),
+    "a forgotten file": lambda root: forget(root, "files", "looped_rules.py"),
+    "forgotten weights": lambda root: forget(root, "weights", "model.safetensors"),
+    "original": lambda root: edit_config(root / "base", rms_norm_eps=0.1),
+    "adapter": write("adapter_config.json"),
+    "chat template": write("chat_template.jinja", "{{ messages }}"),
+    "tokenizer": write("tokenizer.json"),
+    "code": write("modeling_other.py", ""),
+    "custom generate": write("custom_generate/generate.py", ""),
+    "more weights": write("pytorch_model.bin", "x"),
+}
+
+
+# Damage without which no check is possible.
+REFUSED = ("a span outside the base", "a loop that is none")
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_other_fault_is_caught(export_dir, tmp_path, name):
+    root = copy_of(export_dir("llama"), tmp_path, name)
+    DAMAGE[name](root)
+    if name in REFUSED:
+        with pytest.raises(LoopExportError):
+            loopexport.verify(root)
+        return
+    failed = [check.name for check in loopexport.verify(root, full=True) if check.passed is False]
+    assert failed
