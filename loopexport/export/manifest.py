@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from loopexport.base.checkpoint import MANIFEST, Origin, read_json
 from loopexport.errors import CheckpointError, ExportError, SpecError
 from loopexport.files.json_text import json_text
+from loopexport.files.links import check_link
 from loopexport.loop.spec import LoopSpec, make_spec
 
 FORMAT = 1
@@ -103,6 +104,7 @@ def read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     try:
         path.lstat()
+        check_link(root, MANIFEST)
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ExportError(
