@@ -1,4 +1,4 @@
-"""Text of strangers in a card: names and words that a base, a directory or a manifest gives, and that we do not control.
+"""Text of strangers in a card: names and words from a base, a directory or a manifest.
 
 Each function says for one language how such text is written, so that it can be nothing but text there.
 """
