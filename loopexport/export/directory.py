@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from loopexport.base.checkpoint import (
     CARD,
     CARRIED,
+    CARRYING_FOLDERS,
     CONFIG,
     Checkpoint,
     file_names,
@@ -21,7 +22,7 @@ from loopexport.base.checkpoint import (
 )
 from loopexport.base.families import check_family, layer_count
 from loopexport.errors import CheckpointError, ExportError
-from loopexport.files.links import check_link
+from loopexport.files.links import check_link, check_no_special_file
 from loopexport.loop.cost import Cost, loop_cost
 from loopexport.loop.spec import LoopSpec
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
@@ -131,14 +132,16 @@ def open_export(root: str | Path) -> Export:
         raise ExportError(f"no directory {root}, or it is unreadable; give one that `loopexport convert` wrote")
     manifest = read_manifest(root)
     try:
-        _check_links(root, manifest)
+        _check_files(root, manifest)
         return Export(root, manifest, read_config(root / CONFIG))
     except CheckpointError as error:
         raise ExportError(str(error)) from None
 
 
-def _check_links(root: Path, manifest: Manifest) -> None:
-    """Refuse links out of the directory among the files that commands read and copy, listed in the manifest or not."""
+def _check_files(root: Path, manifest: Manifest) -> None:
+    """Refuse special files, and links out of the directory among the files that commands read or copy."""
+    for folder in (*CARRYING_FOLDERS, BASE_FOLDER):
+        check_no_special_file(root / folder)
     extra = {name for name in file_names(root) if CARRIED.fullmatch(name) or name.startswith(f"{BASE_FOLDER}/")}
     for name in sorted({CONFIG, CARD, f"{BASE_FOLDER}/{CONFIG}", *manifest.files, *extra}):
         check_link(root, name)

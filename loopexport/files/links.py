@@ -1,8 +1,9 @@
-"""Links in directories of other people: those that stay inside are followed, those that leave are refused."""
+"""Links and special files in directories of other people: what leaves the directory, or blocks a reader, is refused."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,28 @@ def check_link(root: Path, name: str) -> None:
             f"{name} is a symbolic link to {real}, which is not a file of {root}; replace it with the file itself if "
             "you trust it, or remove it"
         )
+
+
+def check_no_special_file(directory: Path) -> None:
+    """Check that no pipe, socket or device is in a directory, if there is one: a library that reads it waits forever.
+
+    Raises:
+        CheckpointError: one is there, or the directory cannot be listed.
+    """
+    try:
+        for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+            if _is_special(entry):
+                raise CheckpointError(f"{entry.name} is neither a file nor a directory; remove it from {directory}")
+    except OSError as error:
+        raise CheckpointError(f"cannot list {directory}: {error.strerror}") from None
+
+
+def _is_special(path: Path) -> bool:
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # a link to nowhere, or to itself
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _holds(folder: Path, path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 
@@ -111,12 +112,37 @@ def test_folder_of_originals_that_is_a_link_is_refused(export, tmp_path):
     assert_refused(tmp_path, "inspect", export, says="base/config.json is a symbolic link to")
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "config.json", "loopexport.json", "base/config.json"])
-def test_pipe_in_an_export_is_an_error_and_does_not_block(export, tmp_path, name):
-    (export / name).unlink()
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "tokenizer.json", "adapter_config.json", "base/vocab.txt", "loopexport.json"]
+)
+def test_pipe_in_an_export_is_an_error_and_does_not_block(export, tmp_path, command, name):
+    (export / name).unlink(missing_ok=True)
     os.mkfifo(export / name)
-    for command in (["verify", export, "--files-only"], ["restore", export, tmp_path / "back"]):
-        done = run(*command)
-        assert done.exit_code == 1, done.output
-        assert done.exception is None or isinstance(done.exception, SystemExit)
+    says = "is not a file" if name == "loopexport.json" else "is neither a file nor a directory; remove it from"
+    assert_refused_quickly(tmp_path, export, command, says)
+
+
+def test_socket_and_link_to_a_device_are_refused_too(export, tmp_path, monkeypatch):
+    (export / "additional_chat_templates").mkdir()
+    (export / "additional_chat_templates" / "x.jinja").symlink_to("/dev/zero")
+    assert_refused_quickly(tmp_path, export, "verify", "x.jinja is neither a file nor a directory")
+    (export / "additional_chat_templates" / "x.jinja").unlink()
+    monkeypatch.chdir(export)  # the path of a socket must be short
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("base/s")
+    assert_refused_quickly(tmp_path, export, "verify", "s is neither a file nor a directory")
+
+
+def test_links_to_nowhere_that_nobody_reads_do_not_matter(export):
+    (export / "nowhere").symlink_to("none")
+    (export / "circle").symlink_to("circle")
+    assert run("verify", export, "--files-only").exit_code == 0
+
+
+def assert_refused_quickly(tmp_path, export, command, says):
+    """`assert_refused` reads all files, which would block."""
+    done = run(*[{"EXPORT": export, "BACK": tmp_path / "back"}.get(each, each) for each in COMMANDS[command]])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1), done.output
+    assert says in done.stderr
     assert not (tmp_path / "back").exists()

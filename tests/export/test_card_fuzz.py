@@ -36,10 +36,11 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 COST = Cost(24, 16, 1_500_000, 1_000_000, 3_000_000, 2_000_000, 65_536, 65_536)
 SPEC = make_spec(span="6:10", steps=3)
 PIECES = [
-    "\n", "\n\n", "\r", "\t", " ", "`", "``", "```", "~~~", "|", "\\", "\\|", "*", "_", "__", "#", "## Install", "- ", "> ",
-    "1. ", "<img src=x onerror=alert(1)>", "</code>", "<!--", "[a](http://evil.example)", "![](x)", "[x]: http://evil.example",
-    "]", "(", ")", "https://evil.example", "www.evil.example", "me@evil.example", "&lt;", "&#96;", "---", "\n---\n", "===",
-    '"', "'", '"""', "'''", '" + __import__("os").system("id") + "', "${x}", "{name}", "{", "}", "%s", "//", "/",
+    "\n", "\n\n", "\r", "\t", " ", "`", "``", "```", "~~~", "|", "\\", "\\|", "*", "_", "__", "#", "## Install", "- ",
+    "> ", "1. ", "<img src=x onerror=alert(1)>", "</code>", "<!--", "[a](http://evil.example)", "![](x)",
+    "[x]: http://evil.example", "]", "(", ")", "https://evil.example",
+    "www.evil.example", "me@evil.example", "&lt;", "&#96;", "---", "\n---\n",
+    "===", '"', "'", '"""', "'''", '" + __import__("os").system("id") + "', "${x}", "{name}", "{", "}", "%s", "//", "/",
     "../", "\0", "\x1b[2J", "\u202e", "\u2028", "\x85", "\ud800", "\ufeff", "é", "模型", "model", "_x_", "a_b", "v0.1",
     ": ", "!!python", "&a", "*a", "$(id)", "`id`", "=", "null", "~", "yes", "\u00a0", "portable", "gptq", "x" * 300,
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -108,6 +109,13 @@ def test_links_in_a_strangers_export_are_not_written_through(export, one_trace, 
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "mine").read_text() == "mine"
     assert not [path for path in export.iterdir() if path.is_symlink() or path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "generation_config.json"])
+def test_run_does_not_wait_for_a_pipe(export, name):
+    (export / name).unlink(missing_ok=True)
+    os.mkfifo(export / name)
+    assert f"{name} is neither a file nor a directory" in refused("run", export, "it is")
 
 
 @pytest.mark.parametrize("kind", ["inside", "a file", "above"])
