@@ -77,7 +77,8 @@ class StagedFiles:
         """Remove temporary files and, unless the new files are kept, put the older ones back."""
         for path in self._partial.values():
             path.unlink(missing_ok=True)
-        for path, is_older in self._moved:
+        # Whenever this is killed, `_put_right` must find the last file in place for as long as the others are.
+        for path, is_older in self._moved if self._kept else reversed(self._moved):
             if not self._kept and os.path.lexists(_replaced(path)):
                 _replaced(path).replace(path)
             elif not self._kept and not is_older:
@@ -86,7 +87,7 @@ class StagedFiles:
 
 
 @contextmanager
-def staged_files(root: Path, names: re.Pattern, *, is_new: bool = False) -> Iterator[StagedFiles]:
+def staged_files(root: Path, names: re.Pattern, last: str, *, is_new: bool = False) -> Iterator[StagedFiles]:
     """`StagedFiles` for a directory; the end of the block, successful or not, calls `end`.
 
     It first puts right what killed runs left behind.
@@ -94,6 +95,7 @@ def staged_files(root: Path, names: re.Pattern, *, is_new: bool = False) -> Iter
     Args:
         root: the directory.
         names: which names the files may have.
+        last: the file that is moved in last, which makes the others valid.
         is_new: whether this run has just made the directory, so that no other run knows it.
 
     Raises:
@@ -103,7 +105,7 @@ def staged_files(root: Path, names: re.Pattern, *, is_new: bool = False) -> Iter
     files = StagedFiles(root)
     try:
         with explain_os_errors(root):
-            _put_right(root, names)
+            _put_right(root, names, last)
         yield files
     finally:
         files.end()
@@ -117,19 +119,26 @@ def _lock_for_writing(root: Path) -> int | None:
         raise OutputError(f"another run is writing into {root}; wait until it has ended") from None
 
 
-def _put_right(root: Path, names: re.Pattern) -> None:
-    """Remove temporary files of killed runs, and give an older file its name back if there is no newer one."""
+def _put_right(root: Path, names: re.Pattern, last: str) -> None:
+    """Remove the temporary files of a killed run, and undo what it moved in unless it came as far as its last file."""
+    is_complete = _is_moved_in(root / last)
     kinds = "|".join(map(re.escape, (PARTIAL, REPLACED)))
     temporary = re.compile(rf"\.(?P<name>{names.pattern})(\.\w+)?(?P<kind>{kinds})")
     for path in list(root.iterdir()):
         match = temporary.fullmatch(path.name)
         if match is None or not (path.is_symlink() or path.is_file()):
             continue
-        final = root / match["name"]
-        if match["kind"] == REPLACED and not path.is_symlink() and not os.path.lexists(final):
-            path.rename(final)
-        else:
-            path.unlink()
+        if match["kind"] == REPLACED and not path.is_symlink() and not is_complete:
+            path.replace(root / match["name"])
+        path.unlink(missing_ok=True)  # `replace` leaves it where both names are one file
+
+
+def _is_moved_in(path: Path) -> bool:
+    """Whether a killed run has put a new file in the place of an older one, which it kept under its second name."""
+    try:
+        return not os.path.samestat(path.lstat(), _replaced(path).lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _replaced(path: Path) -> Path:

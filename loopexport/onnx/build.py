@@ -109,7 +109,7 @@ def export_onnx(
 
 
 def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Progress) -> OnnxOutcome:
-    with staged_files(root, WRITTEN, is_new=plan.out is not None) as files:
+    with staged_files(root, WRITTEN, last=MANIFEST, is_new=plan.out is not None) as files:
         export = open_export(root)
         say("tracing the model")
         skeleton, traced = trace_export(export, plan.dtype, plan.attention)

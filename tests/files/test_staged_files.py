@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+from itertools import count
+from pathlib import Path
 
 import pytest
 
@@ -15,11 +17,11 @@ from loopexport.files.staged_directory import staged_directory
 from loopexport.files.staged_files import StagedFiles, staged_files
 from support.commands import texts
 
-NAMES = re.compile(r"old|new|half|model(_k\d+)?\.onnx|README\.md")
+NAMES = re.compile(r"last|old|new|half|model(_k\d+)?\.onnx|README\.md")
 
 
 def replace(root, *names, text=b"new"):
-    with staged_files(root, NAMES) as files:
+    with staged_files(root, NAMES, "last") as files:
         for name in names:
             files.write(name, text)
         files.keep()
@@ -77,7 +79,7 @@ def test_staging_that_is_stopped_between_two_steps_leaves_no_second_name(monkeyp
 @pytest.mark.parametrize("kept", [True, False])
 def test_link_under_any_name_is_not_written_through(root, victim, name, kept):
     (root / name).symlink_to(victim)
-    with staged_files(root, NAMES) as files:
+    with staged_files(root, NAMES, "last") as files:
         files.write("README.md", b"theirs")
         if kept:
             files.keep()
@@ -91,7 +93,7 @@ def test_link_under_any_name_is_not_written_through(root, victim, name, kept):
 
 def test_dangling_link_is_put_back_after_a_failure(root):
     (root / "README.md").symlink_to("nowhere")
-    with staged_files(root, NAMES) as files:
+    with staged_files(root, NAMES, "last") as files:
         files.write("README.md", b"new")
     assert os.readlink(root / "README.md") == "nowhere"
 
@@ -118,24 +120,75 @@ def test_next_run_removes_what_a_killed_run_left_and_nothing_else(root):
         (root / name).write_text(text)
     (root / ".model.onnx.partial").mkdir()
     (root / ".model.onnx.partial" / "thesis").write_text("mine")
-    with staged_files(root, NAMES):
+    with staged_files(root, NAMES, "last"):
         pass
     assert {path.name for path in root.iterdir()} == {*others, ".model.onnx.partial"}
     assert texts(root / ".model.onnx.partial") == {"thesis": "mine"}
 
 
-def test_next_run_gives_an_older_file_its_name_back_where_no_newer_one_is(root):
-    (root / ".README.md.replaced").write_text("older")
-    with staged_files(root, NAMES):
-        pass
-    assert texts(root) == {"README.md": "older"}
+def kill_within(monkeypatch, root, step):
+    """Replace two files and the last one by a run that is killed in its `step`-th renaming, linking or removing."""
+    calls = count(1)
+
+    def or_die(real):
+        def call(*arguments, **options):
+            if next(calls) == step:
+                raise KilledError
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Path, "replace"), (Path, "unlink"), (Path, "rename"), (os, "link")):
+            patch.setattr(owner, name, or_die(getattr(owner, name)))
+        files = StagedFiles(root)
+        for name in ("old", "new", "last"):
+            files.write(name, b"new")
+        files.keep()
+        files.end()
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing runs afterwards."""
+
+
+OLDER = {"old": "older", "last": "older"}
+NEWER = dict.fromkeys(("old", "new", "last"), "new")
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_next_run_finds_all_or_nothing_of_a_killed_one(monkeypatch, tmp_path, can_link):
+    def refuse(*arguments, **options):
+        raise OSError("no links here")
+
+    if not can_link:
+        monkeypatch.setattr("os.link", refuse)
+    outcomes = []
+    for step in range(1, 100):
+        root = tmp_path / str(step)
+        root.mkdir()
+        for name, text in OLDER.items():
+            (root / name).write_text(text)
+        try:
+            kill_within(monkeypatch, root, step)
+        except KilledError:
+            with staged_files(root, NAMES, "last"):
+                pass
+            found = texts(root)
+            if found != NEWER:  # a new file beside the older ones is whole, and nothing knows it
+                assert found == {**OLDER, **({"new": "new"} if "new" in found else {})}, step
+            outcomes.append(found == NEWER)
+        else:
+            break
+    assert outcomes == sorted(outcomes)
+    assert {*outcomes} == {False, True}
 
 
 HOLD = """
 import re, sys, time
 from pathlib import Path
 from loopexport.files.staged_files import staged_files
-with staged_files(Path(sys.argv[1]), re.compile("half")) as files:
+with staged_files(Path(sys.argv[1]), re.compile("half"), "last") as files:
     files.partial("half").write_text("ha")
     print("ready", flush=True)
     time.sleep(60)
