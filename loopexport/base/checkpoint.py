@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from loopexport.errors import CheckpointError
+from loopexport.files.links import check_link
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
 from .families import check_family, layer_count
@@ -192,6 +193,7 @@ def open_checkpoint(
         CheckpointError: a file cannot be read, or the model cannot be looped; the message names the file or the reason.
     """
     names = file_names(root) if names is None else names
+    _check_links(root, names)
     config = read_config(config_path or root / CONFIG)
     _check_is_base(root, config)
     check_family(config)
@@ -210,6 +212,16 @@ def open_checkpoint(
         carried=tuple(sorted(carried)),
         left_behind=tuple(sorted(names - carried - weights - {CONFIG, CARD})),
     )
+
+
+def _check_links(root: Path, names: set[str]) -> None:
+    """Refuse links out of the directory, except for weights.
+
+    Users do link weights to another disk. A link to anything else leaks nothing: `read_header` takes only weights.
+    """
+    for name in sorted(names):
+        if CARRIED.fullmatch(name) or name in (CONFIG, CARD, INDEX):
+            check_link(root, name)
 
 
 def read_json(path: Path) -> dict:

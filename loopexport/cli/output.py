@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from loopexport.files.json_text import json_text
 
+# Characters that command a terminal or reorder its text. Others that do not print, such as joiners, belong to scripts.
+TERMINAL_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 NOTHING_WRITTEN = "Dry run: nothing was written."
 
 
@@ -17,8 +21,16 @@ def echo_lines(lines: list[str]) -> None:
 
 def echo_line(text: str, err: bool = False) -> None:
     """Print one line. Line ends and terminal commands in names and values of other people are escaped."""
-    printable = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    click.echo("".join(printable), err=err)
+    click.echo("".join(char if char.isprintable() else _escaped(char) for char in text), err=err)
+
+
+def echo_piece(text: str) -> None:
+    """Print a piece of a model's answer on stdout. Line ends and tabs stay; terminal commands are escaped."""
+    click.echo(TERMINAL_COMMANDS.sub(lambda match: _escaped(match[0]), text), nl=False)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
 
 
 def echo_json(values: dict) -> None:

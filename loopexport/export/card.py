@@ -22,7 +22,8 @@ from loopexport.loop.wording import (
 )
 
 from .card_usage import on_the_hub, onnx_section, transformers_section, vllm_section
-from .manifest import OnnxRecord
+from .foreign_text import markdown_code, markdown_text, python_literal
+from .manifest import HUB_ID, OnnxRecord
 
 # Metadata that the card copies from the base's card.
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -84,7 +85,7 @@ def make_card(facts: CardFacts) -> str:
     """The README.md of an export: metadata for the Hub, the loop, its cost, and how to load the model."""
     inherited = read_metadata(facts.base_card)
     return _metadata(facts, inherited) + _BODY.format(
-        name=facts.base.name.rsplit("/", 1)[-1],
+        name=markdown_text(facts.base.name.rsplit("/", 1)[-1]),
         no_weights="" if facts.has_weights else NO_WEIGHTS,
         base=_base_link(facts.base),
         quantised=_quantised(facts.quantisation),
@@ -133,7 +134,7 @@ def _table(facts: CardFacts) -> dict[str, object]:
     """The values for the table and the formula."""
     spec = facts.spec
     return {
-        "model_type": facts.model_type,
+        "model_type": markdown_code(facts.model_type),
         "span": describe_span(spec),
         "layers": describe_layers(spec),
         "num_layers": facts.num_layers,
@@ -168,11 +169,13 @@ def _tokenizer(facts: CardFacts) -> str | None:
     if facts.tokenizer == "export":
         return "path"
     is_lost = facts.tokenizer == "nowhere" and facts.base.revision is None
-    return None if is_lost else f'"{facts.base.name}"'
+    return None if is_lost else python_literal(facts.base.name)
 
 
 def _quantised(method: str | None) -> str:
-    return f" The base is quantised with {method}: loading needs the same libraries as the base." if method else ""
+    if not method:
+        return ""
+    return f" The base is quantised with {markdown_text(method)}: loading needs the same libraries as the base."
 
 
 def _results(published: Preset | None) -> str:
@@ -210,8 +213,8 @@ def _licence_text(metadata: dict) -> str:
 
 
 def _metadata(facts: CardFacts, inherited: dict) -> str:
-    values: dict = {key: inherited[key] for key in INHERITED if key in inherited}
-    if facts.base.revision is not None:  # the name of a local directory is not a Hub id
+    values: dict = {key: inherited[key] for key in INHERITED if _is_plain(inherited.get(key))}
+    if _is_on_hub(facts.base):  # the name of a local directory is not a Hub id
         values["base_model"] = facts.base.name
         values["base_model_relation"] = "finetune"  # the Hub has no word for the same weights with other code
     values |= {
@@ -222,10 +225,21 @@ def _metadata(facts: CardFacts, inherited: dict) -> str:
     return _front_matter(values)
 
 
+def _is_plain(value) -> bool:
+    """Whether a value of the base's metadata is a line of text, or a list of such lines."""
+    lines = value if isinstance(value, list) else [value]
+    return all(isinstance(line, str) and line.isprintable() for line in lines)
+
+
+def _is_on_hub(base: Origin) -> bool:
+    return base.revision is not None and HUB_ID.fullmatch(base.name) is not None
+
+
 def _base_link(base: Origin) -> str:
-    if base.revision is None:
-        return f"`{base.name}` (a local checkpoint)"
-    return f"[{base.name}](https://huggingface.co/{base.name}) at commit `{base.revision}`"
+    if base.revision is None or not _is_on_hub(base):
+        return f"{markdown_code(base.name)} (a local checkpoint)"
+    link = f"[{markdown_text(base.name)}](https://huggingface.co/{base.name})"
+    return f"{link} at commit {markdown_code(base.revision)}"
 
 
 _BODY = """
@@ -241,7 +255,7 @@ own task before you rely on it. {results}
 
 | | |
 | --- | --- |
-| family | `{model_type}` |
+| family | {model_type} |
 | span | `{span}`, half-open: {layers}; the model has layers 0 to {last_layer} |
 | steps K | {steps} |
 | update rule | {rule} |

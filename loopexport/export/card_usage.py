@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from loopexport.loop.spec import LoopSpec, make_spec
 from loopexport.templates.looped_vllm_limits import VLLM_EAGER, vllm_context, vllm_refusal
 
+from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
 from .manifest import OnnxRecord
 from .onnx_files import GENAI_CONFIG, graph_name
 
@@ -63,9 +64,9 @@ def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
     if not graphs:
         return ""
     name = graph_name(1, 1) if graph_name(1, 1) in graphs else min(graphs)
-    parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=name)]
+    parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=python_literal(name))]
     if GENAI_CONFIG in files:  # it exists only if all cache slots have one shape, which these libraries assume
-        parts += [_GENAI, _OPTIMUM.format(name=name)]
+        parts += [_GENAI, _OPTIMUM.format(name=python_literal(name))]
         if graphs[name].attention == "portable":  # fused attention crashes Node with a segmentation fault
             parts.append(_transformers_js(name, graphs[name], num_layers))
     return "\n".join(parts)
@@ -83,7 +84,8 @@ def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) 
 
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
     rows = [
-        f"| `{name}` | {record.steps} | {record.dtype} | {record.attention} | {_data_text(record)} |"
+        f"| {markdown_code(name)} | {record.steps} | {markdown_text(record.dtype or '')} | "
+        f"{markdown_text(record.attention or '')} | {_data_text(record)} |"
         for name, record in sorted(graphs.items())
     ]
     return "\n".join([_GRAPHS, *rows, ""])
@@ -91,14 +93,15 @@ def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
 
 def _data_text(record: OnnxRecord) -> str:
     names = record.data or ()
-    return f"`{names[0]}`" if len(names) == 1 else f"{len(names)} `.safetensors` files"
+    return markdown_code(names[0]) if len(names) == 1 else f"{len(names)} `.safetensors` files"
 
 
 def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
     num_slots = num_layers + make_spec(**(record.spec or {})).extra_kv_slots
     slots = f"config.num_hidden_layers = {num_slots};  // number of cache slots\n" if num_slots != num_layers else ""
-    data = ", ".join(f'"{each}"' for each in record.data or ())
-    return _TRANSFORMERS_JS.format(id=LOCAL_ID, slots=slots, data=data, stem=name.removesuffix(".onnx"))
+    data = ", ".join(map(javascript_literal, record.data or ()))
+    stem = javascript_literal(name.removesuffix(".onnx"))
+    return _TRANSFORMERS_JS.format(id=LOCAL_ID, slots=slots, data=data, stem=stem)
 
 
 _VLLM = """\
@@ -127,7 +130,7 @@ With LoopExport (`loopexport run DIRECTORY "Hello"` does the same):
 
 ```python
 from loopexport.onnx import OnnxModel
-{path}print(OnnxModel(path, "{name}").answer("Hello"))
+{path}print(OnnxModel(path, {name}).answer("Hello"))
 ```
 """
 
@@ -150,7 +153,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from transformers import AutoConfig
 
 config = AutoConfig.from_pretrained(path, subfolder="base")
-model = ORTModelForCausalLM.from_pretrained(path, config=config, file_name="{name}")
+model = ORTModelForCausalLM.from_pretrained(path, config=config, file_name={name})
 _, model.num_key_value_heads, _, model.embed_size_per_head = model.input_shapes["past_key_values.0.key"]
 ```
 """
@@ -164,7 +167,7 @@ import {{ AutoModelForCausalLM }} from "@huggingface/transformers";
 {id}const config = await (await fetch(`https://huggingface.co/${{id}}/resolve/main/base/config.json`)).json();
 {slots}const externalData = [{data}].map((name) => ({{ path: name, data: name }}));
 const model = await AutoModelForCausalLM.from_pretrained(id, {{
-  config, subfolder: "", model_file_name: "{stem}", dtype: "fp32", // fp32: a name without suffix
+  config, subfolder: "", model_file_name: {stem}, dtype: "fp32", // fp32: a name without suffix
   session_options: {{ externalData }},
 }});
 ```

@@ -9,9 +9,20 @@ from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
-from loopexport.base.checkpoint import CONFIG, Checkpoint, open_checkpoint, read_config, read_json
-from loopexport.base.families import layer_count
+from loopexport.base.checkpoint import (
+    CARD,
+    CARRIED,
+    CARRYING_FOLDERS,
+    CONFIG,
+    Checkpoint,
+    file_names,
+    open_checkpoint,
+    read_config,
+    read_json,
+)
+from loopexport.base.families import check_family, layer_count
 from loopexport.errors import CheckpointError, ExportError
+from loopexport.files.links import check_link, check_no_special_file
 from loopexport.loop.cost import Cost, loop_cost
 from loopexport.loop.spec import LoopSpec
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
@@ -94,7 +105,9 @@ class Export:
         """The base checkpoint inside the export: its weights with the base's config."""
         config_path = self.root / BASE_FOLDER / CONFIG
         if self.lacking:  # without weights there are no tensor headers to read
-            return Checkpoint(self.root, self.manifest.base, read_json(config_path), shards=(), carried=())
+            config = read_config(config_path)
+            check_family(config)
+            return Checkpoint(self.root, self.manifest.base, config, shards=(), carried=())
         return open_checkpoint(self.root, self.manifest.base, config_path=config_path)
 
     @cached_property
@@ -119,9 +132,19 @@ def open_export(root: str | Path) -> Export:
         raise ExportError(f"no directory {root}, or it is unreadable; give one that `loopexport convert` wrote")
     manifest = read_manifest(root)
     try:
+        _check_files(root, manifest)
         return Export(root, manifest, read_config(root / CONFIG))
     except CheckpointError as error:
         raise ExportError(str(error)) from None
+
+
+def _check_files(root: Path, manifest: Manifest) -> None:
+    """Refuse special files, and links out of the directory among the files that commands read or copy."""
+    for folder in (*CARRYING_FOLDERS, BASE_FOLDER):
+        check_no_special_file(root / folder)
+    extra = {name for name in file_names(root) if CARRIED.fullmatch(name) or name.startswith(f"{BASE_FOLDER}/")}
+    for name in sorted({CONFIG, CARD, f"{BASE_FOLDER}/{CONFIG}", *manifest.files, *extra}):
+        check_link(root, name)
 
 
 def is_export(root: Path) -> bool:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import get_args
 
 from loopexport.base.checkpoint import MANIFEST, Origin, read_json
+from loopexport.choices import Attention, Weights
 from loopexport.errors import CheckpointError, ExportError, SpecError
 from loopexport.files.json_text import json_text
+from loopexport.files.links import check_link
 from loopexport.loop.spec import LoopSpec, make_spec
 
+from .onnx_files import DTYPES
+
 FORMAT = 1
+
+# An id of a model on the Hub, as the Hub defines it.
+HUB_ID = re.compile(r"(?!.*(\.\.|--))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
+WORD = re.compile(r"[\w.+-]{1,100}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ def read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     try:
         path.lstat()
+        check_link(root, MANIFEST)
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ExportError(
@@ -116,10 +128,10 @@ def read_manifest(root: Path) -> Manifest:
         raise ExportError(f"{path} is not of format {FORMAT}; use the version of LoopExport that wrote it")
     try:
         return Manifest(
-            loopexport=_typed(values["loopexport"], str),
+            loopexport=_word(values["loopexport"]),
             base=_origin(**values["base"]),
             spec=make_spec(**values["spec"]),
-            weights_method=_typed(values["weights_method"], str),
+            weights_method=_one_of(get_args(Weights), values["weights_method"]),
             weights={_file_name(name): _record(**record) for name, record in values["weights"].items()},
             files={_file_name(name): _record(**record) for name, record in values["files"].items()},
             left_behind=tuple(_typed(name, str) for name in values["left_behind"]),
@@ -139,7 +151,22 @@ def _file_name(name: str) -> str:
 
 
 def _origin(name, revision=None) -> Origin:
-    return Origin(_typed(name, str), _typed(revision, str, type(None)))
+    """A base as it may be shown and linked to: its name is one line of text, or a Hub id where there is a commit."""
+    if not _typed(name, str).isprintable() or not (revision is None or HUB_ID.fullmatch(name)):
+        raise ValueError(f"{name!r} is not the name of a base; do not trust this export")
+    return Origin(name, None if revision is None else _word(revision))
+
+
+def _word(value) -> str:
+    if not WORD.fullmatch(_typed(value, str)):
+        raise ValueError(f"{value!r} is not a plain word; do not trust this export")
+    return value
+
+
+def _one_of(words: Container[str | None], value):
+    if value not in words:
+        raise ValueError(f"{value!r} is not one of {words}")
+    return value
 
 
 def _record(size, sha256=None, xxh3_128=None, header_sha256=None) -> FileRecord:
@@ -150,8 +177,10 @@ def _record(size, sha256=None, xxh3_128=None, header_sha256=None) -> FileRecord:
 def _onnx_record(values: dict) -> OnnxRecord:
     record = OnnxRecord(**values)
     _typed(record.size, int)
-    for text in (record.sha256, record.xxh3_128, record.dtype, record.attention):
+    for text in (record.sha256, record.xxh3_128):
         _typed(text, str, type(None))
+    _one_of((None, *DTYPES), record.dtype)
+    _one_of((None, *get_args(Attention)), record.attention)
     _typed(record.steps, int, type(None))
     _typed(record.difference, float, int, type(None))
     if record.spec is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import stat
+import unicodedata
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +31,9 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
     Raises:
         CheckpointError: a file of the base cannot be read.
     """
-    files = {name: _read(base.root / name) for name in base.carried}
-    originals = {name: _read(base.root / name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
+    _check_distinct(base.carried)
+    files = {name: read_file(base.root / name) for name in base.carried}
+    originals = {name: read_file(base.root / name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
     files[CONFIG] = _looped_config(base, spec)
     home = tokenizer.tokenizer_home(_tokenizer_config(base), base.carried)
     facts = _card_facts(base, spec, cost, originals.get(CARD, b""), home, has_weights)
@@ -38,6 +41,15 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
     originals |= tokenizer.without_foreign_code(files)
     files |= {name: template_bytes(name) for name in TEMPLATES} | licence_notice_file(base)
     return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
+
+
+def _check_distinct(names: tuple[str, ...]) -> None:
+    """Refuse names that are one name on macOS and Windows: one file would replace the other."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise CheckpointError(f"the base has both {other} and {name}, one name on some systems; remove one of them")
 
 
 def export_card(export: Export) -> str:
@@ -61,12 +73,12 @@ def export_warnings(export: Export) -> list[str]:
 
 def _original(export: Export, name: str) -> bytes:
     path = export.root / BASE_FOLDER / name
-    return _read(path) if path.is_file() else b""
+    return read_file(path) if path.is_file() else b""
 
 
 def _original_tokenizer_config(export: Export) -> bytes:
     path = export.root / tokenizer.CONFIG
-    return _original(export, tokenizer.CONFIG) or (_read(path) if path.is_file() else b"")
+    return _original(export, tokenizer.CONFIG) or (read_file(path) if path.is_file() else b"")
 
 
 def _base_names(export: Export) -> set[str]:
@@ -124,15 +136,22 @@ def _looped_config(base: Checkpoint, spec: LoopSpec) -> bytes:
 
 def _metadata(base: Checkpoint) -> dict:
     path = base.root / CARD
-    return read_metadata(_read(path).decode("utf-8", errors="replace")) if path.is_file() else {}
+    return read_metadata(read_file(path).decode("utf-8", errors="replace")) if path.is_file() else {}
 
 
 def _tokenizer_config(base: Checkpoint) -> bytes:
-    return _read(base.root / tokenizer.CONFIG) if tokenizer.CONFIG in base.carried else b""
+    return read_file(base.root / tokenizer.CONFIG) if tokenizer.CONFIG in base.carried else b""
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not a file.
+    """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
+            raise CheckpointError(f"{path} is not a file")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loopexport.errors import LoopExportError
 
-from .staging import PARTIAL, REPLACED, explain_os_errors, with_final_name
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; there, the user removes what killed runs left behind
-    fcntl = None  # type: ignore[assignment]
+from .staging import PARTIAL, REPLACED, explain_os_errors, lock, unlock, with_final_name
 
 REMEDY = "free some space or use --weights hardlink"
 
@@ -38,7 +32,7 @@ def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL, dir=out.parent))
-    lock = _lock(partial)
+    descriptor = lock(partial)
     try:
         with explain_os_errors(out, remedy=REMEDY):
             yield partial
@@ -51,8 +45,7 @@ def staged_directory(out: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
-        if lock is not None:
-            os.close(lock)
+        unlock(descriptor)
 
 
 def _move_in(partial: Path, out: Path, replace: bool) -> None:
@@ -67,28 +60,25 @@ def _move_in(partial: Path, out: Path, replace: bool) -> None:
 
 def _remove_leftovers(out: Path) -> None:
     for path in out.parent.iterdir():
-        if not path.name.startswith(f".{out.name}."):
+        if not path.name.startswith(f".{out.name}.") or not _is_directory(path):
             continue
         if path.name.endswith(REPLACED):
             if out.exists():
                 shutil.rmtree(path)
             else:
                 path.rename(out)  # killed between the two renames: the older output is still complete
-        elif path.name.endswith(PARTIAL) and fcntl is not None:
-            lock = _lock(path)
-            if lock is not None:
-                shutil.rmtree(path)
-                os.close(lock)
+        elif path.name.endswith(PARTIAL):
+            _remove_unless_locked(path)
 
 
-def _lock(directory: Path) -> int | None:
-    """Lock a directory: an open descriptor, or None if another process holds the lock."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+def _is_directory(path: Path) -> bool:
+    """Whether a path is a directory, and no link to one: what it points to is not ours."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove_unless_locked(path: Path) -> None:
+    with suppress(BlockingIOError):
+        descriptor = lock(path)
+        if descriptor is not None:
+            shutil.rmtree(path)
+            unlock(descriptor)

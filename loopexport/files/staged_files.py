@@ -1,13 +1,21 @@
-"""Replace files in a directory that is in use: all of them, or none."""
+"""Replace files in a directory that is in use: all of them, or none.
+
+The directory may be a stranger's. Every temporary file is created under a new, random name, so that no link that lies
+there decides what is written.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .staging import PARTIAL, REPLACED, explain_os_errors
+from loopexport.errors import OutputError
+
+from .staging import PARTIAL, REPLACED, explain_os_errors, lock, unlock
 
 
 class StagedFiles:
@@ -19,26 +27,41 @@ class StagedFiles:
 
     def __init__(self, root: Path):
         self._root = root
-        self._partial: list[Path] = []
+        self._partial: dict[str, Path] = {}  # by final name
         self._moved: list[tuple[Path, bool]] = []  # the path, and whether it replaced an older file
         self._kept = False
 
     def partial(self, name: str) -> Path:
-        """The temporary path to write a file to. `end` removes whatever is still there."""
-        path = self._root / f".{name}{PARTIAL}"
-        if path not in self._partial:
-            self._partial.append(path)
-        return path
+        """The temporary path to write a file to; an empty file is there. `end` removes whatever is still there.
+
+        Raises:
+            OutputError: the file system refused.
+        """
+        if name not in self._partial:
+            with explain_os_errors(self._root / name):
+                descriptor, path = tempfile.mkstemp(prefix=f".{name}.", suffix=PARTIAL, dir=self._root)
+                os.close(descriptor)
+            self._partial[name] = Path(path)
+        return self._partial[name]
 
     def move_in(self, name: str) -> None:
-        """Give a written file its final name, and keep the older file of that name until `end`."""
-        path = self._root / name
+        """Give a written file its final name, and keep the older file of that name until `end`.
+
+        Raises:
+            OutputError: a directory has that name, or the file system refused.
+        """
+        path, partial = self._root / name, self.partial(name)
+        if path.is_dir() and not path.is_symlink():
+            raise OutputError(f"cannot write {path}: it is a directory; move it elsewhere")
         with explain_os_errors(path):
+            partial.chmod(0o644)
             _replaced(path).unlink(missing_ok=True)  # left by a killed run
-            self._moved.append((path, path.exists()))
-            if path.exists():
+            is_older = os.path.lexists(path)
+            self._moved.append((path, is_older))
+            if is_older:
                 _set_aside(path)
-            self.partial(name).replace(path)
+            partial.replace(path)
+            del self._partial[name]
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file and give it its final name."""
@@ -52,10 +75,11 @@ class StagedFiles:
 
     def end(self) -> None:
         """Remove temporary files and, unless the new files are kept, put the older ones back."""
-        for path in self._partial:
+        for path in self._partial.values():
             path.unlink(missing_ok=True)
-        for path, is_older in self._moved:
-            if not self._kept and _replaced(path).exists():
+        # Whenever this is killed, `_put_right` must find the last file in place for as long as the others are.
+        for path, is_older in self._moved if self._kept else reversed(self._moved):
+            if not self._kept and os.path.lexists(_replaced(path)):
                 _replaced(path).replace(path)
             elif not self._kept and not is_older:
                 path.unlink(missing_ok=True)
@@ -63,13 +87,58 @@ class StagedFiles:
 
 
 @contextmanager
-def staged_files(root: Path) -> Iterator[StagedFiles]:
-    """`StagedFiles` for a directory; the end of the block, successful or not, calls `end`."""
+def staged_files(root: Path, names: re.Pattern, last: str, *, is_new: bool = False) -> Iterator[StagedFiles]:
+    """`StagedFiles` for a directory; the end of the block, successful or not, calls `end`.
+
+    It first puts right what killed runs left behind.
+
+    Args:
+        root: the directory.
+        names: which names the files may have.
+        last: the file that is moved in last, which makes the others valid.
+        is_new: whether this run has just made the directory, so that no other run knows it.
+
+    Raises:
+        OutputError: another run is writing into the directory.
+    """
+    descriptor = None if is_new else _lock_for_writing(root)
     files = StagedFiles(root)
     try:
+        with explain_os_errors(root):
+            _put_right(root, names, last)
         yield files
     finally:
         files.end()
+        unlock(descriptor)
+
+
+def _lock_for_writing(root: Path) -> int | None:
+    try:
+        return lock(Path(os.path.realpath(root)))
+    except BlockingIOError:
+        raise OutputError(f"another run is writing into {root}; wait until it has ended") from None
+
+
+def _put_right(root: Path, names: re.Pattern, last: str) -> None:
+    """Remove the temporary files of a killed run, and undo what it moved in unless it came as far as its last file."""
+    is_complete = _is_moved_in(root / last)
+    kinds = "|".join(map(re.escape, (PARTIAL, REPLACED)))
+    temporary = re.compile(rf"\.(?P<name>{names.pattern})(\.\w+)?(?P<kind>{kinds})")
+    for path in list(root.iterdir()):
+        match = temporary.fullmatch(path.name)
+        if match is None or not (path.is_symlink() or path.is_file()):
+            continue
+        if match["kind"] == REPLACED and not path.is_symlink() and not is_complete:
+            path.replace(root / match["name"])
+        path.unlink(missing_ok=True)  # `replace` leaves it where both names are one file
+
+
+def _is_moved_in(path: Path) -> bool:
+    """Whether a killed run has put a new file in the place of an older one, which it kept under its second name."""
+    try:
+        return not os.path.samestat(path.lstat(), _replaced(path).lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _replaced(path: Path) -> Path:

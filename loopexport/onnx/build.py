@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from loopexport.errors import OnnxError
 from loopexport.export.check import Check
 from loopexport.export.directory import Export, open_export
 from loopexport.export.manifest import MANIFEST, FileRecord, OnnxRecord
+from loopexport.export.onnx_files import FILES as ONNX_FILES
 from loopexport.export.onnx_files import GENAI_CONFIG
-from loopexport.export.small_files import export_card, is_card_edited
+from loopexport.export.small_files import export_card, is_card_edited, read_file
 from loopexport.export.stale_graphs import loop_difference
 from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
 from loopexport.files.json_text import json_text
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
     from loopexport.onnx.trace.skeleton import Skeleton
     from loopexport.onnx.trace.tracer import Traced
+
+# Names of all files that an ONNX export writes into an export.
+WRITTEN = re.compile("|".join([ONNX_FILES.pattern, re.escape(CARD), re.escape(MANIFEST)]))
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,10 @@ def export_onnx(
 
 
 def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Progress) -> OnnxOutcome:
-    export = open_export(root)
-    say("tracing the model")
-    skeleton, traced = trace_export(export, plan.dtype, plan.attention)
-    with staged_files(root) as files:
+    with staged_files(root, WRITTEN, last=MANIFEST, is_new=plan.out is not None) as files:
+        export = open_export(root)
+        say("tracing the model")
+        skeleton, traced = trace_export(export, plan.dtype, plan.attention)
         layout: dict = {}
         records: dict[str, OnnxRecord] = {}
         checks: dict[str, list[Check]] = {}
@@ -304,7 +309,7 @@ def _copy_export(export: Export, target: Path) -> None:
     manifest = replace(export.manifest, onnx={})
     for name in manifest.files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes((export.root / name).read_bytes())
+        (target / name).write_bytes(read_file(export.root / name))
     shards = export.base.shards
     method = settle_method("auto", shards[0].path, target)
     for shard in shards:

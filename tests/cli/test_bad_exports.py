@@ -65,6 +65,16 @@ def test_manifest_that_reaches_outside_is_refused(export, tmp_path, group, name)
         {"files": {"a": {"size": 1, "sha256": []}}},
         {"left_behind": [7]},
         {"weights_method": None},
+        {"weights_method": "magic\x1b[2J"},
+        {"loopexport": "1.0\n2"},
+        {"loopexport": "<b>"},
+        {"base": {"name": "x\n# y"}},
+        {"base": {"name": "x\u202ey"}},
+        {"base": {"name": "../x", "revision": "0" * 40}},
+        {"base": {"name": "org/x](http://a.example", "revision": "0" * 40}},
+        {"base": {"name": "org/x", "revision": "main`\n"}},
+        {"onnx": {"model.onnx": {"size": 1, "dtype": "fp64"}}},
+        {"onnx": {"model.onnx": {"size": 1, "attention": ["gqa"]}}},
     ],
     ids=str,
 )
@@ -101,6 +111,21 @@ def test_export_whose_config_was_edited_to_an_impossible_one_is_refused(export, 
     (export / "config.json").write_text(json.dumps({**config, **changes}))
     for command in (["inspect"], ["verify", "--files-only"]):
         assert_refused(tmp_path, command[0], export, *command[1:], says=says)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "a | b `c` <d> 模型", ""])
+def test_local_base_may_have_any_printable_name(export, name):
+    manifest = json.loads((export / "loopexport.json").read_text())
+    (export / "loopexport.json").write_text(json.dumps({**manifest, "base": {"name": name, "revision": None}}))
+    assert run("inspect", export).exit_code == 0
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": 7}, {"model_type": "x\n"}, {"model_type": "llama"}], ids=str)
+def test_export_without_weights_has_the_config_of_a_base_too(export, tmp_path, config):
+    for path in export.glob("*.safetensors"):
+        path.unlink()
+    (export / "base" / "config.json").write_text(json.dumps(config))
+    assert_refused(tmp_path, "inspect", export, says="")
 
 
 def test_types_of_config_values_are_told_apart(export):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,12 +147,15 @@ def test_hardlinked_weights_have_a_header_digest_and_one_inode(base, tmp_path):
 
 def test_hardlinks_go_to_the_blob_behind_a_chain_of_links(base, tmp_path):
     """The Hub cache keeps links to blobs, which may be links themselves."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
+    blobs, cache = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "abc"
+    shutil.copytree(base, blobs, ignore=shutil.ignore_patterns("*.safetensors"))
+    cache.mkdir(parents=True)
     for path in base.iterdir():
         if path.is_file():
-            (cache / f"first-{path.name}").symlink_to(path)
-            (cache / path.name).symlink_to(cache / f"first-{path.name}")
+            if path.suffix == ".safetensors":
+                (blobs / path.name).symlink_to(path)
+            (blobs / f"first-{path.name}").symlink_to(path.name)
+            (cache / path.name).symlink_to(f"../../blobs/first-{path.name}")
     out = loopexport.convert(str(cache), tmp_path / "out", span=SPAN, steps=3, weights="hardlink").root
     for path in out.glob("*.safetensors"):
         assert not path.is_symlink()

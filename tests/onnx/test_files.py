@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from loopexport.files.staged_files import StagedFiles, staged_files
 from loopexport.onnx import OnnxModel, build
 from support.commands import checks, run, tree
 from support.damage import EXPLODES, edit_config
-from support.made_onnx import contents, refused
+from support.made_onnx import refused
 
 
 def foreign_tokenizer(root):
@@ -92,39 +92,33 @@ def test_run_that_is_stopped_leaves_the_earlier_one(export, one_trace, monkeypat
     assert tree(export) == before
 
 
-@pytest.mark.parametrize("can_link", [True, False])
-def test_staged_files_replace_all_or_none(monkeypatch, tmp_path, can_link):
-    def refuse(*arguments, **options):
-        raise OSError("no links here")
+@pytest.mark.parametrize("options", [[], ["--dtype", "fp16"]], ids=str)
+def test_links_in_a_strangers_export_are_not_written_through(export, one_trace, tmp_path, options):
+    (tmp_path / "mine").write_text("mine")
+    names = [
+        "README.md",
+        "loopexport.json",
+        "model.onnx",
+        "model_fp16.onnx",
+        "model_fp16.onnx_data",
+        "genai_config.json",
+    ]
+    for name in names:
+        (export / f".{name}.partial").symlink_to(tmp_path / "mine")
+        (export / f".{name}.replaced").symlink_to(tmp_path / "mine")
+    (export / "genai_config.json").unlink()
+    (export / "genai_config.json").symlink_to(tmp_path / "mine")
+    result = run("onnx", export, "--no-verify", *options)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not [path for path in export.iterdir() if path.is_symlink() or path.name.startswith(".")]
 
-    if not can_link:
-        monkeypatch.setattr("os.link", refuse)
-    (tmp_path / "old").write_text("old")
-    files = StagedFiles(tmp_path)
-    for name in ("old", "new"):
-        files.write(name, b"new")
-    files.partial("half").write_text("ha")
-    files.end()
-    assert contents(tmp_path) == {"old": "old"}
-    with staged_files(tmp_path) as files:
-        for name in ("old", "new"):
-            files.write(name, b"new")
-        files.keep()
-    assert contents(tmp_path) == {"old": "new", "new": "new"}
 
-
-def test_staging_that_is_stopped_between_two_steps_leaves_no_second_name(monkeypatch, tmp_path):
-    def stop(*arguments):
-        raise KeyboardInterrupt
-
-    (tmp_path / "old").write_text("old")
-    files = StagedFiles(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.replace", stop)
-        with pytest.raises(KeyboardInterrupt):
-            files.write("old", b"new")
-    files.end()
-    assert contents(tmp_path) == {"old": "old"}
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "generation_config.json"])
+def test_run_does_not_wait_for_a_pipe(export, name):
+    (export / name).unlink(missing_ok=True)
+    os.mkfifo(export / name)
+    assert f"{name} is neither a file nor a directory" in refused("run", export, "it is")
 
 
 @pytest.mark.parametrize("kind", ["inside", "a file", "above"])

@@ -34,3 +34,8 @@ def checks(root, *options):
     values = json.loads(result.stdout)
     assert values["passed"] == (result.exit_code == 0)
     return {check["name"]: check for check in values["checks"]}, result.exit_code
+
+
+def texts(root: Path) -> dict[str, str]:
+    """Text of all files in a directory, by name."""
+    return {path.name: path.read_text() for path in root.iterdir()}

@@ -14,8 +14,3 @@ def refused(*arguments):
     assert isinstance(result.exception, SystemExit), result.exception
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     return line
-
-
-def contents(root):
-    """Text of all files in a directory, by name."""
-    return {path.name: path.read_text() for path in root.iterdir()}

@@ -9,7 +9,7 @@ import click
 from loopexport.choices import Provider
 from loopexport.cli.groups import Words
 from loopexport.cli.options import directory_argument
-from loopexport.cli.output import echo_note
+from loopexport.cli.output import echo_note, echo_piece
 
 
 @click.command(short_help="Answer a prompt with an ONNX graph.")
@@ -53,5 +53,5 @@ def run(directory, prompt, file, provider, max_new_tokens, chat, **sampling) -> 
         echo_note("--top-k and --top-p need --temperature; without it the answer is greedy")
     model = OnnxModel(directory, file, provider=provider)
     for piece in model.stream_text(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=choice):
-        click.echo(piece, nl=False)
-    click.echo()
+        echo_piece(piece)
+    echo_piece("\n")

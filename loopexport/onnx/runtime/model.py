@@ -16,6 +16,7 @@ from loopexport.choices import Provider
 from loopexport.errors import CheckpointError, OnnxError, OnnxInputError, one_line
 from loopexport.export.onnx_files import graph_name
 from loopexport.export.stale_graphs import refuse_stale
+from loopexport.files.links import check_no_special_file
 
 from .inputs import check_fused, checked_mask, padded_left
 from .prompts import encode, load_tokenizer
@@ -67,6 +68,7 @@ class OnnxModel:
         threads: int | None = None,
     ) -> None:
         self.root = Path(root).expanduser()
+        _check_no_special_file(self.root)
         self.path = self._find(file)
         self.provider = choose_provider(provider)
         self.session = load_session(self.path, self.provider, threads)
@@ -354,6 +356,13 @@ class OnnxModel:
 def _read_json(path: Path) -> dict:
     try:
         return read_json(path)
+    except CheckpointError as error:
+        raise OnnxError(str(error)) from None
+
+
+def _check_no_special_file(root: Path) -> None:
+    try:
+        check_no_special_file(root)
     except CheckpointError as error:
         raise OnnxError(str(error)) from None
 
