@@ -26,7 +26,7 @@ from transformers import (
     GenerationMixin,
 )
 
-from .configuration_looped import CLASS_PREFIX, base_model_type, looped_config_class
+from .configuration_looped import CLASS_PREFIX, base_model_type, family_name, looped_config_class
 from .looped_cache import CACHE_ARGUMENTS, add_slots, check_continuous_batching, self_attention
 from .looped_decoder import LOOP, loop_decoder
 from .looped_routing import ROUTERS  # noqa: F401  transformers 4 copies only files that this one imports
@@ -48,6 +48,9 @@ class LoopedModelMixin:
 
     def __init__(self, config, *inputs, **kwargs):
         count_layers(config)
+        if type(config) not in MODEL_MAPPING:  # a head may make its body by AutoModel
+            body = f"{CLASS_PREFIX}{family_name(base_model_type(config.model_type))}Model"
+            MODEL_MAPPING.register(type(config), getattr(sys.modules[__name__], body), exist_ok=True)
         super().__init__(config, *inputs, **kwargs)
         decoder, list_name = find_layers(self.base_model, config.num_hidden_layers)
         if LOOP in vars(decoder):  # this head let AutoModel make its body, and that is looped already
@@ -132,15 +135,11 @@ def _looped_class(name: str, family: str, mapping) -> type:
     if config_class.native_config_class not in mapping:
         raise AttributeError(f"{family} has no class of this kind in transformers, so there is no {name}")
     native = mapping[config_class.native_config_class]
-    if mapping not in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        getattr(sys.modules[__name__], f"{CLASS_PREFIX}{family}Model")
     mixins = (LoopedModelMixin, *([LoopedGenerationMixin] if issubclass(native, GenerationMixin) else []))
     body = {"native_class": native, "config_class": config_class, "__module__": __name__, "__qualname__": name}
     looped = type(name, (*mixins, native), body)
     _load_as_native(native, looped)
     _quantise_as_native(looped.config_class.model_type)
-    if mapping is MODEL_MAPPING:
-        MODEL_MAPPING.register(config_class, looped, exist_ok=True)  # heads may make their body by its config
     return looped
 
 

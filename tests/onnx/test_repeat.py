@@ -8,7 +8,6 @@ import loopexport
 from loopexport.onnx import build
 from loopexport.onnx.trace import layer_kinds, tracer
 from loopexport.onnx.trace.repeat import NotRepeatableError, Repeats
-from loopexport.templates.modeling_looped import layer_list
 from support.tiny import SPAN, save_tiny, tiny_model
 
 GPT2_BY_INDEX = {"scale_attn_by_inverse_layer_idx": True}
@@ -88,7 +87,8 @@ def test_copies_of_a_layer_are_what_tracing_each_gives(export, whole, refusals, 
 )
 def test_only_layers_that_differ_in_weights_alone_are_copied(family, overrides, copied):
     model = tiny_model(family, **overrides)
-    assert Repeats(model, list(layer_list(model.base_model, 6))).copies == copied
+    layers = model.transformer.h if family == "gpt2" else model.model.layers
+    assert Repeats(model, list(layers)).copies == copied
 
 
 def test_layer_taken_for_a_copy_by_mistake_is_found_by_the_control(export, whole, refusals, monkeypatch):

@@ -24,13 +24,16 @@ PREFILL = 5
 def run(job: dict, out: Path) -> None:
     """Run one job."""
     model = load(job["directory"], job["how"], job["options"])
+    loop, layers = vars(model.model)["_loop"], model.model.layers
     try:
-        result = trained(sharded(model)) if job["how"] == "fsdp" else {"full": full(model)}
+        loop.begin(layers, (), {}).visit(layers)  # a forward that one process refuses leaves the others waiting
     except ValueError as refusal:
         (out / f"{job['name']}.txt").write_text(str(refusal))
         return
-    if job["how"] != "fsdp":
-        result |= {"decoded": decoded(model), "held": held(model)}
+    if job["how"] == "fsdp":
+        result = trained(sharded(model))
+    else:
+        result = {"full": full(model), "decoded": decoded(model), "held": held(model)}
     if torch.distributed.get_rank() == 0:
         torch.save(result, out / f"{job['name']}.pt")
 

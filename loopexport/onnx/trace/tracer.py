@@ -16,7 +16,7 @@ from transformers import Cache
 
 from loopexport.errors import OnnxError
 from loopexport.templates.looped_cache import find_cache_argument
-from loopexport.templates.modeling_looped import layer_list
+from loopexport.templates.modeling_looped import find_layers
 
 from .attention import ATTENTION, WINDOWS, FusedSlot, TracedSlot
 from .marks import LAYER_INPUT, is_mark, marked
@@ -58,7 +58,8 @@ def trace(skeleton: Skeleton) -> Traced:
         OnnxError: the family cannot be traced; the message says why.
     """
     model: Any = skeleton.model
-    layers = list(layer_list(model.base_model, model.config.num_hidden_layers))
+    decoder, list_name = find_layers(model.base_model, model.config.num_hidden_layers)
+    layers = list(getattr(decoder, list_name))
     with skeleton.fake_mode, family_refused(model), stateless_rope(model):
         inputs = _example_inputs(model)
         slots = _slot_shapes(model, inputs)
