@@ -82,11 +82,10 @@ def test_one_flipped_bit_of_the_weights_is_found_by_a_full_check(export):
 
 def test_model_that_computes_something_else_fails(export, monkeypatch):
     """A broken template that is recorded as genuine: the files pass, the numbers do not."""
-    source = (export / "modeling_looped.py").read_text()
-    broken = source.replace("return list(self)[index] if", "return list(self)[1:][index] if")
-    broken = broken.replace("if spec.is_identity:", "if False:")
+    source = (export / "looped_decoder.py").read_text()
+    broken = source.replace("if spec.is_identity:", "if False:")
     assert broken != source
-    (export / "modeling_looped.py").write_text(broken)
+    (export / "looped_decoder.py").write_text(broken)
     config = (export / "configuration_looped.py").read_text().replace(CODE_DIGEST, "f" * 16)
     (export / "configuration_looped.py").write_text(config)
     manifest = json.loads((export / "loopexport.json").read_text())

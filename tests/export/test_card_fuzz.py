@@ -84,7 +84,7 @@ def card_of(facts):
     onnx = {facts["graph"]: record, "genai_config.json": OnnxRecord(9)}
     metadata = f"---\n{yaml.safe_dump(facts['metadata'])}---\n"
     origin = Origin(facts["name"], facts["revision"])
-    options = {"quantisation": facts["method"], "has_tokenizer": False, "onnx": onnx}
+    options = {"quantisation": facts["method"], "tokenizer": "base", "onnx": onnx}
     return make_card(CardFacts(origin, metadata, facts["model_type"], 16, SPEC, COST, **options))
 
 
