@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PushError,
         SpecError,
     )
+    from loopexport.export.adoption import AdoptPlan, adopt, plan_adopt
     from loopexport.export.check import Check
     from loopexport.export.conversion import ConvertPlan, convert, plan_convert
     from loopexport.export.directory import Export, open_export
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from loopexport.onnx.runtime.sampling import Sampling
 
 _HOMES = {
+    "AdoptPlan": "export.adoption",
     "Check": "export.check",
     "CheckpointError": "errors",
     "ConvertPlan": "export.conversion",
@@ -57,9 +59,11 @@ _HOMES = {
     "PushResult": "hub.publication",
     "Sampling": "onnx.runtime.sampling",
     "SpecError": "errors",
+    "adopt": "export.adoption",
     "convert": "export.conversion",
     "export_onnx": "onnx.build",
     "open_export": "export.directory",
+    "plan_adopt": "export.adoption",
     "plan_convert": "export.conversion",
     "plan_onnx": "onnx.plan",
     "plan_push": "hub.publication",
@@ -68,6 +72,7 @@ _HOMES = {
     "verify": "checks.verification",
 }
 __all__ = [
+    "AdoptPlan",
     "Check",
     "CheckpointError",
     "ConvertPlan",
@@ -89,9 +94,11 @@ __all__ = [
     "Sampling",
     "SpecError",
     "__version__",
+    "adopt",
     "convert",
     "export_onnx",
     "open_export",
+    "plan_adopt",
     "plan_convert",
     "plan_onnx",
     "plan_push",

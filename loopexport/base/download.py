@@ -37,7 +37,7 @@ def find_checkpoint(
         return open_checkpoint(path)
     if path.exists():
         raise CheckpointError(f"{model} is a file; give the model's directory{_file_remedy(path)}")
-    if not _is_hub_id(model):
+    if not is_hub_id(model):
         raise CheckpointError(
             f"{model} is neither a directory nor a Hub id; give a model directory, or a Hub id such as org/name"
         )
@@ -55,7 +55,8 @@ def _file_remedy(path: Path) -> str:
     return " (convert a GGUF file to a Hugging Face checkpoint first)" if path.suffix == ".gguf" else ""
 
 
-def _is_hub_id(model: str) -> bool:
+def is_hub_id(model: str) -> bool:
+    """Whether a text has the form of a Hub id, and is not a path."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

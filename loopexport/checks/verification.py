@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -80,7 +80,8 @@ def verify(
         _check_known_code(export)
     if runtime == "vllm":
         return [*checks, check_serving(export)]
-    return checks + _check_model(export)
+    of_model = _check_model(export)
+    return checks + ([_of_trained_weights(check) for check in of_model] if export.manifest.trained else of_model)
 
 
 def _check_known_code(export: Export) -> None:
@@ -134,6 +135,11 @@ def _check_model(export: Export) -> list[Check]:
         ]
 
 
+def _of_trained_weights(check: Check) -> Check:
+    """The check in other words: with trained weights the native model is not the base model."""
+    return replace(check, name=check.name.replace("the base model", "the native model"))
+
+
 def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
     """Run the base in fp32, or in its own dtype if it is quantised and does not run in fp32.
 
@@ -148,7 +154,7 @@ def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
         try:
             model = _load_base(export, dtype)
             logits = model(tokens, use_cache=False).logits
-            difference = _largest_difference(_decode(model, tokens), logits)
+            difference = _largest_difference(decode_logits(model, tokens), logits)
             return _BaseRun(dtype, logits, difference / (logits.abs().max().item() or 1.0))
         except Exception as error:  # a quantiser may raise anything: missing kernels, devices, packages
             failure = error
@@ -200,7 +206,7 @@ def _check_identity(name: str, model, tokens: torch.Tensor, base_logits: torch.T
 def _check_cached_decode(model, tokens: torch.Tensor, spec: LoopSpec, base_difference: float) -> Check:
     """Compare prefill and single decode steps with one forward over all tokens."""
     full = model(tokens, use_cache=False).logits
-    difference = _largest_difference(_decode(model, tokens), full)
+    difference = _largest_difference(decode_logits(model, tokens), full)
     scale = full.abs().max().item() or 1.0
     detail = f"largest difference {difference:.3g}, {difference / scale:.3g} of the logits' scale"
     if not math.isfinite(difference):
@@ -233,7 +239,7 @@ def _check_graphs(export: Export, model) -> list[Check]:
     return checks
 
 
-def _decode(model, tokens: torch.Tensor) -> list[torch.Tensor]:
+def decode_logits(model, tokens: torch.Tensor) -> list[torch.Tensor]:
     """The logits of a prefill, then of single decode steps."""
     from loopexport.templates.looped_cache import find_cache_argument
 

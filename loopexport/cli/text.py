@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loopexport.base.checkpoint import Checkpoint, Origin
 from loopexport.base.families import grouped_outcomes, releases
+from loopexport.export.adoption import AdoptPlan
 from loopexport.export.check import Check
 from loopexport.export.conversion import WITHOUT, ConvertPlan
 from loopexport.export.directory import Export
@@ -36,6 +37,17 @@ def plan_lines(plan: ConvertPlan) -> list[str]:
         f"Weights  {files}, {plan.base.weight_bytes:,} bytes; {_weights_text(plan)}",
         f"Output   {plan.out}",
         *([f"Leaves   {', '.join(plan.base.left_behind)}"] if plan.base.left_behind else []),
+        *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def adopt_plan_lines(plan: AdoptPlan) -> list[str]:
+    """The lines of a plan of `adopt`."""
+    return [
+        *_model_lines(plan.base, plan.spec, plan.cost),
+        f"Weights  {_files(len(plan.base.shards))}, {plan.base.weight_bytes:,} bytes; trained, they stay in place",
+        f"Writes   {', '.join(plan.written)}, README.md, loopexport.json",
+        *([f"Moves    {', '.join(plan.removed)} to base/"] if plan.removed else []),
         *(f"Note     {warning}" for warning in plan.warnings),
     ]
 
@@ -242,6 +254,8 @@ def _weights_text(plan: ConvertPlan) -> str:
 
 def _export_weights_text(export: Export) -> str:
     files = _files(len(export.manifest.weights))
+    if not export.lacking and export.manifest.trained:
+        return f"Weights  {files}, trained: they are not the base's"
     if not export.lacking:
         return f"Weights  {files} by {export.manifest.weights_method}"
     size = sum(record.size for record in export.manifest.weights.values())

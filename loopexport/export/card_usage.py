@@ -29,15 +29,22 @@ def on_the_hub(card: str, repo_id: str) -> str:
     return card
 
 
-def transformers_section(steps: int, tokenizer: str) -> str:
-    """The section for transformers; `tokenizer` is the Python expression to load the tokenizer from."""
+def transformers_section(steps: int, tokenizer: str, trained: bool) -> str:
+    """The section for transformers.
+
+    Args:
+        steps: the export's own K.
+        tokenizer: the Python expression to load the tokenizer from.
+        trained: whether the weights were trained since the conversion.
+    """
+    one = "the model without its loop" if trained else "the base model"
     return f"""\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {LOCAL_PATH}tokenizer = AutoTokenizer.from_pretrained({tokenizer}, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-model.config.loop_steps = {steps}  # change it at any time; 1 is the base model
+model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
 ```
 """
 

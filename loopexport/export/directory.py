@@ -95,7 +95,7 @@ class Export:
         config_path = self.root / BASE_FOLDER / CONFIG
         if self.lacking:  # without weights there are no tensor headers to read
             return Checkpoint(self.root, self.manifest.base, read_json(config_path), shards=(), carried=())
-        return open_checkpoint(self.root, self.manifest.base, config_path=config_path)
+        return open_checkpoint(self.root, self.manifest.base, config=read_config(config_path))
 
     @cached_property
     def lacking(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
     Raises:
         CheckpointError: a file of the base cannot be read.
     """
-    files = {name: _read(base.root / name) for name in base.carried}
-    originals = {name: _read(base.root / name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
+    files = {name: read_file(base.root / name) for name in base.carried}
+    originals = {name: read_file(base.root / name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
     files[CONFIG] = _looped_config(base, spec)
     has_tokenizer = not tokenizer.is_left_out(_tokenizer_config(base), base.carried)
     facts = _card_facts(base, spec, cost, originals.get(CARD, b""), has_tokenizer, has_weights)
@@ -44,7 +45,11 @@ def export_card(export: Export) -> str:
     has_tokenizer = not tokenizer.is_left_out(_original_tokenizer_config(export), _base_names(export))
     base_card = _original(export, CARD)
     facts = _card_facts(export.base, export.spec, export.cost, base_card, has_tokenizer, not export.lacking)
-    return make_card(replace(facts, onnx=export.manifest.onnx))
+    facts = replace(facts, onnx=export.manifest.onnx)
+    if export.manifest.trained:  # results were published for the base's weights
+        has_tokenizer = has_tokenizer and any(map(tokenizer.FILES.fullmatch, export.manifest.files))
+        facts = replace(facts, trained=True, published=None, has_tokenizer=has_tokenizer)
+    return make_card(facts)
 
 
 def export_warnings(export: Export) -> list[str]:
@@ -61,12 +66,12 @@ def export_warnings(export: Export) -> list[str]:
 
 def _original(export: Export, name: str) -> bytes:
     path = export.root / BASE_FOLDER / name
-    return _read(path) if path.is_file() else b""
+    return read_file(path) if path.is_file() else b""
 
 
 def _original_tokenizer_config(export: Export) -> bytes:
     path = export.root / tokenizer.CONFIG
-    return _original(export, tokenizer.CONFIG) or (_read(path) if path.is_file() else b"")
+    return _original(export, tokenizer.CONFIG) or (read_file(path) if path.is_file() else b"")
 
 
 def _base_names(export: Export) -> set[str]:
@@ -88,8 +93,13 @@ def base_file_warnings(base: Checkpoint) -> list[str]:
 
 def licence_notice_file(base: Checkpoint) -> dict[str, bytes]:
     """The NOTICE file that the base's licence requires, by name; empty if none is required or the base has one."""
-    licence = licence_of(_metadata(base))
-    has_one = any(LICENCE_TEXT.fullmatch(name) and name.lower().startswith("notice") for name in base.carried)
+    return notice_file(_metadata(base), base.carried)
+
+
+def notice_file(metadata: dict, names: Collection[str]) -> dict[str, bytes]:
+    """The NOTICE file that a licence requires, by name; empty if none is required or it is among `names`."""
+    licence = licence_of(metadata)
+    has_one = any(LICENCE_TEXT.fullmatch(name) and name.lower().startswith("notice") for name in names)
     return {} if licence is None or has_one else {NOTICE: f"{licence.notice_text}\n".encode()}
 
 
@@ -120,14 +130,19 @@ def _looped_config(base: Checkpoint, spec: LoopSpec) -> bytes:
 
 def _metadata(base: Checkpoint) -> dict:
     path = base.root / CARD
-    return read_metadata(_read(path).decode("utf-8", errors="replace")) if path.is_file() else {}
+    return read_metadata(read_file(path).decode("utf-8", errors="replace")) if path.is_file() else {}
 
 
 def _tokenizer_config(base: Checkpoint) -> bytes:
-    return _read(base.root / tokenizer.CONFIG) if tokenizer.CONFIG in base.carried else b""
+    return read_file(base.root / tokenizer.CONFIG) if tokenizer.CONFIG in base.carried else b""
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The bytes of a small file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:

@@ -21,11 +21,16 @@ class StagedFiles:
         self._root = root
         self._partial: list[Path] = []
         self._moved: list[tuple[Path, bool]] = []  # the path, and whether it replaced an older file
+        self._folders: list[Path] = []  # made for the new files
         self._kept = False
 
     def partial(self, name: str) -> Path:
         """The temporary path to write a file to. `end` removes whatever is still there."""
-        path = self._root / f".{name}{PARTIAL}"
+        final = self._root / name
+        path = final.with_name(f".{final.name}{PARTIAL}")
+        if not path.parent.exists():
+            path.parent.mkdir()
+            self._folders.append(path.parent)
         if path not in self._partial:
             self._partial.append(path)
         return path
@@ -46,6 +51,15 @@ class StagedFiles:
             self.partial(name).write_bytes(content)
         self.move_in(name)
 
+    def remove(self, name: str) -> None:
+        """Remove a file, and keep it under another name until `end`."""
+        path = self._root / name
+        with explain_os_errors(path):
+            _replaced(path).unlink(missing_ok=True)
+            self._moved.append((path, True))
+            _set_aside(path)
+            path.unlink(missing_ok=True)
+
     def keep(self) -> None:
         """Keep the new files."""
         self._kept = True
@@ -60,6 +74,8 @@ class StagedFiles:
             elif not self._kept and not is_older:
                 path.unlink(missing_ok=True)
             _replaced(path).unlink(missing_ok=True)  # `replace` leaves it where both names are one file
+        for folder in [] if self._kept else self._folders:
+            folder.rmdir()
 
 
 @contextmanager

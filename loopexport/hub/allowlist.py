@@ -24,15 +24,14 @@ from loopexport.export.integrity import EDITABLE, check_config, check_onnx, chec
 from loopexport.export.manifest import MANIFEST
 from loopexport.export.onnx_files import DATA_SUFFIX
 from loopexport.export.onnx_files import FILES as ONNX_FILES
-from loopexport.export.own_code import foreign_code
+from loopexport.export.own_code import CODE_NAMES, foreign_code
 from loopexport.export.stale_graphs import stale_graphs
-from loopexport.templates import FILES as TEMPLATES
 
 # Names that `push` may upload, besides weights and ONNX files. A new kind of file needs a line here and an entry in the
 # manifest.
 ALLOWED = (
     CARRIED,
-    re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST, *TEMPLATES)))),
+    re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST, *CODE_NAMES)))),
     re.compile(f"{BASE_FOLDER}/({re.escape(CONFIG)}|{re.escape(CARD)}|{TOKENIZER_FILES.pattern})", re.VERBOSE),
 )
 LARGE_BYTES = 64 * 2**20
@@ -112,7 +111,7 @@ def _check_no_link(path: Path, name: str) -> None:
 
 def _check_name(name: str) -> None:
     last, suffix = name.rsplit("/", 1)[-1], Path(name).suffix.lower()
-    if suffix in CODE and name not in TEMPLATES:
+    if suffix in CODE and name not in CODE_NAMES:
         raise PushError(f"{name} is code that LoopExport did not write; no export runs it, so move it elsewhere")
     if suffix in PICKLES:
         raise PushError(f"{name} may be a pickle, which can run code when it is loaded; move it elsewhere")
@@ -123,7 +122,7 @@ def _check_name(name: str) -> None:
 def _check_unchanged(export: Export) -> None:
     for check in (check_small_files(export), check_config(export)):
         if check.passed is False:
-            raise PushError(f"{export.root} has changed since the conversion: {check.detail}; convert the base again")
+            raise PushError(f"{export.root} has changed since it was written: {check.detail}; {export.manifest.remedy}")
     name = foreign_code(export)
     if name is not None:
         raise PushError(f"{name} is not the installed LoopExport's; convert the base again with this version")

@@ -7,6 +7,7 @@ import click
 from loopexport._version import __version__
 from loopexport.cli.groups import Group
 
+from .adopt import adopt
 from .convert import convert
 from .families import families
 from .inspect import inspect
@@ -38,5 +39,5 @@ def main() -> None:
     """
 
 
-for command in (convert, inspect, verify, onnx, run, push, restore, presets, rules, families):
+for command in (convert, inspect, verify, onnx, run, push, adopt, restore, presets, rules, families):
     main.add_command(command)
