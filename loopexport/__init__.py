@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from loopexport._version import __version__
 
 if TYPE_CHECKING:
+    from loopexport.checks.code_proof import UpgradeResult, upgrade
     from loopexport.checks.verification import verify
     from loopexport.errors import (
         CheckpointError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
     from loopexport.export.adoption import AdoptPlan, adopt, plan_adopt
     from loopexport.export.check import Check
+    from loopexport.export.code_upgrade import UpgradePlan, plan_upgrade
     from loopexport.export.conversion import ConvertPlan, convert, plan_convert
     from loopexport.export.directory import Export, open_export
     from loopexport.export.restoration import restore
@@ -59,6 +61,8 @@ _HOMES = {
     "PushResult": "hub.publication",
     "Sampling": "onnx.runtime.sampling",
     "SpecError": "errors",
+    "UpgradePlan": "export.code_upgrade",
+    "UpgradeResult": "checks.code_proof",
     "adopt": "export.adoption",
     "convert": "export.conversion",
     "export_onnx": "onnx.build",
@@ -67,8 +71,10 @@ _HOMES = {
     "plan_convert": "export.conversion",
     "plan_onnx": "onnx.plan",
     "plan_push": "hub.publication",
+    "plan_upgrade": "export.code_upgrade",
     "push": "hub.publication",
     "restore": "export.restoration",
+    "upgrade": "checks.code_proof",
     "verify": "checks.verification",
 }
 __all__ = [
@@ -93,6 +99,8 @@ __all__ = [
     "PushResult",
     "Sampling",
     "SpecError",
+    "UpgradePlan",
+    "UpgradeResult",
     "__version__",
     "adopt",
     "convert",
@@ -102,8 +110,10 @@ __all__ = [
     "plan_convert",
     "plan_onnx",
     "plan_push",
+    "plan_upgrade",
     "push",
     "restore",
+    "upgrade",
     "verify",
 ]
 

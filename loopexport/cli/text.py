@@ -5,10 +5,12 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint, Origin
 from loopexport.base.families import grouped_outcomes, releases
 from loopexport.export.adoption import AdoptPlan
 from loopexport.export.check import Check
+from loopexport.export.code_upgrade import UpgradePlan
 from loopexport.export.conversion import WITHOUT, ConvertPlan
 from loopexport.export.directory import Export
 from loopexport.export.integrity import WITHOUT_WEIGHTS
@@ -22,6 +24,7 @@ from loopexport.loop.wording import describe_decode, describe_layers, describe_r
 from loopexport.templates.looped_spec import Rule
 
 if TYPE_CHECKING:
+    from loopexport.checks.code_proof import UpgradeResult
     from loopexport.onnx.build import OnnxOutcome
     from loopexport.onnx.plan import OnnxPlan
 
@@ -49,6 +52,28 @@ def adopt_plan_lines(plan: AdoptPlan) -> list[str]:
         f"Writes   {', '.join(plan.written)}, README.md, loopexport.json",
         *([f"Moves    {', '.join(plan.removed)} to base/"] if plan.removed else []),
         *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def upgrade_plan_lines(plan: UpgradePlan) -> list[str]:
+    """The lines of a plan of `upgrade`."""
+    if plan.is_current:
+        return [f"{plan.export.root} has today's code already"]
+    changes = {"Adds     ": plan.added, "Replaces ": plan.replaced, "Removes  ": plan.removed}
+    return [
+        f"Export   {plan.export.root}, written by LoopExport {plan.export.manifest.loopexport}",
+        *(f"{verb}{', '.join(names)}" for verb, names in changes.items() if names),
+    ]
+
+
+def upgrade_lines(result: UpgradeResult) -> list[str]:
+    """The lines of an upgrade's result; none if there was nothing to do."""
+    if result.plan.is_current:
+        return []
+    return [
+        f"Compared full forward and cached decoding: largest difference {result.difference:.3g} of the logits' scale",
+        *([] if result.is_card_new else ["Note     README.md was edited, so it stays as it is"]),
+        f"Upgraded {result.plan.export.root} to the code of LoopExport {__version__}",
     ]
 
 
