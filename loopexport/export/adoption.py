@@ -186,6 +186,11 @@ def _warnings(model: Checkpoint, source: BaseFiles, files: dict[str, bytes]) -> 
     yield from filter(None, [tokenizer.tokenizer_warning(original, files, source.name)])
     if "rope_parameters" in model.config and "rope_theta" not in model.config:
         yield f"{CONFIG} was written by transformers 5: transformers 4 does not read rope_parameters and would differ"
+    if model.config.get("use_cache") is False:
+        yield (
+            f"{CONFIG} has use_cache false, as gradient checkpointing leaves it, so `generate` runs without a K/V "
+            "cache: set it to true before you adopt"
+        )
     metadata = read_metadata(files.get(f"{BASE_FOLDER}/{CARD}", b"").decode("utf-8", errors="replace"))
     if "license" not in metadata:
         yield "no licence is known for the card: give the base's directory with --base, or edit README.md afterwards"

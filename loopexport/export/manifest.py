@@ -114,7 +114,8 @@ def read_manifest(root: Path) -> Manifest:
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ExportError(
-            f"{root} is not a LoopExport export: it has no {MANIFEST}; give a directory that `loopexport convert` wrote"
+            f"{root} is not a LoopExport export: it has no {MANIFEST}; give a directory that `loopexport convert` "
+            "wrote, or run `loopexport adopt` on a looped model that was trained"
         ) from None
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror}") from None

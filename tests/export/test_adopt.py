@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -296,6 +297,43 @@ def test_directory_without_loop_fields_is_refused(trained, tmp_path):
 
 def test_base_that_does_not_exist_is_refused(trained, tmp_path):
     assert_refused(tmp_path, "adopt", trained, "--base", "./nowhere", says="neither a directory nor a Hub id")
+
+
+def test_model_that_was_trained_into_its_own_export_is_adopted_without_the_old_records(trained, export_dir):
+    root = shutil.copytree(export_dir("llama"), trained.with_name("looped"))
+    shutil.copytree(trained, root, dirs_exist_ok=True)
+    assert "move loopexport.json and base/ elsewhere" in run("adopt", root).stderr
+    (root / "loopexport.json").unlink()
+    shutil.rmtree(root / "base")
+    loopexport.adopt(root)
+    assert checks(root, "--files-only", "--full")[1] == 0
+    assert "looped and trained" in (root / "README.md").read_text()
+
+
+def test_other_commands_name_adopt(trained):
+    for command in ("verify", "inspect", "upgrade"):
+        assert "run `loopexport adopt` on a looped model that was trained" in run(command, trained).stderr
+
+
+def test_config_without_a_cache_is_named(trained):
+    assert "use_cache" not in run("adopt", trained, "--dry-run").stdout
+    edit_config(trained, use_cache=False)
+    assert "Note     config.json has use_cache false" in run("adopt", trained, "--dry-run").stdout
+
+
+def test_files_of_a_hub_id_come_from_the_cache(trained, tmp_path, monkeypatch):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    write_tokenizer(snapshot, None)
+    (snapshot / "config.json").write_text("{}")
+    edit_card(snapshot, LLAMA_CARD)
+    cache = {"org/Base": str(snapshot / "config.json")}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo_id, name: cache.get(repo_id))
+    assert "no licence is known" in run("adopt", trained, "--base", "org/Other", "--dry-run").stdout
+    loopexport.adopt(trained, base="org/Base")
+    metadata = read_metadata((trained / "README.md").read_text())
+    assert (metadata["license"], metadata["base_model"]) == ("llama3.2", "org/Base")
+    assert (trained / "tokenizer.json").exists()
 
 
 def test_state_of_the_trainer_is_named_because_push_stops_at_it(trained):

@@ -27,8 +27,11 @@ each_version = pytest.mark.parametrize("name", NAMES)
 
 @pytest.fixture
 def earlier(tmp_path):
-    """`earlier(name)`: the export that a version wrote."""
-    return lambda name: earlier_export(name, tmp_path / f"looped_{name.replace('-', '_')}")
+    """`earlier(name)`: the export that a version wrote.
+
+    The name of its directory is unique: transformers 4 keeps code that it loaded under the same name before.
+    """
+    return lambda name: earlier_export(name, tmp_path / f"looped_{tmp_path.name}")
 
 
 @pytest.fixture
