@@ -31,7 +31,7 @@ def find_checkpoint(
         HubError: the Hub refused or could not be reached; the message says what to do.
     """
     path = Path(os.path.expanduser(model))
-    if _is_directory(path):
+    if is_directory(path):
         if revision is not None:
             raise CheckpointError(f"--revision needs a Hub id, but {model} is a local directory; leave --revision out")
         return open_checkpoint(path)
@@ -44,7 +44,12 @@ def find_checkpoint(
     return _download(model, revision, token, headers_only)
 
 
-def _is_directory(path: Path) -> bool:
+def is_directory(path: Path) -> bool:
+    """Whether there is a directory at a path.
+
+    Raises:
+        CheckpointError: it cannot be looked at.
+    """
     try:
         return path.is_dir()
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loopexport.base import tokenizer
 from loopexport.base.checkpoint import CARD, CARRIED, CONFIG, LICENCE_TEXT, directory_name, file_names
-from loopexport.base.download import is_hub_id
+from loopexport.base.download import is_directory, is_hub_id
 from loopexport.errors import CheckpointError
 
 from .directory import BASE_FOLDER, is_export
@@ -56,7 +56,7 @@ def find_base_files(base: str | Path | None, root: Path, config: dict) -> BaseFi
         known = isinstance(loaded_from, str) and Path(loaded_from.replace("\\", "/")).name
         return BaseFiles(directory_name(Path(known) if known else root))
     folder = Path(os.path.expanduser(base))
-    if folder.is_dir():
+    if is_directory(folder):
         is_ours = is_export(folder)
         name = read_manifest(folder).base.name if is_ours else directory_name(folder)
         return BaseFiles(name, folder, _card(folder / BASE_FOLDER if is_ours else folder))

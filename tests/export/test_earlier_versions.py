@@ -18,6 +18,7 @@ from support.earlier_versions import NAMES, code_of, compute_logits, earlier_exp
 from support.hub_double import HubDouble
 from support.push import REPO, assert_refused, loopexport_command, pushed, write_listed
 from support.refusals import assert_refused as assert_command_refused
+from support.trained import save_trained
 
 COMMENT = "# An earlier comment.\n"
 OTHER_RULE = 'UPDATES["euler"] = lambda x, g, spec: x\n'
@@ -119,6 +120,16 @@ def test_upgrade_says_what_it_changes(earlier):
     assert loopexport.open_export(root).manifest.loopexport == loopexport.__version__
     again = run("upgrade", root)
     assert (again.exit_code, again.stdout) == (0, f"{root} has today's code already\n")
+
+
+def test_trained_export_with_earlier_code_stays_trained(earlier, tmp_path):
+    root = save_trained(earlier("two-files"), tmp_path / "tuned")
+    loopexport.adopt(root)
+    assert code(root) == EARLIER_SETS[0]
+    assert not loopexport.upgrade(root).plan.is_current
+    assert loopexport.open_export(root).manifest.trained
+    assert "looped and trained" in (root / "README.md").read_text()
+    assert checks(root, "--files-only", "--full")[1] == 0
 
 
 def test_upgrade_keeps_an_edited_card(earlier):
