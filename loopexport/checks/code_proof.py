@@ -98,8 +98,7 @@ def _code_difference(export: Export) -> float:
     except Exception as error:  # old code may fail in any way on a new transformers
         raise ExportError(
             f"{export.root} does not run here with its own code ({type(error).__name__}: {first_line(error)}), so "
-            "nothing can be compared; upgrade it with the transformers that it ran with, or `loopexport restore` its "
-            "base and convert that"
+            "nothing can be compared; upgrade it where it runs, or `loopexport restore` its base and convert that"
         ) from error
     ours = _logits(export, after)
     scale = theirs.abs().max().item() or 1.0
