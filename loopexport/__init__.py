@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from loopexport._version import __version__
 
 if TYPE_CHECKING:
+    from loopexport.checks.code_proof import UpgradeResult, upgrade
     from loopexport.checks.verification import verify
     from loopexport.errors import (
         CheckpointError,
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
         PushError,
         SpecError,
     )
+    from loopexport.export.adoption import AdoptPlan, adopt, plan_adopt
     from loopexport.export.check import Check
+    from loopexport.export.code_upgrade import UpgradePlan, plan_upgrade
     from loopexport.export.conversion import ConvertPlan, convert, plan_convert
     from loopexport.export.directory import Export, open_export
     from loopexport.export.restoration import restore
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from loopexport.onnx.runtime.sampling import Sampling
 
 _HOMES = {
+    "AdoptPlan": "export.adoption",
     "Check": "export.check",
     "CheckpointError": "errors",
     "ConvertPlan": "export.conversion",
@@ -57,17 +61,24 @@ _HOMES = {
     "PushResult": "hub.publication",
     "Sampling": "onnx.runtime.sampling",
     "SpecError": "errors",
+    "UpgradePlan": "export.code_upgrade",
+    "UpgradeResult": "checks.code_proof",
+    "adopt": "export.adoption",
     "convert": "export.conversion",
     "export_onnx": "onnx.build",
     "open_export": "export.directory",
+    "plan_adopt": "export.adoption",
     "plan_convert": "export.conversion",
     "plan_onnx": "onnx.plan",
     "plan_push": "hub.publication",
+    "plan_upgrade": "export.code_upgrade",
     "push": "hub.publication",
     "restore": "export.restoration",
+    "upgrade": "checks.code_proof",
     "verify": "checks.verification",
 }
 __all__ = [
+    "AdoptPlan",
     "Check",
     "CheckpointError",
     "ConvertPlan",
@@ -88,15 +99,21 @@ __all__ = [
     "PushResult",
     "Sampling",
     "SpecError",
+    "UpgradePlan",
+    "UpgradeResult",
     "__version__",
+    "adopt",
     "convert",
     "export_onnx",
     "open_export",
+    "plan_adopt",
     "plan_convert",
     "plan_onnx",
     "plan_push",
+    "plan_upgrade",
     "push",
     "restore",
+    "upgrade",
     "verify",
 ]
 

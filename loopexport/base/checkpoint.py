@@ -178,7 +178,7 @@ def open_checkpoint(
     origin: Origin | None = None,
     names: set[str] | None = None,
     read_shard: Callable[[Path, str], Shard] | None = None,
-    config_path: Path | None = None,
+    config: dict | None = None,
 ) -> Checkpoint:
     """Read and check the checkpoint in a directory; it writes nothing.
 
@@ -187,14 +187,14 @@ def open_checkpoint(
         origin: where the checkpoint came from; None means a local directory, named after `root`.
         names: all files of the checkpoint, if `root` does not hold them all yet; None lists `root`.
         read_shard: called with `root` and a file name, returns the shard; None reads it from `root`.
-        config_path: the config to read instead of `config.json` in `root`.
+        config: its config; None reads `config.json` in `root`.
 
     Raises:
         CheckpointError: a file cannot be read, or the model cannot be looped; the message names the file or the reason.
     """
     names = file_names(root) if names is None else names
     _check_links(root, names)
-    config = read_config(config_path or root / CONFIG)
+    config = read_config(root / CONFIG) if config is None else config
     _check_is_base(root, config)
     check_family(config)
     shards = _read_shards(root, names, read_shard or read_local_shard)
@@ -206,7 +206,7 @@ def open_checkpoint(
         carried.add(INDEX)
     return Checkpoint(
         root=root,
-        origin=origin or Origin(_directory_name(root)),
+        origin=origin or Origin(directory_name(root)),
         config=config,
         shards=shards,
         carried=tuple(sorted(carried)),
@@ -245,7 +245,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def _directory_name(root: Path) -> str:
+def directory_name(root: Path) -> str:
     """The name of a directory as printable text, with U+FFFD for anything else."""
     name = os.fsencode(os.path.basename(os.path.realpath(root))).decode("utf-8", errors="replace")
     return "".join(char if char.isprintable() else "\ufffd" for char in name)

@@ -51,7 +51,7 @@ def find_checkpoint(
         HubError: the Hub refused or could not be reached; the message says what to do.
     """
     path = Path(os.path.expanduser(model))
-    if _is_directory(path):
+    if is_directory(path):
         if revision is not None:
             raise CheckpointError(f"--revision needs a Hub id, but {model} is a local directory; leave --revision out")
         names = file_names(path)
@@ -59,14 +59,19 @@ def find_checkpoint(
         return open_checkpoint(path, names=names)
     if path.exists():
         raise CheckpointError(f"{model} is a file; give the model's directory{_file_remedy(path)}")
-    if not _is_hub_id(model):
+    if not is_hub_id(model):
         raise CheckpointError(
             f"{model} is neither a directory nor a Hub id; give a model directory, or a Hub id such as org/name"
         )
     return _download(model, revision, token, headers_only, without_adapter)
 
 
-def _is_directory(path: Path) -> bool:
+def is_directory(path: Path) -> bool:
+    """Whether there is a directory at a path.
+
+    Raises:
+        CheckpointError: it cannot be looked at.
+    """
     try:
         return path.is_dir()
     except OSError as error:
@@ -77,7 +82,8 @@ def _file_remedy(path: Path) -> str:
     return " (convert a GGUF file to a Hugging Face checkpoint first)" if path.suffix == ".gguf" else ""
 
 
-def _is_hub_id(model: str) -> bool:
+def is_hub_id(model: str) -> bool:
+    """Whether a text has the form of a Hub id, and is not a path."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

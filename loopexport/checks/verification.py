@@ -6,7 +6,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -99,7 +99,8 @@ def verify(
         _check_known_code(export)
     if runtime == "vllm":
         return [*checks, check_serving(export)]
-    return checks + _check_model(export)
+    of_model = _check_model(export)
+    return checks + ([_of_trained_weights(check) for check in of_model] if export.manifest.trained else of_model)
 
 
 def _check_known_code(export: Export) -> None:
@@ -197,6 +198,11 @@ def _check_against(base: _BaseRun, model, tokens: torch.Tensor, spec: LoopSpec) 
     ]
 
 
+def _of_trained_weights(check: Check) -> Check:
+    """The check in other words: with trained weights the native model is not the base model."""
+    return replace(check, name=check.name.replace("the base model", "the native model"))
+
+
 def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
     """Run the base in fp32, or in its own dtype if it is quantised and does not run in fp32.
 
@@ -212,7 +218,7 @@ def _run_base(export: Export, tokens: torch.Tensor) -> _BaseRun:
         try:
             model = _load_base(export, dtype)
             logits = _full_logits(model, tokens)
-            difference = (_cached_logits(model, tokens, STEPS) - logits).abs().max().item()
+            difference = (cached_logits(model, tokens, STEPS) - logits).abs().max().item()
         except Exception as error:  # a quantiser may raise anything: missing kernels, devices, packages
             failure = error
             continue
@@ -228,7 +234,7 @@ def _run_by_hand(model, tokens: torch.Tensor, spec: LoopSpec) -> tuple[_ByHand, 
     def attempt(chunks: tuple[int, ...]) -> _ByHand:
         try:
             with looped_by_hand(model, spec):
-                return _ByHand(_cached_logits(model, tokens, chunks))
+                return _ByHand(cached_logits(model, tokens, chunks))
         except CannotReplayError as error:
             return _ByHand(None, str(error))
         except Exception as error:  # a family's layers may reject what stands in for the cache, with any error
@@ -240,8 +246,8 @@ def _run_by_hand(model, tokens: torch.Tensor, spec: LoopSpec) -> tuple[_ByHand, 
 def _run_looped(model, tokens: torch.Tensor, base: _BaseRun) -> _LoopedRun:
     with counted_runs(model) as runs:
         full = _full_logits(model, tokens)
-    cached = None if base.cached_by_hand.logits is None else _cached_logits(model, tokens, CHUNKS)
-    return _LoopedRun(runs, full, _cached_logits(model, tokens, STEPS), cached)
+    cached = None if base.cached_by_hand.logits is None else cached_logits(model, tokens, CHUNKS)
+    return _LoopedRun(runs, full, cached_logits(model, tokens, STEPS), cached)
 
 
 def _load(export: Export, dtype) -> tuple[Any, dict]:
@@ -338,7 +344,7 @@ def _check_graphs(export: Export, model) -> list[Check]:
     return checks
 
 
-def _cached_logits(model, tokens: torch.Tensor, chunks: tuple[int, ...]) -> torch.Tensor:
+def cached_logits(model, tokens: torch.Tensor, chunks: tuple[int, ...]) -> torch.Tensor:
     """The logits of forwards of these lengths through one cache, `(batch, seq, vocab)`."""
     import torch
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint, Origin
 from loopexport.base.families import grouped_outcomes, releases
+from loopexport.export.adoption import AdoptPlan
 from loopexport.export.check import Check
+from loopexport.export.code_upgrade import UpgradePlan
 from loopexport.export.conversion import WITHOUT, ConvertPlan
 from loopexport.export.directory import Export
 from loopexport.export.integrity import WITHOUT_WEIGHTS
@@ -28,6 +31,7 @@ from loopexport.loop.wording import (
 from loopexport.templates.looped_spec import Rule
 
 if TYPE_CHECKING:
+    from loopexport.checks.code_proof import UpgradeResult
     from loopexport.onnx.build import OnnxOutcome
     from loopexport.onnx.plan import OnnxPlan
 
@@ -44,6 +48,39 @@ def plan_lines(plan: ConvertPlan) -> list[str]:
         f"Output   {plan.out}",
         *([f"Leaves   {', '.join(plan.base.left_behind)}"] if plan.base.left_behind else []),
         *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def adopt_plan_lines(plan: AdoptPlan) -> list[str]:
+    """The lines of a plan of `adopt`."""
+    return [
+        *_model_lines(plan.base, plan.spec, plan.cost),
+        f"Weights  {_files(len(plan.base.shards))}, {plan.base.weight_bytes:,} bytes; trained, they stay in place",
+        f"Writes   {', '.join(plan.written)}, README.md, loopexport.json",
+        *([f"Moves    {', '.join(plan.removed)} to base/"] if plan.removed else []),
+        *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def upgrade_plan_lines(plan: UpgradePlan) -> list[str]:
+    """The lines of a plan of `upgrade`."""
+    if plan.is_current:
+        return [f"{plan.export.root} has today's code already"]
+    changes = {"Adds     ": plan.added, "Replaces ": plan.replaced, "Removes  ": plan.removed}
+    return [
+        f"Export   {plan.export.root}, written by LoopExport {plan.export.manifest.loopexport}",
+        *(f"{verb}{', '.join(names)}" for verb, names in changes.items() if names),
+    ]
+
+
+def upgrade_lines(result: UpgradeResult) -> list[str]:
+    """The lines of an upgrade's result; none if there was nothing to do."""
+    if result.plan.is_current:
+        return []
+    return [
+        f"Compared full forward and cached decoding: largest difference {result.difference:.3g} of the logits' scale",
+        *([] if result.is_card_new else ["Note     README.md was edited, so it stays as it is"]),
+        f"Upgraded {result.plan.export.root} to the code of LoopExport {__version__}",
     ]
 
 
@@ -242,6 +279,8 @@ def _weights_text(plan: ConvertPlan) -> str:
 
 def _export_weights_text(export: Export) -> str:
     files = _files(len(export.manifest.weights))
+    if not export.lacking and export.manifest.trained:
+        return f"Weights  {files}, trained: they are not the base's"
     if not export.lacking:
         return f"Weights  {files} by {export.manifest.weights_method}"
     size = sum(record.size for record in export.manifest.weights.values())

@@ -28,6 +28,8 @@ from .manifest import HUB_ID, OnnxRecord
 # Metadata that the card copies from the base's card.
 INHERITED = ("license", "license_name", "license_link", "language")
 
+MADE_WITH = "Made with LoopExport"  # every card says so, those of earlier versions too: do not change it
+
 KV_MEANING = {
     "shared": "every iteration attends to the natural pass's keys and values; cached decoding equals a full forward",
     "per_step": "every pass has its own cache slots, as in a physically unrolled model; cached decoding equals a full "
@@ -63,6 +65,7 @@ class CardFacts:
         quantisation: the base's quantisation method; None for plain weights.
         tokenizer: where the tokenizer is.
         has_weights: whether the export has its weights.
+        trained: whether the weights were trained since the conversion.
         onnx: the ONNX files of the export, by name.
         config: the base's config.
     """
@@ -77,6 +80,7 @@ class CardFacts:
     quantisation: str | None = None
     tokenizer: Home = "export"
     has_weights: bool = True
+    trained: bool = False
     onnx: Mapping[str, OnnxRecord] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
 
@@ -86,12 +90,14 @@ def make_card(facts: CardFacts) -> str:
     inherited = read_metadata(facts.base_card)
     return _metadata(facts, inherited) + _BODY.format(
         name=markdown_text(facts.base.name.rsplit("/", 1)[-1]),
+        title="looped and trained" if facts.trained else "looped",
         no_weights="" if facts.has_weights else NO_WEIGHTS,
-        base=_base_link(facts.base),
+        intro=_intro(facts),
         quantised=_quantised(facts.quantisation),
         results=_results(facts.published),
         use="\n".join(filter(None, _use(facts))),
-        licence=_licence_text(inherited),
+        made_with=MADE_WITH,
+        licence=_licence_text(inherited, facts.trained),
         **_table(facts),
     )
 
@@ -116,6 +122,15 @@ def merge_card(ours: str, theirs: str) -> str:
 def _tags(metadata: dict) -> list:
     tags = metadata.get("tags")
     return tags if isinstance(tags, list) else []
+
+
+def with_licence(card: str, base_card: str) -> str:
+    """`card` with the licence and the language of `base_card`, where it has none of its own."""
+    own, known = read_metadata(card), read_metadata(base_card)
+    added = {key: known[key] for key in INHERITED if key in known and key not in own}
+    if "license" in own:  # its details belong to another licence
+        added = {key: value for key, value in added.items() if not key.startswith("license")}
+    return _front_matter({**own, **added}) + _body(card) if added else card
 
 
 def read_metadata(card: str) -> dict:
@@ -158,7 +173,7 @@ def _table(facts: CardFacts) -> dict[str, object]:
 def _use(facts: CardFacts) -> list[str]:
     """How to load the model: a section for each runtime, empty for a runtime that cannot."""
     return [
-        transformers_section(facts.spec.steps, _tokenizer(facts)),
+        transformers_section(facts.spec.steps, _tokenizer(facts), facts.trained),
         onnx_section(facts.onnx, facts.num_layers),
         vllm_section(facts.model_type, facts.spec, facts.config, facts.quantisation is not None),
     ]
@@ -201,20 +216,21 @@ def _front_matter(values: dict) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _licence_text(metadata: dict) -> str:
+def _licence_text(metadata: dict, trained: bool) -> str:
     licence = licence_of(metadata)
     if licence is None:
         return ""
     built_with = f"**{licence.built_with}.** " if licence.built_with else ""
+    weights = "the weights were trained" if trained else "the weights are unchanged"
     return (
         f"\n## Licence\n\n{built_with}{licence.notice_text.rstrip('.')}.\n\nThe base's files were modified: "
-        "`config.json` and this card are new, modeling code was added, the weights are unchanged.\n"
+        f"`config.json` and this card are new, modeling code was added, {weights}.\n"
     )
 
 
 def _metadata(facts: CardFacts, inherited: dict) -> str:
     values: dict = {key: inherited[key] for key in INHERITED if _is_plain(inherited.get(key))}
-    if _is_on_hub(facts.base):  # the name of a local directory is not a Hub id
+    if _is_on_hub(facts):  # the name of a local directory is not a Hub id
         values["base_model"] = facts.base.name
         values["base_model_relation"] = "finetune"  # the Hub has no word for the same weights with other code
     values |= {
@@ -231,23 +247,41 @@ def _is_plain(value) -> bool:
     return all(isinstance(line, str) and line.isprintable() for line in lines)
 
 
-def _is_on_hub(base: Origin) -> bool:
-    return base.revision is not None and HUB_ID.fullmatch(base.name) is not None
+def _is_on_hub(facts: CardFacts) -> bool:
+    """Whether the base has a Hub id: its commit is known, or somebody gave the id for an adopted export."""
+    is_known = facts.base.revision is not None or (facts.trained and "/" in facts.base.name)
+    return is_known and HUB_ID.fullmatch(facts.base.name) is not None
 
 
-def _base_link(base: Origin) -> str:
-    if base.revision is None or not _is_on_hub(base):
+def _intro(facts: CardFacts) -> str:
+    """Where the model comes from, what is looped, and what its weights are."""
+    text = _TRAINED_INTRO if facts.trained else _INTRO
+    values = _table(facts)
+    return text.format(base=_base_link(facts), **{name: values[name] for name in ("layers", "num_layers", "steps")})
+
+
+def _base_link(facts: CardFacts) -> str:
+    base = facts.base
+    if not _is_on_hub(facts):
         return f"{markdown_code(base.name)} (a local checkpoint)"
     link = f"[{markdown_text(base.name)}](https://huggingface.co/{base.name})"
-    return f"{link} at commit {markdown_code(base.revision)}"
+    return link if base.revision is None else f"{link} at commit {markdown_code(base.revision)}"
 
 
-_BODY = """
-# {name}, looped
-{no_weights}
+_INTRO = """\
 This is {base}, with {layers} of its {num_layers} layers applied {steps} times, without any training
 ([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). The weights are the base model's, byte for
-byte, and are stored once; only the forward pass differs.{quantised}
+byte, and are stored once; only the forward pass differs."""
+
+_TRAINED_INTRO = """\
+This model was made from {base}: {layers} of its {num_layers} layers are applied {steps} times
+([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). **Its weights were trained since, and are not
+the base model's.** They are stored once."""
+
+_BODY = """
+# {name}, {title}
+{no_weights}
+{intro}{quantised}
 
 **Gains are not guaranteed.** Published gains are a few points, on some tasks and some models. Other spans, tasks and
 models lost, and models under 3B parameters gained nothing in reproductions. Compare this model with its base on your
@@ -276,6 +310,6 @@ loops by itself, in turn.
 ## Use
 
 {use}
-Made with LoopExport. `loopexport.json` records the base and the digests of the files; `base/` has the originals of the
+{made_with}. `loopexport.json` records the base and the digests of the files; `base/` has the originals of the
 files that were changed.
 {licence}"""

@@ -30,13 +30,15 @@ def on_the_hub(card: str, repo_id: str) -> str:
     return card
 
 
-def transformers_section(steps: int, tokenizer: str | None) -> str:
+def transformers_section(steps: int, tokenizer: str | None, trained: bool) -> str:
     """The section for transformers.
 
     Args:
         steps: K.
         tokenizer: the Python expression to load the tokenizer from; None if the base had none.
+        trained: whether the weights were trained since the conversion.
     """
+    one = "the model without its loop" if trained else "the base model"
     if tokenizer is None:
         names, line = "AutoModelForCausalLM", "# The base's directory had no tokenizer: this model takes token ids."
     else:
@@ -48,7 +50,7 @@ from transformers import {names}
 
 {LOCAL_PATH}{line}
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-model.config.loop_steps = {steps}  # change it at any time; 1 is the base model
+model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
 ```
 """
 

@@ -58,6 +58,16 @@ def looped_config(config: dict, spec: LoopSpec) -> dict:
     return {**config, **added}
 
 
+def is_own_auto_map(value: object, model_type: str) -> bool:
+    """Whether a value is the `auto_map` of an export of a base family, by today's code or by earlier code.
+
+    Earlier code had no classes for heads other than the language model's.
+    """
+    ours = auto_map(model_type)
+    needed = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    return isinstance(value, dict) and value.items() <= ours.items() and all(name in value for name in needed)
+
+
 @dataclass(frozen=True)
 class Export:
     """An export on disk.
@@ -108,7 +118,7 @@ class Export:
             config = read_config(config_path)
             check_family(config)
             return Checkpoint(self.root, self.manifest.base, config, shards=(), carried=())
-        return open_checkpoint(self.root, self.manifest.base, config_path=config_path)
+        return open_checkpoint(self.root, self.manifest.base, config=read_config(config_path))
 
     @cached_property
     def lacking(self) -> tuple[str, ...]:

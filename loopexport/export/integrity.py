@@ -12,7 +12,7 @@ from loopexport.errors import CheckpointError, ExportError
 from loopexport.files.digests import Progress, file_digests, file_sha256, file_xxh3
 
 from .check import Check
-from .directory import BASE_FOLDER, Export, looped_config
+from .directory import BASE_FOLDER, Export, is_own_auto_map, looped_config
 from .foreign_files import foreign_files
 from .manifest import FileRecord, OnnxRecord
 from .own_code import code_files
@@ -61,12 +61,14 @@ def check_small_files(export: Export) -> Check:
 
 def check_config(export: Export) -> Check:
     """Check that the config is the base's plus the loop fields, with any values."""
-    name = "config is the base's plus the loop"
+    name = f"config is the {'native model' if export.manifest.trained else 'base'}'s plus the loop"
     try:
         base = read_config(export.root / BASE_FOLDER / CONFIG)
         expected = looped_config(base, export.spec)
     except CheckpointError as error:
         return Check(name, False, str(error))
+    if is_own_auto_map(export.config.get("auto_map"), base["model_type"]):
+        expected["auto_map"] = export.config["auto_map"]  # earlier code had fewer entries
     # As JSON text: there NaN equals NaN, and true, 1.0 and 1 differ.
     expected, actual = ({key: json.dumps(value) for key, value in each.items()} for each in (expected, export.config))
     changed = sorted(key for key in {*expected, *actual} if expected.get(key) != actual.get(key))
@@ -80,13 +82,13 @@ def hash_weights(export: Export, name: str, progress: Progress = lambda count: N
     """Check a weights file against its record in the manifest and return its sha256.
 
     Raises:
-        ExportError: the file has changed; convert the base again.
+        ExportError: the file has changed; convert the base or adopt the trained model again.
     """
     path, record = export.root / name, export.manifest.weights[name]
     changed, _ = _weights_changed(path, record, full=False, progress=progress)
     if changed:
-        raise ExportError(f"{name} in {export.root} has changed ({changed}); convert the base again")
-    return _hash(path, record, progress, "convert the base again")
+        raise ExportError(f"{name} in {export.root} has changed ({changed}); {export.manifest.remedy}")
+    return _hash(path, record, progress, export.manifest.remedy)
 
 
 def hash_onnx(export: Export, name: str, progress: Progress = lambda count: None) -> str:
@@ -109,7 +111,7 @@ def _hash(path: Path, record: FileRecord | OnnxRecord, progress: Progress, remed
 
 
 def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
-    name = "weights are the base's" if full else "weights have the base's sizes and headers"
+    name = _weights_claim(export, full)
     if export.lacking and export.manifest.weights_method == "none":
         return Check(name, False, f"{export.lacking[0]} is not here: {WITHOUT_WEIGHTS}")
     depths: dict[str, None] = {}
@@ -124,6 +126,12 @@ def _check_weights(export: Export, full: bool, progress: Progress) -> Check:
     is_proved = not full or UNKNOWN_DIGEST not in depths
     detail = f"{len(export.manifest.weights)} compared by {' and '.join(depths)}"
     return Check(name, True if is_proved else None, detail)
+
+
+def _weights_claim(export: Export, full: bool) -> str:
+    if export.manifest.trained:
+        return "weights are as recorded" if full else "weights have the recorded sizes and headers"
+    return "weights are the base's" if full else "weights have the base's sizes and headers"
 
 
 def _check_records(export: Export) -> Check:

@@ -82,6 +82,7 @@ class Manifest:
         files: all other files but the manifest itself and the ONNX files, by name.
         left_behind: names of the base's files that were not copied.
         added: names of files that the base does not have, such as the NOTICE that its licence requires.
+        trained: whether the weights were trained since the conversion, so that they are not the base's.
         onnx: files of the ONNX export, by name; `loopexport onnx` adds and replaces them after the conversion.
     """
 
@@ -93,15 +94,22 @@ class Manifest:
     files: dict[str, FileRecord]
     left_behind: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
+    trained: bool = False
     onnx: dict[str, OnnxRecord] = field(default_factory=dict)
+
+    @property
+    def remedy(self) -> str:
+        """How to get an intact export again."""
+        return "save the trained model to a new directory and adopt that" if self.trained else "convert the base again"
 
     def to_json(self) -> str:
         """The text of the file: one JSON object, with its keys in a fixed order."""
         values = {"format": FORMAT, **asdict(self)}
         for group in ("weights", "files", "onnx"):
             values[group] = {name: _without_none(record) for name, record in sorted(values[group].items())}
-        if not self.onnx:
-            del values["onnx"]
+        for name in ("trained", "onnx"):
+            if not values[name]:
+                del values[name]
         return json_text(values)  # in ASCII, since a file name need not be valid text
 
 
@@ -118,7 +126,8 @@ def read_manifest(root: Path) -> Manifest:
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ExportError(
-            f"{root} is not a LoopExport export: it has no {MANIFEST}; give a directory that `loopexport convert` wrote"
+            f"{root} is not a LoopExport export: it has no {MANIFEST}; give a directory that `loopexport convert` "
+            "wrote, or run `loopexport adopt` on a looped model that was trained"
         ) from None
     except OSError as error:
         raise ExportError(f"cannot read {path}: {error.strerror}") from None
@@ -136,6 +145,7 @@ def read_manifest(root: Path) -> Manifest:
             files={_file_name(name): _record(**record) for name, record in values["files"].items()},
             left_behind=tuple(_typed(name, str) for name in values["left_behind"]),
             added=tuple(_typed(name, str) for name in values.get("added", ())),
+            trained=_typed(values.get("trained", False), bool),
             onnx={_file_name(name): _onnx_record(record) for name, record in values.get("onnx", {}).items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError, SpecError) as error:

@@ -9,22 +9,17 @@ from pathlib import Path
 from loopexport import templates
 from loopexport.base import tokenizer
 from loopexport.base.checkpoint import CONFIG
-from loopexport.files.digests import file_sha256
+from loopexport.files.digests import bytes_sha256, file_sha256
 from loopexport.templates import FILES
-from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
+from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
-from .directory import Export
+from .directory import Export, is_own_auto_map
+from .earlier_code import EARLIER_SETS
 
 CUSTOM_GENERATE = "custom_generate/generate.py"
 
-# Code files that earlier versions wrote, with their sha256. An export keeps the code that it was made with, and that
-# code stays valid. Whenever the templates change after a release, add the released set here.
-EARLIER_SETS = (
-    {
-        "configuration_looped.py": "b521683be2b846de60527ca56b2f3228f6aa5fb9a55e51ce2dafe098f28cf6ff",
-        "modeling_looped.py": "7d9ec7e9f445930d0e82f3d3bec0152290f26f9da49471f0c626cb7e133e671c",
-    },
-)
+# Names of all code files that any version wrote.
+CODE_NAMES = tuple(dict.fromkeys([*FILES, *(name for digests in EARLIER_SETS for name in digests)]))
 
 
 def template_bytes(name: str) -> bytes:
@@ -41,10 +36,24 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def todays_set() -> dict[str, str]:
+    """The sha256 of each code file that `convert` writes today."""
+    return {name: bytes_sha256(template_bytes(name)) for name in FILES}
+
+
+def code_set(root: Path) -> dict[str, str] | None:
+    """The code files in a directory with their sha256, if they are today's or an earlier set, whole and without more.
+
+    Returns:
+        None for any other code.
+    """
+    here = {name: sha256 for name in CODE_NAMES if (sha256 := _sha256(root / name)) is not None}
+    return here if here in (todays_set(), *EARLIER_SETS) else None
+
+
 def code_files(root: Path) -> tuple[str, ...]:
-    """Names of the code files that an export must have: an earlier set if it has one, else today's."""
-    earlier = (tuple(digests) for digests in EARLIER_SETS if _holds(root, digests))
-    return next(earlier, FILES)
+    """Names of the code files that an export must have: those of its set if the set is known, else today's."""
+    return tuple(code_set(root) or FILES)
 
 
 def foreign_code(export: Export) -> str | None:
@@ -52,15 +61,12 @@ def foreign_code(export: Export) -> str | None:
 
     With `trust_remote_code=True`, transformers runs the code that `auto_map` names, and `custom_generate/generate.py`.
     """
-    names = code_files(export.root)
-    for name in names if names == FILES else ():
-        path = export.root / name
-        if not path.is_file() or path.read_bytes() != template_bytes(name):
-            return name
+    if code_set(export.root) is None:
+        return _first_foreign(export.root)
     if os.path.lexists(export.root / CUSTOM_GENERATE):
         return CUSTOM_GENERATE
     family = str(export.config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX)
-    if export.config.get("auto_map") != auto_map(family):
+    if not is_own_auto_map(export.config.get("auto_map"), family):
         return f"the auto_map of {CONFIG}"
     path = export.root / tokenizer.CONFIG
     if path.is_file() and tokenizer.foreign_class(path.read_bytes()) is not None:
@@ -68,5 +74,12 @@ def foreign_code(export: Export) -> str | None:
     return None
 
 
-def _holds(root: Path, digests: dict[str, str]) -> bool:
-    return all((root / name).is_file() and file_sha256(root / name) == sha256 for name, sha256 in digests.items())
+def _first_foreign(root: Path) -> str:
+    """The first code file that differs from today's; the files are no known set."""
+    todays = todays_set()
+    differs = (name for name in CODE_NAMES if _sha256(root / name) != todays.get(name))
+    return next(differs)
+
+
+def _sha256(path: Path) -> str | None:
+    return file_sha256(path) if path.is_file() else None

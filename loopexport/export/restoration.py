@@ -12,10 +12,10 @@ from loopexport.files.digests import Progress
 from loopexport.files.output import check_output, check_space, output_path
 from loopexport.files.placement import METHODS, place, settle_method
 from loopexport.files.staged_directory import staged_directory
-from loopexport.templates import FILES as TEMPLATES
 
 from .directory import BASE_FOLDER, Export, open_export
 from .integrity import check_files
+from .own_code import CODE_NAMES
 
 
 @suggest_keywords
@@ -27,6 +27,8 @@ def restore(
     progress: Progress = lambda count: None,
 ) -> Checkpoint:
     """Write the base of an export, without the files that `convert` left behind.
+
+    For an adopted export, that is the native model with the trained weights.
 
     Args:
         root: the export.
@@ -60,7 +62,7 @@ def restore(
 
 def _base_files(export: Export) -> dict[str, Path]:
     """The base's small files by name, and their paths in the export."""
-    ours = {CARD, *TEMPLATES, *export.manifest.added}
+    ours = {CARD, *CODE_NAMES, *export.manifest.added}
     prefix = f"{BASE_FOLDER}/"
     names = export.manifest.files
     files = {name: export.root / name for name in names if name not in ours and not name.startswith(prefix)}

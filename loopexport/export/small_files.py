@@ -57,7 +57,10 @@ def export_card(export: Export) -> str:
     home = tokenizer.tokenizer_home(_original_tokenizer_config(export), _base_names(export))
     base_card = _original(export, CARD)
     facts = _card_facts(export.base, export.spec, export.cost, base_card, home, not export.lacking)
-    return make_card(replace(facts, onnx=export.manifest.onnx))
+    facts = replace(facts, onnx=export.manifest.onnx)
+    if export.manifest.trained:  # results were published for the base's weights
+        facts = replace(facts, trained=True, published=None)
+    return make_card(facts)
 
 
 def export_warnings(export: Export) -> list[str]:
@@ -104,8 +107,13 @@ def _about_tokenizer(config: bytes, names: Collection[str], base: Origin) -> str
 
 def licence_notice_file(base: Checkpoint) -> dict[str, bytes]:
     """The NOTICE file that the base's licence requires, by name; empty if none is required or the base has one."""
-    licence = licence_of(_metadata(base))
-    has_one = any(LICENCE_TEXT.fullmatch(name) and name.lower().startswith("notice") for name in base.carried)
+    return notice_file(_metadata(base), base.carried)
+
+
+def notice_file(metadata: dict, names: Collection[str]) -> dict[str, bytes]:
+    """The NOTICE file that a licence requires, by name; empty if none is required or it is among `names`."""
+    licence = licence_of(metadata)
+    has_one = any(LICENCE_TEXT.fullmatch(name) and name.lower().startswith("notice") for name in names)
     return {} if licence is None or has_one else {NOTICE: f"{licence.notice_text}\n".encode()}
 
 

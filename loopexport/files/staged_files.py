@@ -29,20 +29,33 @@ class StagedFiles:
         self._root = root
         self._partial: dict[str, Path] = {}  # by final name
         self._moved: list[tuple[Path, bool]] = []  # the path, and whether it replaced an older file
+        self._folders: list[Path] = []  # made for the new files
         self._kept = False
 
     def partial(self, name: str) -> Path:
         """The temporary path to write a file to; an empty file is there. `end` removes whatever is still there.
 
+        Args:
+            name: the file's name, with at most one folder, which is made if it is missing.
+
         Raises:
-            OutputError: the file system refused.
+            OutputError: the folder is a link, or the file system refused.
         """
         if name not in self._partial:
-            with explain_os_errors(self._root / name):
-                descriptor, path = tempfile.mkstemp(prefix=f".{name}.", suffix=PARTIAL, dir=self._root)
+            final = self._root / name
+            with explain_os_errors(final):
+                self._make_folder(final.parent)
+                descriptor, path = tempfile.mkstemp(prefix=f".{final.name}.", suffix=PARTIAL, dir=final.parent)
                 os.close(descriptor)
             self._partial[name] = Path(path)
         return self._partial[name]
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder != self._root and folder.is_symlink():
+            raise OutputError(f"cannot write into {folder}: it is a symbolic link; replace it with a directory")
+        if not folder.exists():
+            folder.mkdir()
+            self._folders.append(folder)
 
     def move_in(self, name: str) -> None:
         """Give a written file its final name, and keep the older file of that name until `end`.
@@ -69,6 +82,15 @@ class StagedFiles:
             self.partial(name).write_bytes(content)
         self.move_in(name)
 
+    def remove(self, name: str) -> None:
+        """Remove a file, and keep it under another name until `end`."""
+        path = self._root / name
+        with explain_os_errors(path):
+            _replaced(path).unlink(missing_ok=True)
+            self._moved.append((path, True))
+            _set_aside(path)
+            path.unlink(missing_ok=True)
+
     def keep(self) -> None:
         """Keep the new files."""
         self._kept = True
@@ -84,6 +106,13 @@ class StagedFiles:
             elif not self._kept and not is_older:
                 path.unlink(missing_ok=True)
             _replaced(path).unlink(missing_ok=True)  # `replace` leaves it where both names are one file
+        for folder in [] if self._kept else self._folders:
+            folder.rmdir()
+
+
+def exactly(*names: str) -> re.Pattern:
+    """The pattern of these names alone, for `staged_files`."""
+    return re.compile("|".join(map(re.escape, names)))
 
 
 @contextmanager
@@ -123,10 +152,11 @@ def _put_right(root: Path, names: re.Pattern, last: str) -> None:
     """Remove the temporary files of a killed run, and undo what it moved in unless it came as far as its last file."""
     is_complete = _is_moved_in(root / last)
     kinds = "|".join(map(re.escape, (PARTIAL, REPLACED)))
-    temporary = re.compile(rf"\.(?P<name>{names.pattern})(\.\w+)?(?P<kind>{kinds})")
-    for path in list(root.iterdir()):
-        match = temporary.fullmatch(path.name)
-        if match is None or not (path.is_symlink() or path.is_file()):
+    temporary = re.compile(rf"(?P<name>{names.pattern})(\.\w+)?(?P<kind>{kinds})")
+    for path in [*root.glob(".*"), *root.glob("*/.*")]:
+        folder = path.relative_to(root).parent
+        match = temporary.fullmatch((folder / path.name[1:]).as_posix())
+        if match is None or (root / folder).is_symlink() or not (path.is_symlink() or path.is_file()):
             continue
         if match["kind"] == REPLACED and not path.is_symlink() and not is_complete:
             path.replace(root / match["name"])

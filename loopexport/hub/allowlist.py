@@ -25,9 +25,8 @@ from loopexport.export.integrity import EDITABLE, check_config, check_onnx, chec
 from loopexport.export.manifest import MANIFEST
 from loopexport.export.onnx_files import DATA_SUFFIX
 from loopexport.export.onnx_files import FILES as ONNX_FILES
-from loopexport.export.own_code import foreign_code
+from loopexport.export.own_code import CODE_NAMES, foreign_code
 from loopexport.export.stale_graphs import stale_graphs
-from loopexport.templates import FILES as TEMPLATES
 
 LARGE_BYTES = 64 * 2**20
 
@@ -101,7 +100,7 @@ def _check_no_link(path: Path, name: str) -> None:
 
 def _check_name(name: str) -> None:
     last, suffix = name.rsplit("/", 1)[-1], Path(name).suffix.lower()
-    if suffix in CODE and name not in TEMPLATES:
+    if suffix in CODE and name not in CODE_NAMES:
         raise PushError(f"{name} is code that LoopExport did not write; no export runs it, so move it elsewhere")
     if suffix in PICKLES:
         raise PushError(f"{name} may be a pickle, which can run code when it is loaded; move it elsewhere")
@@ -112,7 +111,7 @@ def _check_name(name: str) -> None:
 def _check_unchanged(export: Export) -> None:
     for check in (check_small_files(export), check_config(export)):
         if check.passed is False:
-            raise PushError(f"{export.root} has changed since the conversion: {check.detail}; convert the base again")
+            raise PushError(f"{export.root} has changed since it was written: {check.detail}; {export.manifest.remedy}")
     name = foreign_code(export)
     if name is not None:
         raise PushError(f"{name} is not the installed LoopExport's; convert the base again with this version")

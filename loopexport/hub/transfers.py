@@ -100,7 +100,7 @@ def settle_transfers(
     uploaded = [item for item in items if item.how == UPLOAD and item.name in export.manifest.weights]
     for item in uploaded:
         if item.content is None:
-            raise PushError(_cannot_complete(item.name, reason))
+            raise PushError(_cannot_complete(item.name, reason, is_trained=export.manifest.trained))
     return items, [f"weights are uploaded, not copied by the Hub: {reason}"] if uploaded else []
 
 
@@ -133,6 +133,8 @@ def _list_base(
 ) -> tuple[dict[str, RemoteFile], str]:
     """The files of these names in the base's repository, and why the Hub cannot copy the others."""
     base = export.manifest.base
+    if export.manifest.trained:
+        return {}, "they were trained and are not the base's"
     reason = cannot_copy_from(base, target.repo_id) if server_copy else "--no-server-copy"
     if reason or not names or base.revision is None:
         return {}, reason
@@ -158,5 +160,6 @@ def _if_copyable(item: Transfer, file: RemoteFile | None) -> Transfer:
     return replace(item, how=COPY) if is_copyable else item
 
 
-def _cannot_complete(name: str, reason: str) -> str:
-    return f"{name} is not here and the Hub cannot copy it ({reason}); convert the base again with its weights"
+def _cannot_complete(name: str, reason: str, is_trained: bool = False) -> str:
+    remedy = "put it back" if is_trained else "convert the base again with its weights"
+    return f"{name} is not here and the Hub cannot copy it ({reason}); {remedy}"

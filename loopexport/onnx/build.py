@@ -13,12 +13,13 @@ from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CARD
 from loopexport.choices import Attention, OnnxDtype
 from loopexport.errors import OnnxError
+from loopexport.export.card_refresh import write_card_and_manifest
 from loopexport.export.check import Check
 from loopexport.export.directory import Export, open_export
-from loopexport.export.manifest import MANIFEST, FileRecord, OnnxRecord
+from loopexport.export.manifest import MANIFEST, OnnxRecord
 from loopexport.export.onnx_files import FILES as ONNX_FILES
 from loopexport.export.onnx_files import GENAI_CONFIG
-from loopexport.export.small_files import export_card, is_card_edited, read_file
+from loopexport.export.small_files import read_file
 from loopexport.export.stale_graphs import loop_difference
 from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
 from loopexport.files.json_text import json_text
@@ -294,14 +295,8 @@ def _record_files(root: Path, records: dict[str, OnnxRecord], files: StagedFiles
     export = open_export(root)
     there = {name: record for name, record in export.manifest.onnx.items() if (root / name).is_file()}
     manifest = replace(export.manifest, onnx={**there, **records})
-    card = export_card(replace(export, manifest=manifest)).encode()
-    if is_card_edited(export) and (root / CARD).read_bytes() != card:  # equal if the last run stopped here
+    if not write_card_and_manifest(replace(export, manifest=manifest), files):
         say(f"{CARD} was edited, so it stays as it is and does not mention the graphs")
-    else:
-        record = FileRecord(len(card), bytes_sha256(card))
-        manifest = replace(manifest, files={**manifest.files, CARD: record})
-        files.write(CARD, card)
-    files.write(MANIFEST, manifest.to_json().encode())
 
 
 def _copy_export(export: Export, target: Path) -> None:

@@ -26,6 +26,10 @@ FUNCTIONS = {
     "push": loopexport.push,
     "plan_push": loopexport.plan_push,
     "verify": loopexport.verify,
+    "adopt": loopexport.adopt,
+    "plan_adopt": loopexport.plan_adopt,
+    "upgrade": loopexport.upgrade,
+    "plan_upgrade": loopexport.plan_upgrade,
     "restore": loopexport.restore,
     "export_onnx": loopexport.export_onnx,
     "plan_onnx": loopexport.plan_onnx,
@@ -92,6 +96,10 @@ def test_convert_takes_what_plan_convert_takes_and_progress():
 
 def test_push_takes_what_plan_push_takes_and_notify():
     assert settings(loopexport.push, "notify") == settings(loopexport.plan_push)
+
+
+def test_adopt_takes_what_plan_adopt_takes_and_progress():
+    assert settings(loopexport.adopt, "progress") == settings(loopexport.plan_adopt)
 
 
 def test_export_onnx_takes_what_plan_and_apply_take():

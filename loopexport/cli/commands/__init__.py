@@ -7,6 +7,7 @@ import click
 from loopexport._version import __version__
 from loopexport.cli.groups import Group
 
+from .adopt import adopt
 from .convert import convert
 from .families import families
 from .inspect import inspect
@@ -16,6 +17,7 @@ from .push import push
 from .restore import restore
 from .rules import rules
 from .run import run
+from .upgrade import upgrade
 from .verify import verify
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -38,5 +40,5 @@ def main() -> None:
     """
 
 
-for command in (convert, inspect, verify, onnx, run, push, restore, presets, rules, families):
+for command in (convert, inspect, verify, onnx, run, push, adopt, upgrade, restore, presets, rules, families):
     main.add_command(command)

@@ -18,8 +18,11 @@ def restore(directory, out, weights) -> None:
 
     Before that, hash the weights that have a recorded digest.
     """
+    from loopexport.export.directory import open_export
     from loopexport.export.restoration import restore as restore_base
 
     with ByteBar("restoring weights", 0) as advance:
         base = restore_base(directory, out, weights=weights, progress=advance)
-    echo_line(f"Wrote {base.root}, the base {base.origin.name}")
+    trained = open_export(directory).manifest.trained
+    what = f"the model trained from {base.origin.name}, without its loop" if trained else f"the base {base.origin.name}"
+    echo_line(f"Wrote {base.root}, {what}")

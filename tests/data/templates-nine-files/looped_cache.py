@@ -1,0 +1,228 @@
+"""The cache stand-ins that a layer gets instead of the K/V cache, one for each K/V policy, and the slots of `per_step`.
+
+Every export has a copy of this file. It needs only torch and transformers. No class here is a `Cache` subclass, since
+those break when transformers is upgraded. A new K/V policy needs a stand-in here, a line in
+`looped_walk.LayerCall._iteration_cache`, and its name in `looped_spec.KV_POLICIES`.
+
+Keys and values are `(batch, heads, seq, head_dim)`. `update()` takes the keys and values of the current chunk and
+returns those that attention may read: the past and the chunk. Multi-head latent attention passes latents instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from .looped_spec import LoopSpec
+
+# Names of the K/V cache argument in native layers, newest first.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+class CacheArgument(NamedTuple):
+    """The argument of a module that takes the K/V cache.
+
+    Attributes:
+        name: its name.
+        position: its position among the positional arguments, counted from 0.
+    """
+
+    name: str
+    position: int
+
+    def value_in(self, args, kwargs):
+        """The cache in the arguments of a call, or None."""
+        return kwargs.get(self.name, args[self.position] if self.position < len(args) else None)
+
+    def put(self, cache, args: list, kwargs: dict) -> None:
+        """Replace the cache in the arguments of a call, in place."""
+        if self.position < len(args):
+            args[self.position] = cache
+        else:
+            kwargs[self.name] = cache
+
+
+def find_cache_argument(module: nn.Module) -> CacheArgument | None:
+    """The argument of a decoder layer or model that takes the K/V cache; None if it has none."""
+    names = list(inspect.signature(module.forward).parameters)
+    found = next((name for name in CACHE_ARGUMENTS if name in names), None)
+    return None if found is None else CacheArgument(found, names.index(found))
+
+
+class CacheStandIn:
+    """Passes everything but `update` on to the real cache, or to an empty one if the model runs without a cache.
+
+    Attributes:
+        cache: the real cache, or None.
+        length: the cache length that the layer saw in the natural pass. Llama 4 computes positions from it, and by the
+            time of an iteration the real cache already holds the chunk.
+    """
+
+    length: Any = None
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def get_seq_length(self, *args, **kwargs):
+        return self._ask_length(*args, **kwargs) if self.length is None else self.length
+
+    def _ask_length(self, *args, **kwargs):
+        return self.__getattr__("get_seq_length")(*args, **kwargs)
+
+    def __getattr__(self, name):
+        if "conv" in name or "recurrent" in name or "ssm" in name or "linear" in name or "indexer" in name:
+            raise ValueError(
+                f"cannot loop a layer that keeps more than keys and values in its cache ({name}); choose another span"
+            )
+        return getattr(DynamicCache() if self.cache is None else self.cache, name)
+
+
+class NaturalPass(CacheStandIn):
+    """For the natural pass: stores in the real cache, and records what iterations need.
+
+    Attributes:
+        new: the chunk's keys and values, each `(batch, heads, chunk, head_dim)`; empty until the layer stores them.
+        read: the keys and values that attention reads, each `(batch, heads, past + chunk, head_dim)`.
+        rest: the other arguments of `update`, as `(args, kwargs)`.
+    """
+
+    new: tuple = ()
+    read: tuple = ()
+    rest: tuple = ((), {})
+
+    def get_seq_length(self, *args, **kwargs):
+        length = self._ask_length(*args, **kwargs)
+        if self.length is None:  # a static cache updates its count in place
+            self.length = length.clone() if isinstance(length, torch.Tensor) else length
+        return length
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        self.new, self.rest = (keys, values), (args, kwargs)
+        self.read = self.new if self.cache is None else self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        return self.read
+
+
+class SharedRead(CacheStandIn):
+    """Policy `shared`: stores nothing, and returns the keys and values of the natural pass.
+
+    Attributes:
+        read: `NaturalPass.read`, each `(batch, heads, past + chunk, head_dim)`.
+    """
+
+    def __init__(self, cache, read):
+        super().__init__(cache)
+        self.read = read
+
+    def update(self, keys, values, *args, **kwargs):
+        return self.read
+
+
+class OwnChunk(CacheStandIn):
+    """Policy `reference`: stores nothing, and returns the natural past joined with the iterate's own chunk.
+
+    Attributes:
+        read: `NaturalPass.read`, each `(batch, heads, past + chunk, head_dim)`.
+        start: position of the chunk in `read`; None if it is at the end.
+    """
+
+    def __init__(self, cache, read, start):
+        super().__init__(cache)
+        self.read = read
+        self.start = start
+
+    def update(self, keys, values, *args, **kwargs):
+        return self._replace_chunk(self.read[0], keys), self._replace_chunk(self.read[1], values)
+
+    def _replace_chunk(self, read, own):
+        length = own.shape[-2]
+        if self.start is None:
+            return torch.cat([read[..., : read.shape[-2] - length, :], own], dim=-2)
+        positions = self.start + torch.arange(length, device=read.device)
+        return read.index_copy(-2, positions, own)
+
+
+class OwnSlot(CacheStandIn):
+    """Policy `per_step`: stores in the cache slot of this layer and iteration, and returns the contents of that slot.
+
+    Attributes:
+        read: `NaturalPass.read`; the slot must have the same length.
+        slot: number of the slot in the cache.
+    """
+
+    def __init__(self, cache, read, slot):
+        super().__init__(cache)
+        self.read = read
+        self.slot = slot
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        own = self.cache.update(keys, values, self.slot, *args, **kwargs)
+        if own[0].shape[-2] != self.read[0].shape[-2]:
+            raise ValueError(_foreign_cache(f"slot {self.slot} and layer {layer_idx} differ in length"))
+        return own
+
+
+def chunk_start(cache, layer_idx: int, natural: NaturalPass):
+    """The position in `natural.read` where the chunk of the natural pass starts; None if the chunk is at the end.
+
+    Only a static cache layer can have it elsewhere: it returns a buffer longer than its contents.
+    """
+    length, read_length = natural.new[0].shape[-2], natural.read[0].shape[-2]
+    layer = cache.layers[layer_idx] if hasattr(cache, "layers") else None
+    if layer is None or not layer.is_compileable or read_length != layer.max_cache_len:
+        return None
+    last = read_length - length
+    cache_kwargs = next(iter(natural.rest[0]), None)
+    if cache_kwargs is not None and cache_kwargs.get("cache_position") is not None:  # transformers 4
+        return cache_kwargs["cache_position"][0].clamp(max=last)
+    if hasattr(layer, "cumulative_length_int"):  # a sliding window; once full, the chunk is at its end
+        return min(layer.cumulative_length_int - length, last)
+    return layer.cumulative_length - length
+
+
+def is_empty(cache, layer_idx: int, num_tokens: int) -> bool:
+    """Whether the cache had nothing for this layer before this forward of `num_tokens` tokens."""
+    if not hasattr(cache, "layers"):  # a family's own cache class, transformers 4
+        return int(cache.get_seq_length(layer_idx)) == 0
+    if layer_idx >= len(cache.layers) or not cache.layers[layer_idx].is_initialized:
+        return True
+    # A static cache has its length only as a tensor, and a compiled graph cannot branch on a tensor. A compiled forward
+    # on an initialised static cache is a decode step, so the cache is not empty.
+    if torch.compiler.is_compiling():
+        return False
+    # A layer that reuses the keys of an earlier layer has none; the earlier one has already stored this forward's.
+    owner = next(index for index in range(layer_idx, -1, -1) if getattr(cache.layers[index], "keys", None) is not None)
+    return int(cache.get_seq_length(owner)) == (0 if owner == layer_idx else num_tokens)
+
+
+def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int) -> None:
+    """Add one slot for each looped layer and iteration to the cache, of the same type as the layer's own slot.
+
+    A cache that was made without a config needs no call: it adds slots by itself when a layer first stores there.
+
+    Raises:
+        ValueError: the cache was filled under another loop setting, or is of a class that slots cannot be added to.
+    """
+    if type(cache).__module__.startswith("transformers.models."):  # a family's own class, with its own slots
+        raise ValueError(f"kv per_step cannot add slots to a {type(cache).__name__}; use kv shared")
+    count = len(cache.layers)
+    if count < num_layers or count == num_layers + spec.extra_kv_slots:
+        return
+    if count != num_layers or not is_empty(cache, spec.layers[0], num_tokens):
+        raise ValueError(_foreign_cache(f"it has {count} slots, not {num_layers + spec.extra_kv_slots}"))
+    for _ in range(1, spec.evaluations):
+        cache.layers.extend(_empty_slot_like(cache.layers[index]) for index in spec.layers)
+
+
+def _empty_slot_like(layer):
+    slot = copy.deepcopy(layer)
+    slot.reset()
+    return slot
+
+
+def _foreign_cache(why: str) -> str:
+    return f"the K/V cache was filled under another loop setting ({why}); start with a new cache"

@@ -1,0 +1,356 @@
+"""The fields of the loop, their meaning and allowed values, and the table of update rules.
+
+Every export has a copy of this file. It needs only the standard library.
+
+Source: "Training-Free Looped Transformers" (arXiv 2605.23872).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+MODES = ("block", "layer")
+KV_POLICIES = ("shared", "per_step", "reference")
+DECODE_MODES = ("full", "bypass", "first_n")
+
+# Names in `layer_types` of native configs for layers whose only memory is a K/V cache.
+ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+
+MAX_COUNT = 2**31 - 1  # the limit for steps and other counts: far more than useful, and fits any integer type
+
+FIELD_PREFIX = "loop_"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters and cost of an update rule; `looped_rules.UPDATES` has its arithmetic under the same name.
+
+    Attributes:
+        takes: the fields of `LoopSpec` that it uses, besides `steps` and `anchor`.
+        damping: its default step size; None means 1/K.
+        evaluations_per_step: how many times one step runs the span.
+        summary: its formula in one line.
+    """
+
+    takes: tuple[str, ...]
+    damping: float | None
+    evaluations_per_step: int
+    summary: str
+
+
+RULES = {
+    "euler": Rule(("damping", "norm_interpolation"), None, 1, "h + s (g(h) - h)"),
+    "residual_scaled": Rule((), None, 1, "x + (g^K(x) - x) / K"),
+    "ema": Rule(("damping",), 0.5, 1, "(1 - s) h + s g(h)"),
+    "ema_sched": Rule(("schedule",), None, 1, "(1 - s_k) h + s_k g(h), where s_1 ... s_K is the schedule"),
+    "midpoint": Rule(("damping",), None, 2, "h + s f(h + s/2 f(h)), f(h) = g(h) - h"),
+    "heun": Rule(("damping",), None, 2, "h + s/2 (k1 + k2), k1 = f(h), k2 = f(h + s k1)"),
+    "rk4": Rule(("damping",), None, 4, "h + s/6 (k1 + 2 k2 + 2 k3 + k4), the classical Runge-Kutta step on f"),
+    "heavy_ball": Rule(("damping", "momentum"), 0.5, 1, "h + s (g(h) - h) + momentum (h - h_previous)"),
+    "anderson": Rule(("damping", "history"), 1.0, 1, "Anderson acceleration over the latest `history` differences"),
+    "aitken": Rule((), None, 1, "Aitken's delta-squared on each coordinate, two evaluations at a time; K must be even"),
+    "norm_stab": Rule(("damping",), 0.5, 1, "(1 - s) h + s g(h), rescaled for each token to the norm of x"),
+    "poly_blend": Rule(("schedule",), None, 1, "w_0 x + w_1 g(x) + ... + w_K g^K(x), where w is the schedule"),
+    "input_anchor": Rule(("damping",), 0.5, 1, "(1 - s) x + s g(h)"),
+    "uniform": Rule((), None, 1, "each layer's output is the mean of its outputs so far"),
+}
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """The loop: which layers are looped, and how. A config stores each field as `loop_<name>`.
+
+    Let x be the hidden states that enter the span, g(h) one run of h through it, s the step size and beta the anchor.
+    The default rule is
+
+        n       = g(x)                           the natural pass
+        h_1     = x + s * (n - x)
+        h_{k+1} = h_k + s * (g(h_k) - h_k)       k = 1 .. K-1
+        out     = beta * n + (1 - beta) * h_K
+
+    Other rules compute h_K in another way; see `RULES`.
+
+    Attributes:
+        span: half-open range of decoder layers `(start, stop)`, counted from 0; or several such ranges, in order and
+            without overlap, each of which loops by itself.
+        steps: K, how many times g is evaluated, including the natural pass (midpoint and heun take 2 evaluations per
+            step, rk4 takes 4); 1 is the base model.
+        damping: the step size s, in (0, 1]; None means the rule's default, 1/K for euler. 1 is naive looping.
+        anchor: beta, the weight of the natural pass in the output, in [0, 1]; 1 is the base model.
+        mode: "block" loops the span as one function, "layer" loops each of its layers in turn.
+        kv: the K/V policy: which keys and values an iteration attends to. "shared": the natural pass's, for every
+            position; "per_step": its own, kept in extra cache slots, like a physically unrolled model; "reference": the
+            natural pass's for the past and its own for the current chunk, like the paper's authors.
+        decode: which decode steps loop. A decode step is a forward of one token on a cache that is not empty; all other
+            forwards loop. "full": all; "bypass": none; "first_n": the first `first_n` after the latest longer chunk.
+        first_n: number of decode steps that loop under `decode="first_n"`.
+        rule: the update rule, one of `RULES`.
+        schedule: K step sizes in [0, 1] for rule ema_sched; K+1 weights that sum to 1 for poly_blend; else None.
+        momentum: for rule heavy_ball, in [0, 1); None means 0.3.
+        history: for rule anderson, the number of past differences in its fit, 1 or more; None means 2.
+        frozen_routing: for sparse MoE, iterations reuse the natural pass's choice of experts and their weights.
+        norm_interpolation: for rule euler, rescale iterate k < K, for each token and in fp32, to the norm
+            |x| + (|n| - |x|) * k/K.
+
+    Raises:
+        ValueError: a field is out of range, or two fields do not fit together; the message says what is allowed.
+
+    Source: paper section 3; rules, refinements, K/V policies and decode modes from the authors' published code
+    (`loop_qwen3.py`, where layer mode with frozen routing and norm interpolation is `layer_anchored_frozen`).
+    """
+
+    span: tuple
+    steps: int
+    damping: float | None = None
+    anchor: float = 0.0
+    mode: str = "block"
+    kv: str = "shared"
+    decode: str = "full"
+    first_n: int = 0
+    rule: str = "euler"
+    schedule: tuple[float, ...] | None = None
+    momentum: float | None = None
+    history: int | None = None
+    frozen_routing: bool = False
+    norm_interpolation: bool = False
+
+    def __post_init__(self):
+        for name in FIELDS:
+            object.__setattr__(self, name, self.check_field(name, getattr(self, name)))
+        for name in ("damping", "schedule", "momentum", "history", "norm_interpolation"):
+            if getattr(self, name) not in (None, False) and name not in RULES[self.rule].takes:
+                raise ValueError(f"rule {self.rule} does not use {name}; leave it out")
+        if "schedule" in RULES[self.rule].takes and self.steps > 1:
+            self._check_schedule()
+        if self.rule == "aitken" and self.steps % 2 and self.steps > 1:
+            raise ValueError(f"steps {self.steps} must be even for rule aitken, which takes two evaluations at a time")
+        if self.rule == "anderson" and self.kv != "reference":
+            raise ValueError(
+                f"rule anderson fits one mix to all tokens of a chunk, so cached decoding cannot equal a full forward, "
+                f"which kv {self.kv} promises; use kv reference"
+            )
+
+    def _check_schedule(self):
+        count, what = (self.steps, "steps") if self.rule == "ema_sched" else (self.steps + 1, "steps + 1")
+        if self.schedule is None or len(self.schedule) != count:
+            given = "none" if self.schedule is None else len(self.schedule)
+            raise ValueError(f"rule {self.rule} needs a schedule of {count} numbers ({what}), not {given}")
+        if self.rule == "poly_blend" and abs(sum(self.schedule) - 1) > 1e-6:
+            raise ValueError(f"the schedule of rule poly_blend must sum to 1, not {sum(self.schedule):g}")
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """All spans, as a tuple even if there is only one."""
+        return self.span if isinstance(self.span[0], tuple) else (self.span,)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of all looped layers, in order."""
+        return tuple(layer for start, stop in self.spans for layer in range(start, stop))
+
+    @property
+    def step_size(self) -> float:
+        """The step size s: `damping` or the rule's default. With euler's default 1/K, the integration time K*s is 1."""
+        default = RULES[self.rule].damping
+        chosen = default if self.damping is None else self.damping
+        return 1.0 / self.steps if chosen is None else chosen
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the looped model is bitwise the base model: K = 1 or beta = 1."""
+        return self.steps == 1 or self.anchor == 1
+
+    @property
+    def evaluations(self) -> int:
+        """How many times each looped layer runs for a token that loops, including the natural pass."""
+        return 1 if self.is_identity else self.steps * RULES[self.rule].evaluations_per_step
+
+    @property
+    def extra_kv_slots(self) -> int:
+        """Number of cache slots beyond one per layer: with `per_step`, one for each looped layer and iteration."""
+        return (self.evaluations - 1) * len(self.layers) if self.kv == "per_step" else 0
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise ValueError unless the spans lie inside a model of `num_layers` decoder layers."""
+        start, stop = self.spans[-1]
+        if stop > num_layers:
+            raise ValueError(
+                f"span {start}:{stop} ends outside the model, which has {num_layers} layers; "
+                f"a span is half-open and can end at {num_layers} at most"
+            )
+
+    def check_layer_types(self, layer_types) -> None:
+        """Raise ValueError if a looped layer remembers more of the past than keys and values.
+
+        Args:
+            layer_types: the config's `layer_types` or `layers_block_type`, one name per layer; None if it has none.
+        """
+        if not isinstance(layer_types, (list, tuple)) or len(layer_types) <= self.layers[-1]:
+            return
+        for layer in self.layers:
+            if layer_types[layer] not in ATTENTION_TYPES:
+                raise ValueError(
+                    f"layer {layer} is of type {layer_types[layer]}; only layers whose memory is a K/V cache can be "
+                    f"run again ({', '.join(ATTENTION_TYPES)}): choose a span of those"
+                )
+
+    @classmethod
+    def from_config(cls, config) -> LoopSpec:
+        """The spec in a config object's `loop_*` attributes.
+
+        Raises:
+            ValueError: a field is missing or out of range.
+        """
+        missing = [FIELD_PREFIX + name for name in FIELDS if not hasattr(config, FIELD_PREFIX + name)]
+        if missing:
+            raise ValueError(f"config has no {missing[0]}; convert the base model again")
+        return cls(**{name: getattr(config, FIELD_PREFIX + name) for name in FIELDS})
+
+    def to_config_fields(self) -> dict:
+        """The `loop_*` entries of `config.json`."""
+        return {FIELD_PREFIX + name: as_json(getattr(self, name)) for name in FIELDS}
+
+    @staticmethod
+    def check_field(name: str, value):
+        """Check the value of one field and return it in its canonical type.
+
+        Raises:
+            ValueError: there is no such field, or the value is not allowed; the message says what is.
+        """
+        if name not in FIELDS:
+            raise ValueError(
+                f"{FIELD_PREFIX}{name} is not a field of the loop; use {FIELD_PREFIX} with one of {', '.join(FIELDS)}"
+            )
+        return _FIELD_CHECKS[name](value)
+
+
+FIELDS = tuple(field.name for field in fields(LoopSpec))
+
+
+def as_json(value):
+    """A field's value for JSON, with lists for tuples."""
+    return [as_json(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _check_span(value) -> tuple:
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(each, (list, tuple)) for each in value):
+        return _check_bounds(value)
+    spans = tuple(_check_bounds(each) for each in value)
+    for (start, stop), (next_start, next_stop) in pairwise(spans):
+        if next_start < stop:
+            raise ValueError(
+                f"spans {start}:{stop} and {next_start}:{next_stop} overlap or are out of order; give them in order"
+            )
+    return spans if len(spans) > 1 else spans[0]
+
+
+def _check_bounds(value) -> tuple[int, int]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_int(bound) for bound in value):
+        raise ValueError(f"span {value!r} is not a pair of layer numbers [start, stop]")
+    start, stop = value
+    if start < 0:
+        raise ValueError(f"span {start}:{stop} starts before the first layer, which is 0")
+    if start >= stop:
+        kind = "is empty" if start == stop else "is reversed"
+        raise ValueError(f"span {start}:{stop} {kind}; give start:stop with start < stop (stop is not included)")
+    return (start, stop)
+
+
+def _check_steps(value) -> int:
+    if not _is_count(value, least=1):
+        raise ValueError(f"steps {value!r} must be a whole number from 1 (the base model) to {MAX_COUNT}")
+    return value
+
+
+def _check_damping(value) -> float | None:
+    if value is None:
+        return None
+    if not _is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"damping {value!r} must be a step size in (0, 1]; leave it out for the rule's default")
+    return float(value)
+
+
+def _check_anchor(value) -> float:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"anchor {value!r} must be a weight in [0, 1] (1 is the base model)")
+    return float(value)
+
+
+def _check_first_n(value) -> int:
+    if not _is_count(value, least=0):
+        raise ValueError(f"first_n {value!r} must be a whole number from 0 to {MAX_COUNT}")
+    return value
+
+
+def _check_schedule_numbers(value) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(_is_number(each) and 0 <= each <= 1 for each in value):
+        raise ValueError(f"schedule {value!r} must be a list of numbers in [0, 1]")
+    return tuple(float(each) for each in value)
+
+
+def _check_momentum(value) -> float | None:
+    if value is None:
+        return None
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"momentum {value!r} must be a number in [0, 1)")
+    return float(value)
+
+
+def _check_history(value) -> int | None:
+    if value is None:
+        return None
+    if not _is_count(value, least=1):
+        raise ValueError(f"history {value!r} must be a whole number from 1 to {MAX_COUNT}")
+    return value
+
+
+def _one_of(name: str, allowed):
+    def check(value) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"{name} {value!r} must be one of {', '.join(allowed)}")
+        return value
+
+    return check
+
+
+def _flag(name: str):
+    def check(value) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} {value!r} must be true or false")
+        return value
+
+    return check
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value, least: int) -> bool:
+    return _is_int(value) and least <= value <= MAX_COUNT
+
+
+def _is_number(value) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+_FIELD_CHECKS = {
+    "span": _check_span,
+    "steps": _check_steps,
+    "damping": _check_damping,
+    "anchor": _check_anchor,
+    "mode": _one_of("mode", MODES),
+    "kv": _one_of("kv", KV_POLICIES),
+    "decode": _one_of("decode", DECODE_MODES),
+    "first_n": _check_first_n,
+    "rule": _one_of("rule", RULES),
+    "schedule": _check_schedule_numbers,
+    "momentum": _check_momentum,
+    "history": _check_history,
+    "frozen_routing": _flag("frozen_routing"),
+    "norm_interpolation": _flag("norm_interpolation"),
+}

@@ -1,0 +1,84 @@
+"""Which loops vLLM serves exactly, decided from the spec and the config alone.
+
+Every export has a copy of this file. It needs only the standard library, so that LoopExport can write a model card
+without importing torch.
+"""
+
+from __future__ import annotations
+
+from .looped_spec import LoopSpec
+
+# Families for which vLLM was found to give the greedy tokens of transformers; the documentation has the settings.
+VLLM_FAMILIES = (
+    "gemma2", "gemma3_text", "glm4_moe", "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+)  # fmt: skip
+
+# Those of them whose experts vLLM computes itself, always with silu.
+VLLM_EXPERTS = ("glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
+
+# Those of them whose loops vLLM computes wrongly with torch.compile; with --enforce-eager the tokens are right.
+VLLM_EAGER = ("glm4_moe",)
+
+
+def vllm_refusal(family: str, spec: LoopSpec, config: dict) -> str | None:
+    """Why vLLM cannot serve a loop on a model, and what to do; None if it gives the greedy tokens of transformers.
+
+    Args:
+        family: the base's `model_type`.
+        spec: the loop.
+        config: the content of the base's `config.json`.
+    """
+    refusal = None if spec.is_identity else _vllm_loop_refusal(family, spec)
+    return refusal or _vllm_model_refusal(family, config)
+
+
+def _vllm_loop_refusal(family: str, spec: LoopSpec) -> str | None:
+    if family not in VLLM_FAMILIES:
+        return f"family {family} was not found exact there, only {', '.join(VLLM_FAMILIES)} were; use transformers"
+    if spec.kv == "reference":
+        return "kv reference depends on where chunks start, and vLLM chooses that; set loop_kv to shared or per_step"
+    if spec.kv == "per_step" and family == "gpt_oss":
+        return "kv per_step does not work with attention sinks; set loop_kv to shared"
+    if spec.decode != "full":
+        return f"decode {spec.decode} depends on where a prompt ends, and vLLM does not say; set loop_decode to full"
+    if spec.frozen_routing:
+        return (
+            "vLLM chooses experts inside its fused layer, where routing cannot be frozen; set loop_frozen_routing to "
+            "false"
+        )
+    return None
+
+
+def _vllm_model_refusal(family: str, config: dict) -> str | None:
+    """Reasons in the config: where vLLM computes something else than the family's code."""
+    activation = config.get("hidden_act", "silu")
+    if family in VLLM_EXPERTS and activation not in ("silu", "swish"):
+        return f"vLLM computes experts with silu and ignores hidden_act ({activation}); use transformers"
+    if family == "mixtral" and config.get("num_experts_per_tok") == 1:
+        return "vLLM weights a single expert (num_experts_per_tok 1), mixtral's code does not; use transformers"
+    return None
+
+
+def vllm_context(config: dict) -> int | None:
+    """The longest context, in tokens, for which vLLM equals transformers; None if there is no limit.
+
+    Rotary embeddings of types longrope and dynamic depend on the largest position in a forward, and a forward of vLLM
+    has the tokens of many requests.
+    """
+    parameters = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(parameters, dict):
+        return None
+    by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
+    limits = [_rope_limit(each, config) for each in by_layer_type or [parameters]]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def _rope_limit(parameters: dict, config: dict) -> int | None:
+    """The number of positions up to which rotary frequencies are constant; None if they always are."""
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    trained = config.get("max_position_embeddings")
+    if rope_type in ("longrope", "su"):
+        name = "original_max_position_embeddings"
+        return parameters.get(name) or config.get(name) or trained
+    return trained if "dynamic" in str(rope_type) else None

@@ -1,0 +1,28 @@
+"""ONNX graphs of an adopted export hold the trained weights."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import loopexport
+from support.commands import checks
+from support.compare import assert_close
+from support.forwards import full_forward
+from support.tiny import tiny_tokens
+from support.trained import save_trained
+
+
+def test_graph_of_an_adopted_export_computes_with_the_trained_weights(export_dir, tmp_path):
+    root = save_trained(export_dir("llama"), tmp_path / "tuned", vocab=140)
+    loopexport.adopt(root)
+    loopexport.export_onnx(root, verify=False)
+    outcome, status = checks(root, "--files-only")
+    assert status == 0, outcome
+    assert loopexport.open_export(root).manifest.trained
+    assert "looped and trained" in (root / "README.md").read_text()
+    tokens = tiny_tokens(1, 8)
+    graph = loopexport.OnnxModel(root)
+    ours, _ = graph.forward(tokens.numpy())
+    looped = AutoModelForCausalLM.from_pretrained(root, trust_remote_code=True)
+    assert_close(torch.from_numpy(ours), full_forward(looped, tokens))
