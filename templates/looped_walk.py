@@ -4,9 +4,8 @@ Every export has a copy of this file. It needs only torch.
 
 The native model walks over its layer list and calls each layer. For a layer of the span, the list holds a `Visit`: it
 runs the layer as called (the natural pass) and records the call as a `LayerCall`. At the end of the span (in layer
-mode, after each layer), the update rule runs the recorded calls again on its iterates.
-
-Modules hold no state of a call, since threads share them: it is in these objects, or local to the thread.
+mode, after each layer), the update rule runs the recorded calls again on its iterates. Modules hold no state of a call,
+since threads share them.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ from .looped_spec import LoopSpec
 
 # Attribute that we set on a cache: the number of decode steps since the latest longer chunk, up to `first_n` + 1.
 DECODE_STEPS = "loop_decode_steps"
-
 # Argument of layers that hand keys and values to later layers outside of the cache (Gemma 3n and 4): a mapping.
 HANDED_ON = "shared_kv_states"
 
@@ -49,8 +47,7 @@ class LayerTraits(NamedTuple):
     """What the walk needs to know about a decoder layer; it holds no module, since modules may be replaced.
 
     Attributes:
-        number: its number in the decoder, counted from 0.
-        native: its class. Somebody may wrap the layer later, and the wrapper is of another class.
+        number, native: its number in the decoder, from 0, and its class; a wrapper around it has another class.
         cache_argument: its argument for the K/V cache; None if it has none.
         routers: the modules that choose its experts.
     """
@@ -76,9 +73,8 @@ class Walk:
     """One walk of the native model over its layer list, which is one forward.
 
     Attributes:
-        spec: the loop.
+        spec, traits: the loop, and the traits of all decoder layers.
         num_layers: the number of decoder layers that this forward runs.
-        traits: the traits of all decoder layers.
         vllm: a `looped_vllm.VllmSeam` if vLLM runs the model, else None.
         num_tokens: the number of tokens of this forward; None if it is unknown.
         spans: the spans that this forward loops: those that end within its layers.
@@ -111,11 +107,7 @@ class Walk:
         return visited
 
     def _held(self, layers: list, start: int, stop: int) -> list[int]:
-        """The layers of a span in this process; in a pipeline, the layers of other stages are `nn.Identity`.
-
-        Raises:
-            ValueError: a stage boundary cuts a span in block mode.
-        """
+        """The layers of a span in this process; ValueError if a pipeline's stages cut a span in block mode."""
         held = [index for index in range(start, stop) if not isinstance(layers[index], nn.Identity)]
         if self.spec.mode == "block" and 0 < len(held) < stop - start:
             raise ValueError(
@@ -202,10 +194,8 @@ class LayerCall:
 
     Attributes:
         walk: the forward that it belongs to.
-        layer: the decoder layer, or a wrapper around it.
-        native: the decoder layer itself.
-        index: its number in the decoder, counted from 0.
-        cache_argument: its argument for the K/V cache.
+        layer, native: the decoder layer as the list holds it, maybe in a wrapper, and the layer itself.
+        index, cache_argument: its number in the decoder, and its argument for the K/V cache.
         hidden: the hidden states of the call, `(batch, seq, hidden)`.
         cache: the cache of the call, or None.
         natural: the keys and values that the natural pass stored and read.
@@ -213,7 +203,7 @@ class LayerCall:
     """
 
     def __init__(self, walk: Walk, layer: Any, traits: LayerTraits, args, kwargs):
-        assert traits.cache_argument is not None, "LoopedLayers.check refuses layers without one"
+        assert traits.cache_argument is not None, "DecoderLoop refuses layers without one"
         self.walk = walk
         self.layer = layer
         self.native: Any = traits.native_in(layer)
@@ -227,13 +217,7 @@ class LayerCall:
         self.natural = NaturalPass(None)
 
     def run(self, hidden, cache, k: int = 0):
-        """The layer's output for these hidden states and this cache, with all other arguments as recorded.
-
-        Args:
-            hidden: the hidden states, `(batch, seq, hidden)`.
-            cache: the cache or its stand-in.
-            k: the pass, 0 for the natural one.
-        """
+        """The layer's output for this input and cache in pass k (0: the natural one), all else as recorded."""
         args, kwargs = self._arguments(hidden, cache, k)
         return self.layer(*args, **kwargs)
 
@@ -346,8 +330,7 @@ class Body:
         calls: the recorded calls of the layers, in order.
         natural_outputs: each layer's output in the natural pass, `(batch, seq, hidden)`.
 
-    Raises:
-        ValueError: the model changed the shape of the hidden states inside the span.
+    It raises ValueError if the model changed the shape of the hidden states inside the span.
     """
 
     def __init__(self, calls: list[LayerCall], natural):

@@ -22,7 +22,7 @@ from .adopted_base import BaseFiles, find_base_files
 from .card import read_metadata, with_licence
 from .card_refresh import write_card_and_manifest
 from .directory import BASE_FOLDER, Export, looped_config, open_export
-from .manifest import MANIFEST, FileRecord, Manifest
+from .manifest import IN_PLACE, MANIFEST, FileRecord, Manifest
 from .small_files import notice_file, read_file
 from .trained_model import (
     check_directory,
@@ -33,8 +33,6 @@ from .trained_model import (
     trained_card,
     training_files,
 )
-
-IN_PLACE = "in place"  # the manifest's word for weights that `adopt` left where they were
 
 
 @dataclass(frozen=True)

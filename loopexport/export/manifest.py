@@ -19,6 +19,8 @@ from .onnx_files import DTYPES
 
 FORMAT = 1
 
+IN_PLACE = "in place"  # for weights that `adopt` left where they were
+
 # An id of a model on the Hub, as the Hub defines it.
 HUB_ID = re.compile(r"(?!.*(\.\.|--))\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 WORD = re.compile(r"[\w.+-]{1,100}", re.ASCII)
@@ -77,7 +79,8 @@ class Manifest:
         loopexport: version of LoopExport that wrote it.
         base: where the base came from.
         spec: the loop at the time of conversion; the user may have edited `config.json` since.
-        weights_method: how the weights were put in place: "reflink", "hardlink" or "copy"; "none" for no weights.
+        weights_method: how the weights were put in place: "reflink", "hardlink" or "copy"; "none" for no weights;
+            "in place" for a trained model that was adopted.
         weights: the weights files, by name.
         files: all other files but the manifest itself and the ONNX files, by name.
         left_behind: names of the base's files that were not copied.
@@ -140,7 +143,7 @@ def read_manifest(root: Path) -> Manifest:
             loopexport=_word(values["loopexport"]),
             base=_origin(**values["base"]),
             spec=make_spec(**values["spec"]),
-            weights_method=_one_of(get_args(Weights), values["weights_method"]),
+            weights_method=_one_of((*get_args(Weights), IN_PLACE), values["weights_method"]),
             weights={_file_name(name): _record(**record) for name, record in values["weights"].items()},
             files={_file_name(name): _record(**record) for name, record in values["files"].items()},
             left_behind=tuple(_typed(name, str) for name in values["left_behind"]),
