@@ -39,8 +39,8 @@ CHUNKS = (12, 1, 1, 9, 1)
 KEYS_LOADED = "every weight is loaded, and no other"
 ONE_STEP_IS_BASE = "steps 1 is bitwise the base model"
 FULL_ANCHOR_IS_BASE = "anchor 1 is bitwise the base model"
-FULL_IS_BY_HAND = "the full forward equals the loop by hand over the base"
-CACHED_IS_BY_HAND = "cached chunks and steps equal the loop by hand over the base"
+FULL_IS_BY_HAND = "the full forward equals the loop by hand over the base model"
+CACHED_IS_BY_HAND = "cached chunks and steps equal the loop by hand over the base model"
 CACHED_DECODE_IS_FULL = "cached decode equals the full forward"
 # All checks of the model in torch, in order.
 MODEL = (

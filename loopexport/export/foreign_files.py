@@ -9,17 +9,17 @@ from pathlib import Path, PurePosixPath
 
 from loopexport.base.checkpoint import CARD, CARRIED, CONFIG, FOREIGN_WEIGHTS, INDEX
 from loopexport.base.tokenizer import FILES as TOKENIZER_FILES
-from loopexport.templates import FILES as TEMPLATES
 
+from . import own_code
 from .directory import BASE_FOLDER, Export
 from .manifest import MANIFEST, Manifest
 from .onnx_files import FILES as ONNX_FILES
 
-# Names that a conversion may write, besides weights and ONNX files. A new kind of file needs a line here and an entry
-# in the manifest.
+# Names that a conversion may write, besides code, weights and ONNX files. A new kind of file needs a line here and an
+# entry in the manifest.
 SMALL_FILES = (
     CARRIED,
-    re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST, *TEMPLATES)))),
+    re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST)))),
     re.compile(f"{BASE_FOLDER}/({re.escape(CONFIG)}|{re.escape(CARD)}|{TOKENIZER_FILES.pattern})", re.VERBOSE),
 )
 
@@ -76,7 +76,7 @@ def is_loaded(name: str) -> bool:
 
 def is_small_file(name: str) -> bool:
     """Whether a conversion may write a file of this name, besides weights."""
-    return any(pattern.fullmatch(name) for pattern in SMALL_FILES)
+    return name in own_code.CODE_NAMES or any(pattern.fullmatch(name) for pattern in SMALL_FILES)
 
 
 def _own_names(manifest: Manifest) -> set[str]:

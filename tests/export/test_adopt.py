@@ -259,8 +259,11 @@ REFUSED = {
     "base folder": (lambda root: (root / "base").mkdir(), "move loopexport.json and base/ elsewhere"),
     "adapter": (as_adapter, "holds an adapter (adapter_config.json), not a whole model; merge it"),
     "adapter beside": (lambda root: (root / "adapter_config.json").write_text("{}"), "merge it"),
-    "tensors of an adapter": (lambda root: with_tensor(root, "model.layers.1.q.lora_A.weight"), "is not merged"),
-    "missing layer": (lambda root: without_layer(root, 5), "have no layer 5, but config.json says 6 layers"),
+    "tensors of an adapter": (
+        lambda root: with_tensor(root, "model.layers.1.q.lora_A.weight"),
+        "transformers would ignore them",
+    ),
+    "missing layer": (lambda root: without_layer(root, 5), "the weights have none for layer 5"),
     "pickle": (lambda root: (root / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin in"),
     "native": (lambda root: edit_config(root, model_type="llama"), "`loopexport convert` makes one of it"),
     "no type": (lambda root: edit_config(root, model_type=None), "`loopexport convert` makes one of it"),

@@ -116,7 +116,7 @@ def test_upgrade_says_what_it_changes(earlier):
     assert "Replaces configuration_looped.py, modeling_looped.py\n" in result.stdout
     assert "largest difference 0 of the logits' scale" in result.stdout
     changed = {file for file, digest in tree(root).items() if before.get(file) != digest}
-    assert changed == {*templates.FILES, "README.md", "loopexport.json"}
+    assert changed == {*templates.FILES, "config.json", "README.md", "loopexport.json"}
     assert loopexport.open_export(root).manifest.loopexport == loopexport.__version__
     again = run("upgrade", root)
     assert (again.exit_code, again.stdout) == (0, f"{root} has today's code already\n")
