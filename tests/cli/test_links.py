@@ -134,10 +134,11 @@ def test_socket_and_link_to_a_device_are_refused_too(export, tmp_path, monkeypat
     assert_refused_quickly(tmp_path, export, "verify", "s is neither a file nor a directory")
 
 
-def test_links_to_nowhere_that_nobody_reads_do_not_matter(export):
+def test_links_to_nowhere_that_nobody_reads_stop_only_verify(export):
     (export / "nowhere").symlink_to("none")
     (export / "circle").symlink_to("circle")
-    assert run("verify", export, "--files-only").exit_code == 0
+    assert run("inspect", export).exit_code == 0
+    assert "replace them with files, or remove them" in run("verify", export, "--files-only").stdout
 
 
 def assert_refused_quickly(tmp_path, export, command, says):
