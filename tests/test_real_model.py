@@ -71,7 +71,7 @@ def test_answers_a_question_before_and_after(base, looped):
 def test_verifies_in_full(looped):
     result = run("verify", looped)
     assert result.exit_code == 0, result.stdout
-    assert result.stdout.count("ok ") == 8
+    assert result.stdout.count("ok ") == 12
 
 
 def test_tokenizer_is_the_bases(base, looped):
@@ -108,7 +108,7 @@ def test_quickstart_example_runs(base, tmp_path):
 def test_python_example_runs(base, tmp_path):
     printed = example(sys.executable, EXAMPLES / "loop_from_python.py", base, tmp_path / "out")
     assert "4 layers, 1.27x the layer evaluations of the base" in printed
-    assert printed.count("passed ") == 8
+    assert printed.count("passed ") == 12
     assert "this failed, as it should: span 13:99 ends outside the model" in printed
 
 

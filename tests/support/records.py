@@ -80,7 +80,11 @@ RECORDS = {
         Record(
             "oracle", ("tests/templates",), (*TEMPLATES, *TINY, *ORACLE, "tests/support/*.py", "tests/templates/*.py")
         ),
-        Record("verify", ("tests/checks/test_verify.py",), (*TEMPLATES, *TINY, *VERIFY)),
+        Record(
+            "verify",
+            tuple(f"tests/checks/test_{name}.py" for name in ("verify", "mutations", "replay")),
+            (*TEMPLATES, *TINY, *VERIFY, "tests/checks/test_mutations.py", "tests/checks/test_replay.py"),
+        ),
         Record("families", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),
         Record("families-oldest", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),
         Record(

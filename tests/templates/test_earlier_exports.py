@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib.util import find_spec
 
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 import loopexport
@@ -94,14 +92,3 @@ def test_earlier_export_is_pushed(earlier, tmp_path):
     assert {name for name in files if name.endswith(".py")} == {path.name for path in TWO_FILES.glob("*.py")}
     assert all(files[path.name] == path.read_bytes() for path in TWO_FILES.glob("*.py"))
     assert HAS_COPY or pushed(done)["bytes_copied"] == 0
-
-
-@pytest.mark.skipif(
-    find_spec("onnxscript") is None or int(transformers.__version__.split(".")[0]) < 5, reason="needs what ONNX needs"
-)
-def test_earlier_export_is_exported_to_onnx(earlier):
-    root = earlier()
-    result = run("onnx", root, "--json")
-    assert result.exit_code == 0, result.stderr
-    assert all(check["passed"] for check in json.loads(result.stdout)["checks"]["model.onnx"])
-    assert checks(root)[1] == 0

@@ -119,7 +119,8 @@ def test_a_model_drafts_for_itself_with_early_exit(looped, kv, exit_after):
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="transformers 4 does not compile the prefill")
-@pytest.mark.parametrize("kv", [pytest.param("shared", marks=pytest.mark.matrix), "per_step"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("kv", ["shared", "per_step"])
 def test_compiled_chunked_prefill_equals_plain_generation(looped, kv):
     torch._dynamo.reset()
     model = looped("llama", kv=kv)
