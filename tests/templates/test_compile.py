@@ -1,7 +1,7 @@
 """torch.compile of a looped model: one graph, with and without a static cache, equals eager.
 
-`make test` compiles each mechanism once: each K/V policy, each mode, a loop that decode steps skip, a sliding window. The matrix
-has all combinations.
+`make test` compiles each mechanism once: each K/V policy, each mode, a loop that decode steps skip, a sliding window.
+The matrix has all combinations.
 """
 
 from __future__ import annotations
