@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import loopexport
+from loopexport.cli.commands.run import _note_short_table
 from loopexport.export.check import Check
 from loopexport.export.manifest import OnnxRecord
 from loopexport.files.json_text import json_text
@@ -158,6 +159,18 @@ def test_table_of_positions_ends_the_answer(graph):
     assert model.generate(prompt, max_new_tokens=50, eos_token_ids=()).shape == (1, 3)
     with pytest.raises(ValueError, match="129 tokens are more than the 128 that the model has positions for"):
         model.generate(np.full((1, 129), 5))
+
+
+def test_a_table_of_positions_that_limits_the_answer_is_announced(capsys):
+    for positions, prompt_tokens, says in (
+        (128, 126, "ends after 3 tokens at the latest"),
+        (128, 20, ""),
+        (None, 9, ""),
+    ):
+        _note_short_table(SimpleNamespace(max_positions=positions), prompt_tokens, max_new_tokens=50)
+        said = capsys.readouterr().err
+        assert says in said
+        assert bool(says) == bool(said)
 
 
 def test_graphs_are_compared_on_no_more_text_than_the_model_takes(export):
