@@ -11,7 +11,6 @@ import pytest
 from transformers import AutoTokenizer
 
 import loopexport
-from loopexport.cli.commands.run import _note_short_table
 from loopexport.export.check import Check
 from loopexport.export.manifest import OnnxRecord
 from loopexport.files.json_text import json_text
@@ -162,6 +161,8 @@ def test_table_of_positions_ends_the_answer(graph):
 
 
 def test_a_table_of_positions_that_limits_the_answer_is_announced(capsys):
+    from loopexport.cli.commands.run import _note_short_table
+
     for positions, prompt_tokens, says in (
         (128, 126, "ends after 3 tokens at the latest"),
         (128, 20, ""),
