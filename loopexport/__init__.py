@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loopexport.checks.verification import verify
     from loopexport.errors import (
         CheckpointError,
+        EvaluationError,
         ExportError,
         HubError,
         KeywordError,
@@ -44,6 +45,7 @@ _HOMES = {
     "Check": "export.check",
     "CheckpointError": "errors",
     "ConvertPlan": "export.conversion",
+    "EvaluationError": "errors",
     "Export": "export.directory",
     "ExportError": "errors",
     "HubError": "errors",
@@ -82,6 +84,7 @@ __all__ = [
     "Check",
     "CheckpointError",
     "ConvertPlan",
+    "EvaluationError",
     "Export",
     "ExportError",
     "HubError",

@@ -7,6 +7,7 @@ LoopExportError
 ├── PushError           an export cannot be pushed in its present state
 ├── OutputError         the output cannot be written
 ├── ExportError         a directory is not an export, or is damaged
+├── EvaluationError     a comparison cannot run, or its results are of other settings
 ├── KeywordError        a function does not take this keyword (also a TypeError)
 └── OnnxError           ONNX export failed, or an ONNX graph cannot run
     └── OnnxInputError  an input or a sampling option is not allowed (also a ValueError)
@@ -41,6 +42,10 @@ class OutputError(LoopExportError):
 
 class ExportError(LoopExportError):
     """A directory is not an intact LoopExport export."""
+
+
+class EvaluationError(LoopExportError):
+    """A loop and its base cannot be compared."""
 
 
 class KeywordError(LoopExportError, TypeError):

@@ -31,8 +31,9 @@ ROOMS = {
     "export": EXPORT,
     "hub": EXPORT | {"export"},
     "onnx": EXPORT | {"export"},
+    "evaluation": EXPORT | {"export"},
     "checks": EXPORT | {"export", "hub", "onnx"},
-    "cli": EXPORT | {"export", "hub", "onnx", "checks"},
+    "cli": EXPORT | {"export", "hub", "onnx", "evaluation", "checks"},
     "__main__": {"cli"},
 }
 ONNX_ROOMS = {

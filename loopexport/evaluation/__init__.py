@@ -1,0 +1,1 @@
+"""Compare loops with their base on tasks: run the items, keep the answers, say what they show."""
