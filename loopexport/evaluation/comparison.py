@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loopexport._keywords import suggest_keywords
 from loopexport.choices import Backend
 from loopexport.errors import EvaluationError
-from loopexport.loop.cost import loop_cost
+from loopexport.loop.cost import Cost, loop_cost
 from loopexport.loop.spec import LoopSpec
 
 from .arms import Arm, Model, base_arm, default_device, start_batch
 from .items import Pair
 from .journal import Journal
+from .noise import Floor
 from .settings import check_directory, process_rank, results_directory, versions, weights_digest
+from .stored import read_result, write_result
 from .subject import Subject, find_subject
 from .tasks import Prompting, TaskSource, leaf_tasks, task_version
-from .noise import Floor
 from .verdicts import Comparison, compare_pairs
-
-if TYPE_CHECKING:
-    from .measurement import Measurement
 
 LOOP = "loop"
 
@@ -39,23 +38,29 @@ class CompareResult:
         comparisons: one for each task, then one for each group.
         pairs: the answers to every item.
         settings: what they were computed with.
-        floor: how much another batch size alone changes the base's answers; None if there was nothing to measure.
+        task_versions: the version of each task.
+        floor: how much another batch size alone changes the base's answers; None if that was not measured.
         seconds: how long the base and the loop took, without loading.
+        date: when the last answer was given, YYYY-MM-DD.
     """
 
     comparisons: tuple[Comparison, ...]
     pairs: tuple[Pair, ...] = field(repr=False)
     settings: dict
+    task_versions: dict[str, str]
     floor: Floor | None
     seconds: dict[str, float]
+    date: str
 
     def to_dict(self) -> dict:
         """The result for `--json`, without the items."""
         return {
             "comparisons": [each.to_dict() for each in self.comparisons],
             "settings": self.settings,
-            "floor": None if self.floor is None else asdict(self.floor),
+            "task_versions": self.task_versions,
+            "floor": None if self.floor is None else self.floor.to_dict(),
             "seconds": self.seconds,
+            "date": self.date,
         }
 
 
@@ -85,9 +90,22 @@ class ComparePlan:
     out: Path | None
     settings: dict
 
+    @property
+    def cost(self) -> Cost:
+        """The cost of the loop per token."""
+        return loop_cost(self.subject.base, self.subject.spec)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know, one line each."""
+        notes = [] if self.subject.plan is None else list(self.subject.plan.warnings)
+        if self.out is None:
+            notes.append("without --out, no answer is kept: a run that is stopped has to begin again")
+        return tuple(notes)
+
     def to_dict(self) -> dict:
         """The plan for `--json`."""
-        return {"settings": self.settings, "cost": loop_cost(self.subject.base, self.subject.spec).to_dict()}
+        return {"settings": self.settings, "cost": self.cost.to_dict(), "warnings": list(self.warnings)}
 
     def run(self, progress: Progress = lambda done, total: None) -> CompareResult | None:
         """Answer all items, and compare; what `out` has already is not computed again.
@@ -101,27 +119,61 @@ class ComparePlan:
         Raises:
             EvaluationError: a task cannot be loaded or run, the model cannot, or `out` has other results.
         """
+        if self.out is not None and (stored := read_result(self.out)) is not None:
+            return _result(stored.pairs, stored.values)
+        keep = nullcontext() if self.out is None else results_directory(self.out, self.settings)
+        with keep:
+            measured = self._measure(progress)
+        if measured is None:
+            return None
+        if self.out is not None:
+            write_result(self.out, *measured)
+        return _result(*measured)
+
+    def _measure(self, progress: Progress) -> tuple[list[Pair], dict] | None:
+        """The pairs, and what else the result is made of."""
         from .measurement import Measurement  # imports lm-evaluation-harness
 
-        keep = nullcontext() if self.out is None else results_directory(self.out, self.settings)
-        with keep, self.subject.directory() as root:
-            journal = Journal(None if self.out is None else self.out / f"answers-{process_rank()}.jsonl")
+        base, loop = base_arm(self.subject.spec), Arm(LOOP, self.subject.spec)
+        tasks = self.tasks.load()
+        with self.subject.directory() as root:
             model = Model(root, self.backend, self.engine, self.batch_size)
             measurement = Measurement(
-                model, journal, self.tasks.load(), self.prompting, metric=self.tasks.metric, progress=progress
+                model, self._journal("answers"), tasks, self.prompting, self.tasks.metric, progress
             )
-            return self._measure(measurement)
-
-    def _measure(self, measurement: Measurement) -> CompareResult | None:
-        base, loop = base_arm(self.subject.spec), Arm(LOOP, self.subject.spec)
-        pairs = measurement.pairs(base, [loop], self.seeds).get(LOOP)
-        floor = measurement.floor(base, self.seeds[0])
+            pairs = measurement.pairs(base, [loop], self.seeds).get(LOOP)
+            floor = measurement.floor(base, self.seeds[0], self._journal("floor"))
         if pairs is None:
             return None
-        tasks = measurement.tasks
-        settings = {**self.settings, "tasks": {name: task_version(task) for name, task in tasks["tasks"].items()}}
-        comparisons = compare_pairs(pairs, leaf_tasks(tasks), floor)
-        return CompareResult(tuple(comparisons), tuple(pairs), settings, floor, measurement.seconds)
+        return pairs, {
+            "settings": self.settings,
+            "task_versions": {name: task_version(task) for name, task in tasks["tasks"].items()},
+            "groups": leaf_tasks(tasks),
+            "floor": None if floor is None else floor.to_dict(),
+            "seconds": measurement.seconds,
+            "date": datetime.now(timezone.utc).date().isoformat(),
+        }
+
+    def _journal(self, name: str) -> Journal:
+        return Journal(None if self.out is None else self.out / f"{name}-{process_rank()}.jsonl")
+
+
+def _result(pairs: list[Pair], values: dict) -> CompareResult:
+    floor = (
+        None
+        if values["floor"] is None
+        else Floor(**{**values["floor"], "batch_sizes": tuple(values["floor"]["batch_sizes"])})
+    )
+    comparisons = compare_pairs(pairs, values["groups"], floor)
+    return CompareResult(
+        tuple(comparisons),
+        tuple(pairs),
+        values["settings"],
+        values["task_versions"],
+        floor,
+        values["seconds"],
+        values["date"],
+    )
 
 
 @suggest_keywords
@@ -136,7 +188,7 @@ def plan_compare(
     metric: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    chat_template: bool = False,
+    chat_template: bool | None = None,
     generation: Mapping[str, Any] | None = None,
     allow_code: bool = False,
     seeds: Sequence[int] = (1234,),
@@ -163,7 +215,7 @@ def plan_compare(
         metric: what to compare by, such as "acc" or "exact_match,strict-match"; None for each task's first metric.
         limit: the first so many items of each task; None for all.
         num_fewshot: examples in each prompt; None for each task's own number.
-        chat_template: ask in the model's chat format.
+        chat_template: whether to ask in the model's chat format; None for the preset's choice, or else no.
         generation: settings of generation on top of each task's own, such as `{"do_sample": True}`.
         allow_code: run tasks that execute generated code.
         seeds: of sampled generation; several seeds of an item count as one problem.
@@ -196,7 +248,7 @@ def plan_compare(
     if subject.spec.is_identity:
         raise EvaluationError("steps or anchor is 1, so this loop is its base; there is nothing to compare")
     device = device or ("cuda" if backend == "vllm" else default_device())
-    prompting = Prompting(limit, num_fewshot, chat_template, dict(generation or {}), allow_code=allow_code)
+    prompting = Prompting(limit, num_fewshot, bool(chat_template), dict(generation or {}), allow_code=allow_code)
     engine = {"dtype": dtype, **({"device": device} if backend == "hf" else {}), **(model_args or {})}
     first_batch = start_batch(batch_size, device)
     settings = {
@@ -232,3 +284,68 @@ def _check_numbers(limit: int | None, num_fewshot: int | None, seeds: Sequence[i
         raise EvaluationError(f"num_fewshot {num_fewshot} must be at least 0")
     if not seeds or len(set(seeds)) < len(seeds):
         raise EvaluationError(f"seeds {list(seeds)} must be one or more different numbers")
+
+
+@suggest_keywords
+def compare(
+    model: str | Path,
+    loop: LoopSpec | Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    tasks: Sequence[str] = (),
+    items: str | Path | None = None,
+    include_path: str | Path | None = None,
+    metric: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool | None = None,
+    generation: Mapping[str, Any] | None = None,
+    allow_code: bool = False,
+    seeds: Sequence[int] = (1234,),
+    backend: Backend = "hf",
+    batch_size: str | int = "auto",
+    dtype: str = "auto",
+    device: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    revision: str | None = None,
+    without_adapter: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> CompareResult | None:
+    """Compare a loop with its base: `plan_compare(...).run(progress)`; the arguments are those of `plan_compare`.
+
+    Example:
+        >>> compare("Qwen/Qwen3-4B", LoopSpec(span=(15, 19), steps=3), tasks=["arc_easy"])  # doctest: +SKIP
+
+    Returns:
+        None in every process of `accelerate launch` but the first.
+
+    Raises:
+        LoopExportError: something is wrong; the message says what to do.
+    """
+    plan = plan_compare(
+        model,
+        loop,
+        preset=preset,
+        tasks=tasks,
+        items=items,
+        include_path=include_path,
+        metric=metric,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        chat_template=chat_template,
+        generation=generation,
+        allow_code=allow_code,
+        seeds=seeds,
+        backend=backend,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        model_args=model_args,
+        out=out,
+        revision=revision,
+        without_adapter=without_adapter,
+        trust_remote_code=trust_remote_code,
+    )
+    return plan.run(progress)

@@ -79,20 +79,25 @@ class Measurement:
                     pairs.setdefault(arm.name, []).extend(self._pair_up(panel, name, theirs, ours))
         return pairs
 
-    def floor(self, base: Arm, seed: int) -> Floor | None:
+    def floor(self, base: Arm, seed: int, journal: Journal) -> Floor | None:
         """How much another batch size alone changes the base's answers, on a sample of the items.
 
+        Args:
+            base: the base.
+            seed: of sampled generation.
+            journal: where the answers with the other batch size are kept.
+
         Returns:
-            None where there are no answers in this process, or several processes share the items.
+            None in every process but the first.
         """
         items = {name: self._sample(task) for name, task in self.tasks["tasks"].items()}
-        first, size = self._base_answers(base, seed, items), self.model.batch_size
+        first, size = self._base_answers(base, seed, items, self.journal), self.model.batch_size
         with self.model.other_batch_size() as other:
-            second = self._base_answers(base, seed, items, Journal(None))
+            second = self._base_answers(base, seed, items, journal)
         return measure_floor(first, second, (size, other)) if first else None
 
-    def _base_answers(self, base: Arm, seed: int, items: Items, journal: Journal | None = None) -> list[Answer]:
-        panel = Panel(self.model, [base], journal or self.journal, seed=seed)
+    def _base_answers(self, base: Arm, seed: int, items: Items, journal: Journal) -> list[Answer]:
+        panel = Panel(self.model, [base], journal, seed=seed)
         samples = score(panel, base, self.tasks, self.prompting, items)
         return [
             answer_of(self.tasks["tasks"][name], sample, self._metric(name, each), self._count_tokens)

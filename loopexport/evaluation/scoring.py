@@ -110,8 +110,8 @@ def choose_metric(task, samples: list[dict], wanted: str | None) -> Metric:
         )
     if not task.higher_is_better().get(chosen, True):
         raise EvaluationError(
-            f"{task.config.task} is measured by {chosen}, where less is better: loss and perplexity do not tell whether "
-            "a loop helps; choose a task with right and wrong answers, or another --metric"
+            f"{task.config.task} is measured by {chosen}, where less is better: loss and perplexity do not tell "
+            "whether a loop helps; choose a task with right and wrong answers, or another --metric"
         )
     return Metric(str(chosen), chosen_filter or filters[0])
 

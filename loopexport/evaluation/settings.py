@@ -95,9 +95,8 @@ def _claim(root: Path, settings: dict) -> None:
     check_directory(root, settings)
     path = root / SETTINGS
     if not path.exists():
-        with explain_os_errors(root):
-            with path.open("x", encoding="utf-8") as file:
-                file.write(json_text(settings))
+        with explain_os_errors(root), path.open("x", encoding="utf-8") as file:
+            file.write(json_text(settings))
 
 
 def read_settings(root: Path) -> dict | None:

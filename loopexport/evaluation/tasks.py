@@ -112,7 +112,7 @@ def quiet_harness():
 
 
 def _check_name(name: str, index) -> None:
-    if name in index.all_tasks or name.endswith((".yaml", ".yml")) and Path(name).is_file():
+    if name in index.all_tasks or (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
         return
     near = nearest(name, tuple(index.all_tasks))
     hint = f"did you mean {near!r}?" if near else "list them with `lm_eval ls tasks`"
