@@ -27,6 +27,9 @@ if TYPE_CHECKING:
         PushError,
         SpecError,
     )
+    from loopexport.evaluation.scan_result import ScanResult
+    from loopexport.evaluation.scan_run import ScanPlan
+    from loopexport.evaluation.scanning import plan_scan, scan
     from loopexport.export.adoption import AdoptPlan, adopt, plan_adopt
     from loopexport.export.check import Check
     from loopexport.export.code_upgrade import UpgradePlan, plan_upgrade
@@ -62,6 +65,8 @@ _HOMES = {
     "PushPlan": "hub.publication",
     "PushResult": "hub.publication",
     "Sampling": "onnx.runtime.sampling",
+    "ScanPlan": "evaluation.scan_run",
+    "ScanResult": "evaluation.scan_result",
     "SpecError": "errors",
     "UpgradePlan": "export.code_upgrade",
     "UpgradeResult": "checks.code_proof",
@@ -73,9 +78,11 @@ _HOMES = {
     "plan_convert": "export.conversion",
     "plan_onnx": "onnx.plan",
     "plan_push": "hub.publication",
+    "plan_scan": "evaluation.scanning",
     "plan_upgrade": "export.code_upgrade",
     "push": "hub.publication",
     "restore": "export.restoration",
+    "scan": "evaluation.scanning",
     "upgrade": "checks.code_proof",
     "verify": "checks.verification",
 }
@@ -101,6 +108,8 @@ __all__ = [
     "PushPlan",
     "PushResult",
     "Sampling",
+    "ScanPlan",
+    "ScanResult",
     "SpecError",
     "UpgradePlan",
     "UpgradeResult",
@@ -113,9 +122,11 @@ __all__ = [
     "plan_convert",
     "plan_onnx",
     "plan_push",
+    "plan_scan",
     "plan_upgrade",
     "push",
     "restore",
+    "scan",
     "upgrade",
     "verify",
 ]

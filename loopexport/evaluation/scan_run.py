@@ -14,7 +14,7 @@ from .journal import Journal
 from .prefix import SharedPrefix
 from .scan_result import CellResult, ScanResult, read_scan, write_scan
 from .selection import Split, choose_finalists, judge_finalists, pooled, recommended, split_items
-from .settings import process_rank, results_directory
+from .settings import results_directory
 from .verdicts import Comparison, compare_pairs
 
 TIMED_ITEMS = 8  # of each task, to estimate the hours of a scan
@@ -80,7 +80,7 @@ class ScanPlan:
         if stored is not None:
             return stored
         with results_directory(self.out, self.settings):
-            result = self._run(Journal(self.out / f"answers-{process_rank()}.jsonl"), progress)
+            result = self._run(Journal(self.out / "answers.jsonl"), progress)
         write_scan(self.out, result)
         return result
 
