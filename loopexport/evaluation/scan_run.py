@@ -107,17 +107,9 @@ class ScanPlan:
         cells = list(self.cells)
         if self.max_hours is None:
             return cells, []
-        most = next(
-            (
-                count
-                for count in range(len(cells), 0, -1)
-                if self._hours(count, seconds_per_item, items) <= self.max_hours
-            ),
-            0,
-        )
-        return within_budget(
-            cells, most, f"{self.max_hours:g} hours, {self._hours(1, seconds_per_item, items):.2g} for one loop"
-        )
+        most = sum(self._hours(count, seconds_per_item, items) <= self.max_hours for count in range(1, len(cells) + 1))
+        needed = self._hours(1, seconds_per_item, items)
+        return within_budget(cells, most, f"{self.max_hours:g} hours (one loop takes {needed:.2g})")
 
     def _hours(self, count: int, seconds_per_item: float, items: int) -> float:
         mean = sum(cell.cost for cell in self.cells) / len(self.cells)
