@@ -17,6 +17,7 @@ CONFIDENCE = 0.95
 ALPHA = 0.05  # 1 - CONFIDENCE, which is not 0.05 in floating point
 RESAMPLES = 9999
 RANDOM_SEED = 20240229  # a page must show the same numbers each time it is made
+MIN_DISCORDANT = 3  # the rule of three
 BATCH_NUMBERS = 4_000_000  # numbers in memory at once while resampling
 
 _Z = 1.959964  # a normal variable is beyond +-_Z with probability ALPHA
@@ -152,20 +153,22 @@ def _generator() -> np.random.Generator:
     return np.random.default_rng(RANDOM_SEED)
 
 
-def smallest_difference(mean_square: float, problems: int, scale: float = 1.0) -> float:
+def smallest_difference(mean_square: float, discordant: int, problems: int, scale: float = 1.0) -> float:
     """The smallest true difference that one test at 5 % finds with 80 % power.
 
-    `2.80 * sqrt(mean_square / problems)`. With few discordant items the observed mean square is no guide, and at 0 the
-    formula would promise everything. So at least 3 discordant items are assumed, the upper limit that the rule of
-    three gives after none was seen. This amounts to 4.9 items; mid-p needs 5 gained and none lost.
+    `2.80 * sqrt(mean_square / problems)`. With fewer than 3 discordant problems the observed mean square is no guide,
+    and at 0 the formula would promise everything. Then 3 are assumed, the upper limit that the rule of three gives
+    after none was seen. This amounts to 4.9 items; mid-p needs 5 gained and none lost.
 
     Args:
         mean_square: mean of the squared differences; for scores of 0 and 1 the share of discordant items.
+        discordant: number of problems with a difference.
         problems: how many there are.
         scale: the largest difference that is possible.
     """
-    floor = min(1.0, 3 / problems) * scale**2
-    return min(scale, _Z_POWER * sqrt(max(mean_square, floor) / problems))
+    if discordant < MIN_DISCORDANT:
+        mean_square = scale**2 * min(1.0, MIN_DISCORDANT / problems)
+    return min(scale, _Z_POWER * sqrt(mean_square / problems))
 
 
 def items_needed(mean_square: float, difference: float) -> int | None:

@@ -25,9 +25,9 @@ from .statistics import (
 
 BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
 TANGO, BOOTSTRAP = "tango", "bootstrap"
-# Words in the names of lm-evaluation-harness's metrics where less is better.
-_LESS_IS_BETTER = ("perplexity", "loss", "bits_per_byte", "brier", "nll")
-_ERROR_RATES = ("ter", "wer", "cer", "mse", "mae", "rmse")
+# Metrics where less is better: words in names of lm-evaluation-harness 0.4.13, and whole names.
+_LESS_IS_BETTER_WORDS = ("perplexity", "loss", "bits_per_byte", "brier", "nll", "bias")
+_LESS_IS_BETTER = ("ter", "wer", "cer", "mse", "mae", "rmse", "likelihood_diff", "pct_stereotype", "pct_male_preferred")
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _pairs_by_task(pairs: Iterable[Pair]) -> dict[tuple[str, str], list[Pair]]:
 
 
 def _check_metric(task: str, metric: str) -> None:
-    words = metric.lower().split(",")[0]
-    if words in _ERROR_RATES or any(word in words for word in _LESS_IS_BETTER):
+    name = metric.lower().split(",")[0]
+    if name in _LESS_IS_BETTER or any(word in name for word in _LESS_IS_BETTER_WORDS):
         raise EvaluationError(
             f"no verdict for {metric} of {task}: less of it is better, and it does not show whether answers are right; "
             "compare by a metric of right answers, such as acc or exact_match"
@@ -212,7 +212,7 @@ def _compare(name: str, metric: str, is_group: bool, pairs: list[Pair], noise: f
         p_holm=None,
         verdict=INCONCLUSIVE,
         note="",
-        smallest_difference=smallest_difference(mean_square, n, scale),
+        smallest_difference=smallest_difference(mean_square, gained + lost, n, scale),
         items_needed=items_needed(mean_square, difference),
         **_lengths("base", [pair.base for pair in pairs]),
         **_lengths("loop", [pair.loop for pair in pairs]),

@@ -147,9 +147,11 @@ def test_bootstrap_of_few_problems_is_as_wide_as_students_t():
 
 
 def test_smallest_difference_follows_the_formula_down_to_three_items():
-    assert smallest_difference(0.08, 500) == pytest.approx(2.80 * sqrt(0.08 / 500), rel=1e-3)
-    assert smallest_difference(0, 100) == smallest_difference(0.03, 100) == pytest.approx(0.0485, abs=1e-4)
-    assert smallest_difference(0, 1) == 1
+    assert smallest_difference(0.08, 40, 500) == pytest.approx(2.80 * sqrt(0.08 / 500), rel=1e-3)
+    few = [smallest_difference(discordant / 100, discordant, 100) for discordant in (0, 1, 2, 3)]
+    assert few == pytest.approx([0.0485] * 4, abs=1e-4)
+    assert smallest_difference(0, 0, 1) == 1
+    assert smallest_difference(0, 0, 100, scale=100) == pytest.approx(4.85, abs=1e-2)
 
 
 def test_items_needed():
@@ -184,7 +186,7 @@ def test_tango_covers_and_mid_p_keeps_its_level(items, discordance, difference):
 
 @pytest.mark.parametrize(("items", "discordance"), [(300, 0.10), (1000, 0.05), (500, 0.15)])
 def test_smallest_difference_is_found_with_the_announced_power(items, discordance):
-    _, found = simulate(items, discordance, smallest_difference(discordance, items))
+    _, found = simulate(items, discordance, smallest_difference(discordance, 3, items))
     assert 0.76 <= found <= 0.86
 
 

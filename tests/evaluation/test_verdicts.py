@@ -10,11 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopexport.errors import EvaluationError
+from loopexport.evaluation import statistics
 from loopexport.evaluation.items import Answer
 from loopexport.evaluation.noise import Floor
 from loopexport.evaluation.statistics import tango_interval
 from loopexport.evaluation.verdicts import compare_pairs
 from support.answer_pairs import make_pair, make_task, swap
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "RESAMPLES", 999)
+        yield
 
 
 def compare_one(pairs, **options):
@@ -128,7 +136,7 @@ def test_floor_tells_flips_that_mean_nothing():
     assert compare_one(normalised, floor=floor).flips_within_noise is None
 
 
-@pytest.mark.parametrize("metric", ["word_perplexity", "perplexity", "bits_per_byte", "loss", "ter", "brier_score"])
+@pytest.mark.parametrize("metric", ["word_perplexity", "perplexity", "bits_per_byte", "loss", "ter", "amb_bias_score"])
 def test_no_verdict_where_less_is_better(metric):
     with pytest.raises(EvaluationError, match=f"no verdict for {metric} of quiz.*such as acc"):
         compare_pairs(make_task(1, 1, 10, metric=metric))
