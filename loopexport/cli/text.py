@@ -217,7 +217,16 @@ def preset_lines(preset: Preset) -> list[str]:
         lines.append("Loop     not published")
     else:
         lines += [f"Span     {describe_span(preset.spec)}, half-open", *_loop_lines(preset.spec)]
-    return [*lines, *(f"Result   {result}" for result in preset.results)]
+    return [*lines, *(f"Result   {result}" for result in preset.results), *_protocol_lines(preset)]
+
+
+def _protocol_lines(preset: Preset) -> list[str]:
+    """How a preset was measured, and the command that measures it again."""
+    lines = [f"Asked    {preset.protocol.text}"]
+    if preset.evaluation is None:
+        return lines
+    command = f"loopexport compare MODEL --preset {preset.name} --out DIR"
+    return [*lines, f"Tasks    {', '.join(preset.evaluation.tasks)}", f"Measure  {command}"]
 
 
 def _cell(preset: Preset) -> str:

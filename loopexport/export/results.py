@@ -25,7 +25,7 @@ def save_results(root: str | Path, result: dict) -> bool:
 
     Args:
         root: the export.
-        result: one entry of the file; its `weights` are filled in if they are None or missing.
+        result: one entry of the file, measured with this export; its `weights` are filled in here.
 
     Returns:
         False if the card was edited, stays, and does not show the result.
@@ -47,9 +47,8 @@ def save_results(root: str | Path, result: dict) -> bool:
 
 
 def _parsed(result: dict, export: Export) -> RecordedResult:
-    weights = result.get("weights") or export.manifest.weights_digest
     try:
-        return parse_result({**result, "weights": weights})
+        return parse_result({**result, "weights": export.manifest.weights_digest})
     except ValueError as error:
         raise ExportError(f"cannot save this result in {export.root}: {error}") from None
 

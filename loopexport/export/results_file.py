@@ -13,6 +13,7 @@ from loopexport.errors import CheckpointError, ExportError, SpecError, one_line
 from loopexport.files.digests import file_sha256
 from loopexport.files.links import check_link
 from loopexport.loop.spec import LoopSpec, make_spec
+from loopexport.templates.looped_spec import FIELD_PREFIX
 
 from .directory import Export
 from .stale_graphs import loop_difference
@@ -76,7 +77,7 @@ class RecordedResult:
         date: its day, as YYYY-MM-DD.
         loopexport: version of LoopExport.
         spec: the loop that was measured.
-        weights: digest of the weights; None if it was not known.
+        weights: `Manifest.weights_digest` of the export; None if it was not known.
         backend: the runtime, such as hf or vllm.
         dtype, device: of the computation.
         versions: of the other packages, by name.
@@ -106,7 +107,7 @@ class RecordedResult:
 
     def to_dict(self) -> dict:
         """The result as one JSON object."""
-        return asdict(self)
+        return {**asdict(self), "spec": self.spec.to_config_fields()}
 
 
 @dataclass(frozen=True)
@@ -338,7 +339,7 @@ def _verdict(values: dict) -> str:
 
 def _spec(values: dict) -> LoopSpec:
     try:
-        return make_spec(**_mapping(values, "spec"))
+        return make_spec(**{name.removeprefix(FIELD_PREFIX): each for name, each in _mapping(values, "spec").items()})
     except (SpecError, TypeError) as error:
         raise ValueError(f"spec is not a loop: {error}") from None
 

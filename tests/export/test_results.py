@@ -9,12 +9,15 @@ import shutil
 import pytest
 
 import loopexport
+from loopexport.export.card_refresh import write_card_and_manifest
 from loopexport.export.integrity import check_files
 from loopexport.export.results import save_results
 from loopexport.export.results_file import MAX_BYTES, RESULTS, measured, read_results
+from loopexport.files.staged_files import exactly, staged_files
 from loopexport.loop.spec import make_spec
 from support.commands import run, tree
 from support.measured import LOSS, TASK, made_result
+from support.push import edit_manifest
 
 SECTION = re.compile(r"## Does the loop help\?\n(.*?)\n## Use", re.DOTALL)
 
@@ -43,6 +46,18 @@ def refused(export, **changes):
     assert tree(export.root) == before
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
+
+
+def set_weights_digest(root, sha256):
+    """Record other weights in a manifest."""
+    edit_manifest(root, lambda values: [each.update(sha256=sha256) for each in values["weights"].values()])
+
+
+def write_card(root):
+    """Write the card of an export as it is now."""
+    with staged_files(root, exactly("README.md", "loopexport.json"), last="loopexport.json") as staged:
+        write_card_and_manifest(loopexport.open_export(root), staged)
+        staged.keep()
 
 
 def write_results(root, text):
@@ -103,13 +118,11 @@ def test_same_comparison_replaces_the_earlier_one(export):
 
 @pytest.mark.parametrize("change", ["loop", "weights"])
 def test_result_of_another_loop_is_never_this_exports(export, change):
-    other = make_spec(span=export.spec.span, steps=7)
-    spec, weights = (other, None) if change == "loop" else (export.spec, "0" * 64)
-    manifest = json.loads((export.root / "loopexport.json").read_text())
-    for record in manifest["weights"].values():
-        record["sha256"] = "1" * 64
-    (export.root / "loopexport.json").write_text(json.dumps(manifest))
-    save_results(export.root, made_result(spec, LOSS, weights=weights))
+    spec = make_spec(span=export.spec.span, steps=7) if change == "loop" else export.spec
+    set_weights_digest(export.root, "0" * 64)
+    save_results(export.root, made_result(spec, LOSS))
+    set_weights_digest(export.root, ("1" if change == "weights" else "0") * 64)
+    write_card(export.root)
     found = measured(export_again(export))
     assert (len(found.own), len(found.other)) == (0, 1)
     shown = section(export.root)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from loopexport.export.results_file import Measured, parse_result
 
 TASK = {
@@ -73,7 +71,7 @@ def made_result(loop, *tasks, **changes):
     return {
         "date": "2026-11-28",
         "loopexport": "0.6.0",
-        "spec": asdict(loop),
+        "spec": loop.to_config_fields(),
         "weights": None,
         "backend": "hf",
         "dtype": "bfloat16",
