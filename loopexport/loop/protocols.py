@@ -46,7 +46,7 @@ class Protocol:
 
 
 SIXTEEN_TASKS = Protocol(
-    "bfloat16, no examples, no chat format; which metric of each task counts was not published",
+    "bfloat16, no examples, no chat format; which metric of each task counts was not published, and all have acc",
     Evaluation(
         (
             "arc_easy",
@@ -69,6 +69,7 @@ SIXTEEN_TASKS = Protocol(
         items=26_511,
         num_fewshot=0,
         chat_template=False,
+        metric="acc",
     ),
 )
 MMLU_PRO = Protocol(

@@ -7,12 +7,17 @@ import re
 import shutil
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import loopexport
 from loopexport.export.card_refresh import write_card_and_manifest
+from loopexport.export.card_results import model_index, results_section
 from loopexport.export.integrity import check_files
 from loopexport.export.results import save_results
-from loopexport.export.results_file import MAX_BYTES, RESULTS, measured, read_results
+from loopexport.export.results_file import MAX_BYTES, RESULTS, Measured, measured, parse_result, read_results
+from loopexport.files.json_text import json_text
 from loopexport.files.staged_files import exactly, staged_files
 from loopexport.loop.spec import make_spec
 from support.commands import run, tree
@@ -236,6 +241,33 @@ def test_damaged_file_is_told_on_one_line(export, text, says):
     assert result.stderr.count("\n") == 1
     assert says in result.stderr
     assert "remove it and run `loopexport compare" in result.stderr
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from([10**400, "x" * 999]),
+    lambda each: st.lists(each, max_size=2) | st.dictionaries(st.text(max_size=2), each, max_size=2),
+    max_leaves=4,
+)
+SPEC = make_spec(span="1:2", steps=2)
+
+
+@settings(max_examples=150, derandomize=True, database=None, deadline=None)
+@given(st.sampled_from(sorted(made_result(SPEC))), st.sampled_from([None, *sorted(TASK)]), VALUES)
+def test_any_value_is_refused_or_reaches_the_card(name, name_of_task, value):
+    changes = {name: value} if name_of_task is None else {"tasks": [{**TASK, name_of_task: value}]}
+    try:
+        result = parse_result(made_result(SPEC, **changes))
+    except ValueError as error:
+        assert str(error).isprintable()
+        return
+    assert parse_result(json.loads(json_text(result.to_dict()))) == result
+    yaml.safe_dump(model_index("Base", (result,)))
+    assert all(line.isprintable() for line in results_section(Measured((result,), (result,))).split("\n"))
 
 
 def test_unknown_keys_are_ignored(export):

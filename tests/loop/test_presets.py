@@ -216,6 +216,11 @@ def test_presets_can_be_listed_and_shown():
     assert values["moonlight-16b-a3b-openbookqa"]["spec"] is None
 
 
+def metrics(config):
+    """The metrics of a task or a group, from its YAML."""
+    return {each["metric"] for each in config.get("metric_list") or config.get("aggregate_metric_list") or ()}
+
+
 def test_every_task_of_a_recipe_is_one_of_the_harness():
     lm_eval = pytest.importorskip("lm_eval")
     index = pytest.importorskip("lm_eval.tasks._index")
@@ -235,15 +240,18 @@ def test_every_task_of_a_recipe_is_one_of_the_harness():
     known = index.TaskIndex.build([Path(lm_eval.__file__).parent / "tasks" / folder for folder in folders])
     for evaluation in RECIPES.values():
         assert set(evaluation.tasks) <= set(known)
-        assert all(known[name].kind.name in ("TASK", "GROUP") for name in evaluation.tasks)
+        for name in evaluation.tasks:
+            assert evaluation.metric.split(",")[0] in metrics(known[name].cfg), name
 
 
 def test_recipes_ask_as_the_sources_did():
-    asked = {name: (len(each.tasks), each.num_fewshot, each.chat_template) for name, each in RECIPES.items()}
+    asked = {
+        name: (len(each.tasks), each.num_fewshot, each.chat_template, each.metric) for name, each in RECIPES.items()
+    }
     assert asked == {
-        "qwen3-4b-mmlu-pro": (1, 5, None),
-        "qwen3-4b-base-16-tasks": (16, 0, False),
-        "qwen3-30b-a3b-16-tasks": (16, 0, False),
+        "qwen3-4b-mmlu-pro": (1, 5, None, "exact_match,custom-extract"),
+        "qwen3-4b-base-16-tasks": (16, 0, False, "acc"),
+        "qwen3-30b-a3b-16-tasks": (16, 0, False, "acc"),
     }
     assert all(preset.spec for preset in PRESETS if preset.evaluation), "a recipe without a loop measures nothing"
     assert all(preset.protocol.text.isprintable() for preset in PRESETS)
