@@ -1,0 +1,264 @@
+"""Whether a loop helps on each task: better, worse, or inconclusive."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from loopexport.errors import EvaluationError
+
+from .items import Answer, Pair
+from .noise import Floor, flips_within_noise
+from .statistics import (
+    ALPHA,
+    CONFIDENCE,
+    bootstrap_interval,
+    holm,
+    items_needed,
+    mcnemar_mid_p,
+    sign_flip_p,
+    smallest_difference,
+    tango_interval,
+)
+
+BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
+TANGO, BOOTSTRAP = "tango", "bootstrap"
+# Words in the names of lm-evaluation-harness's metrics where less is better.
+_LESS_IS_BETTER = ("perplexity", "loss", "bits_per_byte", "brier", "nll")
+_ERROR_RATES = ("ter", "wer", "cer", "mse", "mae", "rmse")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The loop against its base on one task, or on the items of a group of tasks.
+
+    Attributes:
+        name, metric, is_group: of the task or group.
+        n: number of problems. Several seeds of an item are one problem.
+        seeds: the largest number of seeds of a problem.
+        base, loop: mean scores.
+        difference: `loop - base`.
+        low, high, confidence: its interval.
+        method: of the interval: "tango" for scores of 0 and 1 with one seed, else "bootstrap".
+        gained, lost: number of problems where the loop, and where the base, scored higher.
+        discordance: share of problems with different scores.
+        p: mid-p of McNemar for "tango", p of a sign-flip test for "bootstrap".
+        p_holm: p adjusted for all tasks, or all groups, of the comparison; None if there is only one.
+        verdict: "better" or "worse" if the interval excludes 0 and p, adjusted, is at most 0.05; else "inconclusive".
+        note: why the verdict is inconclusive although interval or p alone says otherwise; else empty.
+        smallest_difference: what this number of problems finds with 80 % power.
+        items_needed: how many problems find the observed difference with 80 % power; None if it is 0.
+        base_tokens, loop_tokens: mean number of generated tokens.
+        base_truncated, loop_truncated: share of answers cut at the limit of tokens.
+        flips_within_noise: problems that flipped by less than the noise of the base itself; None if not known.
+    """
+
+    name: str
+    metric: str
+    is_group: bool
+    n: int
+    seeds: int
+    base: float
+    loop: float
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    method: str
+    gained: int
+    lost: int
+    discordance: float
+    p: float
+    p_holm: float | None
+    verdict: str
+    note: str
+    smallest_difference: float
+    items_needed: int | None
+    base_tokens: float
+    loop_tokens: float
+    base_truncated: float
+    loop_truncated: float
+    flips_within_noise: int | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval leaves out "no difference"."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def final_p(self) -> float:
+        """The p that the verdict uses: the adjusted one if there is one."""
+        return self.p if self.p_holm is None else self.p_holm
+
+    def to_dict(self) -> dict:
+        """The comparison as one JSON object."""
+        return asdict(self)
+
+
+def compare_pairs(
+    pairs: Iterable[Pair], groups: Mapping[str, Sequence[str]] | None = None, floor: Floor | None = None
+) -> list[Comparison]:
+    """Compare the loop with its base on each task, then on each group.
+
+    A group pools all items of its tasks: each item counts once, so that a large task weighs more than a small one. It
+    has a row for each metric that all its tasks have. A group summarises its tasks and asks a question of its
+    own. Therefore p is adjusted among the tasks and, apart from that, among the groups: a task of 100 items must not
+    hide the total of 57 tasks, nor the total lend its p to a task. Read one of them as the result, and name it before
+    the run.
+
+    Args:
+        pairs: of all tasks, in any order.
+        groups: the names of the tasks of each group.
+        floor: the base against itself.
+
+    Raises:
+        EvaluationError: there are no pairs, a pair occurs twice, a score is not finite, less is better for the
+            metric, or a group names a task that has no pairs.
+    """
+    tasks = _pairs_by_task(pairs)
+    noise = floor.largest_difference if floor else None
+    rows = [_compare(*key, False, each, noise) for key, each in tasks.items()]
+    totals = [
+        _compare(name, metric, True, members, noise)
+        for name, names in (groups or {}).items()
+        for metric, members in _pool(name, names, tasks).items()
+    ]
+    return [*_judge(rows), *_judge(totals)]
+
+
+def _pairs_by_task(pairs: Iterable[Pair]) -> dict[tuple[str, str], list[Pair]]:
+    """The pairs of each task and metric, in the order in which they first occur."""
+    tasks: dict[tuple[str, str], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        tasks[pair.task, pair.metric].append(pair)
+    if not tasks:
+        raise EvaluationError("there are no answers to compare; evaluate at least one task with at least one item")
+    for (task, metric), each in tasks.items():
+        _check_metric(task, metric)
+        _check_pairs(task, each)
+    return dict(tasks)
+
+
+def _check_metric(task: str, metric: str) -> None:
+    words = metric.lower().split(",")[0]
+    if words in _ERROR_RATES or any(word in words for word in _LESS_IS_BETTER):
+        raise EvaluationError(
+            f"no verdict for {metric} of {task}: less of it is better, and it does not show whether answers are right; "
+            "compare by a metric of right answers, such as acc or exact_match"
+        )
+
+
+def _check_pairs(task: str, pairs: list[Pair]) -> None:
+    seen = set()
+    for pair in pairs:
+        if (pair.item, pair.seed) in seen:
+            raise EvaluationError(
+                f"item {pair.item} of {task} occurs twice with seed {pair.seed}; give each item once for each seed"
+            )
+        seen.add((pair.item, pair.seed))
+        for score in (pair.base.score, pair.loop.score):
+            if not math.isfinite(score):
+                raise EvaluationError(
+                    f"the score {score} of item {pair.item} of {task} is not a finite number; evaluate the task again"
+                )
+
+
+def _pool(group: str, names: Sequence[str], tasks: Mapping[tuple[str, str], list[Pair]]) -> dict[str, list[Pair]]:
+    """The pairs of a group, by metric."""
+    metrics = [{metric for task, metric in tasks if task == name} for name in names]
+    for name, each in zip(names, metrics, strict=True):
+        if not each:
+            raise EvaluationError(f"the group {group} has the task {name}, which has no answers; evaluate it too")
+    common = set.intersection(*metrics) if metrics else set()
+    return {
+        metric: [pair for name in dict.fromkeys(names) for pair in tasks[name, metric]] for metric in sorted(common)
+    }
+
+
+def _compare(name: str, metric: str, is_group: bool, pairs: list[Pair], noise: float | None) -> Comparison:
+    """The numbers of one row; `_judge` adds the verdict."""
+    problems: dict[tuple[str, int], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        problems[pair.task, pair.item].append(pair)
+    base = [_mean(pair.base.score for pair in each) for each in problems.values()]
+    loop = [_mean(pair.loop.score for pair in each) for each in problems.values()]
+    # The mean of the differences, because it is exactly the opposite when base and loop change places.
+    differences = [_mean(pair.difference for pair in each) for each in problems.values()]
+    n, gained, lost = len(problems), sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    is_binary = len(pairs) == n and {*base, *loop} <= {0, 1}
+    scale = _largest_possible_difference(pairs)
+    low, high = tango_interval(gained, lost, n) if is_binary else bootstrap_interval(differences, scale)
+    difference = _mean(differences)
+    mean_square = _mean(d * d for d in differences)
+    return Comparison(
+        name=name,
+        metric=metric,
+        is_group=is_group,
+        n=n,
+        seeds=max(map(len, problems.values())),
+        base=_mean(base),
+        loop=_mean(loop),
+        difference=difference,
+        low=low,
+        high=high,
+        confidence=CONFIDENCE,
+        method=TANGO if is_binary else BOOTSTRAP,
+        gained=gained,
+        lost=lost,
+        discordance=(gained + lost) / n,
+        p=mcnemar_mid_p(gained, lost) if is_binary else sign_flip_p(differences),
+        p_holm=None,
+        verdict=INCONCLUSIVE,
+        note="",
+        smallest_difference=smallest_difference(mean_square, n, scale),
+        items_needed=items_needed(mean_square, difference),
+        **_lengths("base", [pair.base for pair in pairs]),
+        **_lengths("loop", [pair.loop for pair in pairs]),
+        flips_within_noise=None if noise is None else flips_within_noise(pairs, noise),
+    )
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    values = list(numbers)
+    return math.fsum(values) / len(values)
+
+
+def _largest_possible_difference(pairs: list[Pair]) -> float:
+    """1 for scores between 0 and 1; else the range of the scores, the only one that is known."""
+    scores = [score for pair in pairs for score in (pair.base.score, pair.loop.score)]
+    return max(1.0, *scores) - min(0.0, *scores)
+
+
+def _lengths(name: str, answers: list[Answer]) -> dict[str, float]:
+    return {
+        f"{name}_tokens": _mean(answer.tokens for answer in answers),
+        f"{name}_truncated": _mean(answer.truncated for answer in answers),
+    }
+
+
+def _judge(rows: list[Comparison]) -> list[Comparison]:
+    """Adjust p among the rows, and give each its verdict."""
+    if len(rows) > 1:
+        adjusted = holm([row.p for row in rows])
+        rows = [replace(row, p_holm=p) for row, p in zip(rows, adjusted, strict=True)]
+    return [replace(row, verdict=_verdict(row), note=_note(row, len(rows))) for row in rows]
+
+
+def _verdict(row: Comparison) -> str:
+    if not (row.excludes_zero and row.final_p <= ALPHA):
+        return INCONCLUSIVE
+    return BETTER if row.difference > 0 else WORSE
+
+
+def _note(row: Comparison, rows: int) -> str:
+    """Why the verdict does not follow the interval alone, or p alone."""
+    if row.excludes_zero and row.p > ALPHA:
+        return f"the interval excludes 0, but p = {row.p:.3f} is above 0.05"
+    if row.excludes_zero and row.final_p > ALPHA:
+        kind = "groups" if row.is_group else "tasks"
+        return f"the interval excludes 0, but with {rows} {kind} compared p becomes {row.final_p:.3f} (Holm)"
+    if not row.excludes_zero and row.final_p <= ALPHA:
+        return f"p = {row.final_p:.3f}, but the interval includes 0"
+    return ""
