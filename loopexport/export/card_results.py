@@ -80,11 +80,12 @@ def inconclusive_text(task: TaskResult) -> str:
     """What an inconclusive result leaves open, in Markdown."""
     text = f"{markdown_text(task.name)}: {task.n:,} items do not show whether the loop helps"
     if task.low is not None and task.high is not None and not task.low <= 0 <= task.high:
-        text += "; the interval excludes zero, but not after the correction for several tasks"
+        p = task.p if task.p_holm is None else task.p_holm
+        text += "; the interval excludes zero" + ("" if p is None else f", but p is {p:.2g}")
     if task.smallest_difference is not None:
-        text += f"; they could have shown a difference of {task.smallest_difference:.4f}"
+        text += f"; they find a difference of {task.smallest_difference:.4f} with 80 % power"
     if task.items_needed is not None:
-        text += f"; about {task.items_needed:,} would be needed for the {task.difference:+.4f} observed"
+        text += f", and about {task.items_needed:,} would find the {task.difference:+.4f} observed"
     return f"{text}."
 
 

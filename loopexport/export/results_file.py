@@ -35,17 +35,17 @@ class TaskResult:
     Attributes:
         name, version, metric: of the task in lm-evaluation-harness; a group may have no version.
         is_group: whether it pools the items of several tasks.
-        n: number of items.
+        n: number of items; several seeds of an item count once.
         base, loop: mean scores.
         difference: score of the loop minus score of the base.
         low, high: the confidence interval of the difference; None if there is none.
         confidence: its level, such as 0.95.
         method: how the interval was computed.
         gained, lost: number of items on which the loop was better, and on which it was worse.
-        p, p_holm: p-value of the difference, alone and corrected for the number of tasks.
+        p, p_holm: p-value of the difference, alone and adjusted for the number of tasks; None if there is none.
         verdict: one of `VERDICTS`.
-        smallest_difference: the smallest difference that so many items could have shown.
-        items_needed: number of items that could show a difference as large as the measured one.
+        smallest_difference: the difference that so many items find with 80 % power.
+        items_needed: how many items find the measured difference with 80 % power; None if it is 0.
     """
 
     name: str

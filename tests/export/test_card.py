@@ -217,7 +217,7 @@ def test_long_results_are_cut_and_say_so():
 def test_interval_without_zero_but_inconclusive_is_explained():
     corrected = {**TASK, "low": 0.001, "p": 0.03, "p_holm": 0.2}
     text = card(measured=made_measured(own=[made_result(SPEC, corrected)]))
-    assert "the interval excludes zero, but not after the correction for several tasks" in text
+    assert "the interval excludes zero, but p is 0.2;" in text
     assert "excludes zero" not in CARDS["results"]()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import pytest
 import yaml
@@ -12,11 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loopexport
+from loopexport.evaluation.verdicts import Comparison
 from loopexport.export.card_refresh import write_card_and_manifest
 from loopexport.export.card_results import model_index, results_section
 from loopexport.export.integrity import check_files
 from loopexport.export.results import save_results
-from loopexport.export.results_file import MAX_BYTES, RESULTS, Measured, measured, parse_result, read_results
+from loopexport.export.results_file import (
+    MAX_BYTES,
+    RESULTS,
+    Measured,
+    TaskResult,
+    measured,
+    parse_result,
+    read_results,
+)
 from loopexport.files.json_text import json_text
 from loopexport.files.staged_files import exactly, staged_files
 from loopexport.loop.spec import make_spec
@@ -241,6 +251,11 @@ def test_damaged_file_is_told_on_one_line(export, text, says):
     assert result.stderr.count("\n") == 1
     assert says in result.stderr
     assert "remove it and run `loopexport compare" in result.stderr
+
+
+def test_comparison_has_every_field_of_a_result():
+    ours = {field.name for field in fields(TaskResult)} - {"version"}  # the task knows it
+    assert ours <= {field.name for field in fields(Comparison)}
 
 
 def parsed(values):
