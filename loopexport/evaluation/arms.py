@@ -13,6 +13,7 @@ from loopexport.choices import Backend
 from loopexport.errors import EvaluationError, one_line
 from loopexport.loop.spec import LoopSpec
 
+from .prefix import SharedPrefix
 from .tasks import quiet_harness
 
 BASE = "base"
@@ -52,6 +53,7 @@ class Model:
         settings: keywords for the model class of lm-evaluation-harness.
         batch_size: how many rows a forward has; halved when memory runs out.
         lm: the model; with vllm, that of the latest arm.
+        prefix: what the arms share of their forwards; None if each runs all of its layers.
     """
 
     root: Path
@@ -59,6 +61,7 @@ class Model:
     settings: dict[str, Any]
     batch_size: int
     lm: Any = field(default=None, repr=False)
+    prefix: SharedPrefix | None = None
     _arm: Arm | None = field(default=None, repr=False)
 
     @property

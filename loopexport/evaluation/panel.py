@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -17,6 +17,7 @@ from lm_eval.api.model import LM
 from .arms import Arm, Model, is_out_of_memory
 from .journal import Entry, Journal, entry_key
 
+GENERATION = "generate_until"
 SLAB_BATCHES = 32  # batches in a slab: many, since a batch has less padding where there are more to sort
 
 Progress = Callable[[int, int], None]
@@ -59,7 +60,7 @@ class Panel(LM):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The text that the current arm generates for each request."""
-        return self._answer("generate_until", requests)
+        return self._answer(GENERATION, requests)
 
     def _answer(self, kind: str, requests: list[Instance]) -> list:
         key = entry_key("", kind, self.seed, [each.args for each in requests])
@@ -71,7 +72,7 @@ class Panel(LM):
         """The answers of every arm to all requests, in the order of the requests."""
         answers: dict[str, list] = {arm.name: [None] * len(requests) for arm in self.arms}
         done, total = 0, len(requests) * len(self.arms)
-        slabs = list(self._slabs(requests))
+        slabs = list(self._slabs(kind, requests))
         for arms, slab in self._schedule(slabs):
             entries = self._ask(arms, kind, [requests[position] for position in slab])
             for arm, entry in zip(arms, entries, strict=True):
@@ -87,13 +88,13 @@ class Panel(LM):
         groups = [(arm,) for arm in self.arms] if self.model.is_costly_to_switch else [self.arms]
         return ((arms, slab) for arms in groups for slab in slabs)
 
-    def _slabs(self, requests: list[Instance]) -> Iterator[list[int]]:
+    def _slabs(self, kind: str, requests: list[Instance]) -> Iterator[list[int]]:
         """Positions of the requests in slabs, the longest first, so that memory runs out at once if it does.
 
         Requests with one context stay together, since lm-evaluation-harness runs them as one row.
         """
         order = sorted(range(len(requests)), key=lambda position: _length_key(requests[position]))
-        size, slab = SLAB_BATCHES * self.model.batch_size, []  # type: tuple[int, list[int]]
+        size, slab = self._slab_batches(kind, requests) * self.model.batch_size, []  # type: tuple[int, list[int]]
         for position in order:
             if len(slab) >= size and requests[position].args[0] != requests[slab[-1]].args[0]:
                 yield slab
@@ -102,9 +103,18 @@ class Panel(LM):
         if slab:
             yield slab
 
+    def _slab_batches(self, kind: str, requests: list[Instance]) -> int:
+        """How many batches a slab has; fewer where the arms keep states for each other."""
+        if self.model.prefix is None or kind == GENERATION or not requests:
+            return SLAB_BATCHES
+        longest = max((_text(each) for each in requests), key=len)
+        return min(SLAB_BATCHES, self.model.prefix.batches(self._inner, longest, self.model.batch_size))
+
     def _ask(self, arms: Sequence[Arm], kind: str, requests: list[Instance]) -> list[Entry]:
         """The entries of these arms for one slab, all of one batch size."""
         while True:
+            if self.model.prefix is not None:
+                self.model.prefix.clear()
             try:
                 return [self._ask_one(arm, kind, requests) for arm in arms]
             except Exception as error:
@@ -118,12 +128,22 @@ class Panel(LM):
         if entry is not None and entry.batch_size <= self.model.batch_size:
             self.model.batch_size = entry.batch_size
             return entry
+        sharing = self._sharing(arm, kind, requests)
         lm, start = self.model.use(arm), time.perf_counter()
         _seed(int(entry_key("", kind, self.seed, [each.args for each in requests])[:8], 16))
-        answers = getattr(lm, kind)(requests, disable_tqdm=True)
+        with sharing:
+            answers = getattr(lm, kind)(requests, disable_tqdm=True)
         entry = Entry(key, list(answers), self.model.batch_size, time.perf_counter() - start)
         self.journal.add(entry)
         return entry
+
+    def _sharing(self, arm: Arm, kind: str, requests: list[Instance]) -> AbstractContextManager:
+        """Let the forwards of this arm start from what the arms before it computed of the same batches."""
+        prefix = self.model.prefix
+        if prefix is None or kind == GENERATION:
+            return nullcontext()
+        prefix.check(self.model, self.arms, [_text(each) for each in requests])
+        return prefix.sharing(self._inner.model, arm.spec)
 
     @contextmanager
     def speaking(self, arm: Arm) -> Iterator[None]:
@@ -172,6 +192,11 @@ class Panel(LM):
 def _length_key(request: Instance) -> tuple[int, str, str]:
     context, *rest = request.args
     return -len(context), context, str(rest)
+
+
+def _text(request: Instance) -> str:
+    """The text of a request for a log-likelihood."""
+    return "".join(request.args)
 
 
 def _seed(seed: int) -> None:
