@@ -14,6 +14,7 @@ from loopexport.errors import EvaluationError, nearest, one_line
 from loopexport.files.digests import file_sha256
 
 ITEM_KEYS = "{prompt, choices, answer} or {prompt, answer}"
+OWN_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv")
 MAX_NEW_TOKENS = 64  # of an answer to an item without choices; it ends at the first line break
 
 
@@ -59,9 +60,13 @@ class TaskSource:
         with _explained(self.names):
             return dict(manager.load(wanted))
 
-    def digest(self) -> str | None:
-        """The sha256 of the file of items; None without one."""
-        return None if self.items is None else file_sha256(self.items)
+    def digests(self) -> dict[str, str]:
+        """The sha256 of the user's own files, by name: items, task files, and the code and data beside them."""
+        files = [Path(name) for name in self.names if Path(name).is_file()]
+        files += [] if self.items is None else [self.items]
+        if self.include_path is not None:
+            files += [path for path in self.include_path.rglob("*") if path.suffix in OWN_FILES and path.is_file()]
+        return {path.name: file_sha256(path) for path in sorted(files)}
 
     def _manager(self):
         """The index of tasks; reading the harness's own, some thousand files, takes seconds."""
