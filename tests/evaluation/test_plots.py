@@ -22,7 +22,7 @@ def width_and_height(png: bytes) -> tuple[int, int]:
     return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
 
 
-@pytest.mark.parametrize("name", ["quiz", "$x^{", "\u95ee\u7b54\n\u202e", "n" * 500])
+@pytest.mark.parametrize("name", ["quiz", "$x^{$", "\u95ee\u7b54\n\u202e", "n" * 500])
 def test_forest_draws_any_name(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
