@@ -10,7 +10,8 @@ from loopexport.errors import LoopExportError, nearest
 
 from .output import echo_line
 
-LOOP, FILES, HUB, OUTPUT = "The loop", "The files", "The Hub", "Output"
+LOOP, TASKS, ENGINE = "The loop", "The tasks", "The model in memory"
+FILES, HUB, OUTPUT = "The files", "The Hub", "Output"
 
 
 class Group(click.Group):
@@ -59,7 +60,9 @@ class GroupedCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options to `formatter`, one section for each heading."""
-        sections: dict[str, list[tuple[str, str]]] = {LOOP: [], FILES: [], HUB: [], OUTPUT: []}
+        sections: dict[str, list[tuple[str, str]]] = {
+            heading: [] for heading in (LOOP, TASKS, ENGINE, FILES, HUB, OUTPUT)
+        }
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:

@@ -38,3 +38,35 @@ class ByteBar:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+class AnswerBar:
+    """A progress bar for answers. Call it with the number given so far and the number to give.
+
+    Args:
+        label: what is counted, such as "answers".
+    """
+
+    def __init__(self, label: str):
+        self._label = label
+        self._bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None or done < self._bar.n or total != self._bar.total:  # the next kind of requests
+            self.close()
+            self._bar = tqdm(desc=self._label, total=total, file=sys.stderr, disable=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """End the line of the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> AnswerBar:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()

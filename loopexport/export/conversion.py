@@ -198,7 +198,7 @@ def plan_convert(
         _check_copyable(base)
     loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
     with _span_explained(preset if span is None else None):
-        _check_layers(base, loop)
+        check_layers(base, loop)
     out = output_path(out) if out is not None else _default_out(base, loop)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export)
     cost = loop_cost(base, loop)
@@ -324,7 +324,8 @@ def _span_explained(preset: str | None) -> Iterator[None]:
         ) from None
 
 
-def _check_layers(base: Checkpoint, loop: LoopSpec) -> None:
+def check_layers(base: Checkpoint, loop: LoopSpec) -> None:
+    """Raise SpecError unless the base has the looped layers, and their memory is a K/V cache."""
     try:
         loop.check_depth(base.num_layers)
         loop.check_layer_types(layer_types(base.config))

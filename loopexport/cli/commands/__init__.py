@@ -8,6 +8,7 @@ from loopexport._version import __version__
 from loopexport.cli.groups import Group
 
 from .adopt import adopt
+from .compare import compare
 from .convert import convert
 from .families import families
 from .inspect import inspect
@@ -40,5 +41,5 @@ def main() -> None:
     """
 
 
-for command in (convert, inspect, verify, onnx, run, push, adopt, upgrade, restore, presets, rules, families):
+for command in (convert, compare, inspect, verify, onnx, run, push, adopt, upgrade, restore, presets, rules, families):
     main.add_command(command)

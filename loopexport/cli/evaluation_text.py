@@ -1,0 +1,35 @@
+"""Plans of `compare` and `scan` as lines of text."""
+
+from __future__ import annotations
+
+from loopexport.evaluation.comparison import ComparePlan
+from loopexport.evaluation.subject import Subject
+from loopexport.evaluation.tasks import TaskSource
+from loopexport.loop.wording import describe_layers, describe_rule, describe_span
+
+
+def compare_plan_lines(plan: ComparePlan) -> list[str]:
+    """The lines of a plan of `compare`."""
+    spec = plan.subject.spec
+    where = f"{plan.backend}, {plan.settings['device']}, dtype {plan.engine['dtype']}, batches of {plan.batch_size}"
+    return [
+        subject_line(plan.subject),
+        f"Loop     span {describe_span(spec)} ({describe_layers(spec)}), K = {spec.steps}, mode {spec.mode}, "
+        f"kv {spec.kv}, anchor {spec.anchor:g}, rule {describe_rule(spec)}",
+        f"Cost     {plan.cost.multiplier:.2f}x the base's layer evaluations per token",
+        tasks_line(plan.tasks, plan.prompting.limit),
+        f"Compute  {where}",
+        *([] if plan.out is None else [f"Results  {plan.out}"]),
+        *(f"Note     {warning}" for warning in plan.warnings),
+    ]
+
+
+def subject_line(subject: Subject) -> str:
+    """The model, and whether it is an export."""
+    return f"Model    {subject.name}{', an export' if subject.export is not None else ''}"
+
+
+def tasks_line(tasks: TaskSource, limit: int | None) -> str:
+    """The tasks by name, and how many items of each."""
+    names = ", ".join([*tasks.names, *([] if tasks.items is None else [tasks.items.name])])
+    return f"Tasks    {names}; {'all items' if limit is None else f'the first {limit} items of each'}"

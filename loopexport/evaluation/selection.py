@@ -1,0 +1,118 @@
+"""Honest choice of the best loop: choose on one part of the items, and test the choice on the other.
+
+The best of many loops looks better than it is on the items that it was chosen by. So the items are split once, by a
+hash of each item. Loops are ranked on the selection part. The best few answer the test part, and their p values there
+are adjusted for their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loopexport.errors import EvaluationError
+
+from .items import Pair
+from .statistics import ALPHA, holm
+from .verdicts import BETTER, INCONCLUSIVE, WORSE, Comparison, compare_pairs
+
+POOLED = "all tasks"
+POOLED_METRIC = "score"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The numbers of the items in each part, for each task.
+
+    Attributes:
+        selection: to rank the loops.
+        test: to test the best.
+    """
+
+    selection: dict[str, list[int]]
+    test: dict[str, list[int]]
+
+
+def split_items(tasks: dict[str, Any], limit: int | None, test_share: float) -> Split:
+    """Split the items of each task.
+
+    The part of an item depends on the item alone: neither on its place nor on the limit. Equal items are in one part.
+
+    Args:
+        tasks: the tasks of lm-evaluation-harness, by name.
+        limit: the first so many items of each task; None for all.
+        test_share: about how much of the items is for the test.
+
+    Raises:
+        EvaluationError: a task has no items in one of the parts.
+    """
+    selection: dict[str, list[int]] = {}
+    test: dict[str, list[int]] = {}
+    for name, task in tasks.items():
+        in_test = [is_for_test(name, item_hash(doc), test_share) for doc in _first(task.eval_docs, limit)]
+        selection[name] = [number for number, is_test in enumerate(in_test) if not is_test]
+        test[name] = [number for number, is_test in enumerate(in_test) if is_test]
+        if not (selection[name] and test[name]):
+            part = "test" if selection[name] else "selection"
+            raise EvaluationError(
+                f"the {len(in_test)} items of {name} leave none for the {part} part (test share {test_share:g}); "
+                "use more items, or another --test-share"
+            )
+    return Split(selection, test)
+
+
+def _first(docs, limit: int | None) -> Iterable:
+    return docs if limit is None else (docs[index] for index in range(min(limit, len(docs))))
+
+
+def item_hash(doc: Any) -> str:
+    """The hash of an item, as lm-evaluation-harness computes it for its logs (`Pair.item_hash`)."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+
+
+def is_for_test(task: str, doc_hash: str, test_share: float) -> bool:
+    """Whether an item is in the test part."""
+    digest = hashlib.sha256(f"{task}\n{doc_hash}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < test_share * 2**64
+
+
+def pooled(pairs: Sequence[Pair]) -> Comparison:
+    """The comparison on all items of all tasks together, each by its own task's metric."""
+    names = tuple(dict.fromkeys(pair.task for pair in pairs))
+    same_metric = [replace(pair, metric=POOLED_METRIC) for pair in pairs]
+    return compare_pairs(same_metric, {POOLED: names})[-1]
+
+
+def choose_finalists(selection: dict[str, Comparison], costs: dict[str, float], count: int) -> list[str]:
+    """The names of the loops to test: the best on the selection part, of equals the cheapest.
+
+    A loop that is not better than the base there is never tested.
+    """
+    ranked = sorted(selection, key=lambda name: (-selection[name].difference, costs[name]))
+    return [name for name in ranked if selection[name].difference > 0][:count]
+
+
+def judge_finalists(test: dict[str, Comparison]) -> dict[str, Comparison]:
+    """The finalists' comparisons with p adjusted for their number by Holm, and the verdict that follows."""
+    adjusted = holm([each.p for each in test.values()])
+    return {
+        name: replace(each, p_holm=p, verdict=_verdict(each, p), note="")
+        for (name, each), p in zip(test.items(), adjusted, strict=True)
+    }
+
+
+def _verdict(row: Comparison, p: float) -> str:
+    if not (row.excludes_zero and p <= ALPHA):
+        return INCONCLUSIVE
+    return BETTER if row.difference > 0 else WORSE
+
+
+def recommended(finalists: dict[str, Comparison]) -> str | None:
+    """The name of the finalist to use: of those that are better in the test, the best; None if no one is."""
+    better = [name for name, each in finalists.items() if each.verdict == BETTER]
+    return max(better, key=lambda name: finalists[name].difference, default=None)

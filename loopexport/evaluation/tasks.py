@@ -1,0 +1,251 @@
+"""The tasks to compare on: those of lm-evaluation-harness, the user's own YAML, or a file of items."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loopexport.errors import EvaluationError, nearest, one_line
+from loopexport.files.digests import file_sha256
+
+ITEM_KEYS = "{prompt, choices, answer} or {prompt, answer}"
+MAX_NEW_TOKENS = 64  # of an answer to an item without choices; it ends at the first line break
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """The tasks that the user asked for, before they are loaded.
+
+    Attributes:
+        names: names of tasks, groups and tags, or paths of task YAML files.
+        include_path: a directory of the user's own task YAMLs, or None.
+        items: a file of items, one JSON object in each line, or None.
+        metric: the metric to compare, such as "acc" or "exact_match,strict-match"; None for each task's first.
+    """
+
+    names: tuple[str, ...] = ()
+    include_path: Path | None = None
+    items: Path | None = None
+    metric: str | None = None
+
+    def check(self) -> None:
+        """Check names and items; this loads no data set.
+
+        Raises:
+            EvaluationError: there is no such task, or no task at all, or the file of items is wrong.
+        """
+        if not (self.names or self.items):
+            raise EvaluationError("no task to compare on; give --tasks NAME,... or --items FILE.jsonl")
+        if self.items is not None:
+            read_items(self.items)
+        if self.names:
+            index = self._manager()
+            for name in self.names:
+                _check_name(name, index)
+
+    def load(self) -> dict:
+        """The tasks, as `TaskManager.load` of lm-evaluation-harness gives them: `tasks`, `groups` and `group_map`.
+
+        Raises:
+            EvaluationError: a task cannot be loaded, as without the network that its data set needs.
+        """
+        manager = self._manager()
+        wanted: list[Any] = [*self.names, *([] if self.items is None else [items_task(self.items)])]
+        with _explained(self.names):
+            return dict(manager.load(wanted))
+
+    def digest(self) -> str | None:
+        """The sha256 of the file of items; None without one."""
+        return None if self.items is None else file_sha256(self.items)
+
+    def _manager(self):
+        """The index of tasks; reading the harness's own, some thousand files, takes seconds."""
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise EvaluationError(f"no directory {self.include_path} of task files; give one with --include-path")
+        with quiet_harness():
+            from lm_eval.tasks import TaskManager
+
+            include = None if self.include_path is None else str(self.include_path)
+            return TaskManager(include_path=include, include_defaults=bool(self.names))
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How lm-evaluation-harness makes prompts, and how the models answer them.
+
+    Attributes:
+        limit: the first so many items of each task; None for all.
+        num_fewshot: examples in each prompt; None for each task's own number.
+        chat_template: whether prompts are chats.
+        generation: settings of generation on top of each task's own, such as `{"do_sample": True}`.
+        fewshot_seed: of the choice of examples.
+        allow_code: run tasks whose scoring executes generated code.
+    """
+
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    generation: dict | None = None
+    fewshot_seed: int = 1234
+    allow_code: bool = False
+
+
+@contextmanager
+def quiet_harness():
+    """Import lm-evaluation-harness and let it log errors only.
+
+    Raises:
+        EvaluationError: it is not installed.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise EvaluationError("compare needs lm-evaluation-harness; run: pip install 'loopexport[eval]'") from None
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    yield
+
+
+def _check_name(name: str, index) -> None:
+    if name in index.all_tasks or (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
+        return
+    near = nearest(name, tuple(index.all_tasks))
+    hint = f"did you mean {near!r}?" if near else "list them with `lm_eval ls tasks`"
+    raise EvaluationError(f"lm-evaluation-harness has no task {name!r}; {hint}")
+
+
+@contextmanager
+def _explained(names: Sequence[str]):
+    """Turn whatever a data set's loader raises into one line that says what to do."""
+    try:
+        yield
+    except EvaluationError:
+        raise
+    except Exception as error:
+        raise EvaluationError(
+            f"cannot load {', '.join(names) or 'the items'}: {type(error).__name__}: {one_line(error, 300)}; a task of "
+            "the Hub needs the network once, and is then read from the cache of `datasets`"
+        ) from error
+
+
+def items_task(path: Path) -> dict:
+    """The task of a file of items, as lm-evaluation-harness configures one.
+
+    Items with choices are scored by log-likelihood (acc); others by exact match of the generated line.
+
+    Raises:
+        EvaluationError: the file is wrong.
+    """
+    items = read_items(path)
+    scored = _of_choices() if "choices" in items[0] else _of_generation()
+    return {
+        "task": path.stem,
+        "custom_dataset": lambda **_: {"test": _dataset(items)},
+        "test_split": "test",
+        "fewshot_split": "test",
+        "doc_to_text": lambda item: item["prompt"],
+        "target_delimiter": "",
+        "metadata": {"version": 1},
+        **scored,
+    }
+
+
+def _dataset(items: list[dict]):
+    from datasets import Dataset
+
+    return Dataset.from_list(items)
+
+
+def _of_choices() -> dict:
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_choice": lambda item: item["choices"],
+        "doc_to_target": lambda item: item["answer"],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _of_generation() -> dict:
+    strip = [{"function": "remove_whitespace"}, {"function": "take_first"}]
+    return {
+        "output_type": "generate_until",
+        "doc_to_target": lambda item: item["answer"],
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": MAX_NEW_TOKENS},
+        "filter_list": [{"name": "line", "filter": strip}],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def read_items(path: Path) -> list[dict]:
+    """The items of a file, checked; an answer that names a choice becomes its index.
+
+    Raises:
+        EvaluationError: the file cannot be read, has no items, or a line is not an item.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"cannot read items from {path}: {one_line(error)}") from None
+    items = [_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise EvaluationError(f"{path} has no items; write one JSON object in each line, {ITEM_KEYS}")
+    if len({"choices" in item for item in items}) > 1:
+        raise EvaluationError(f"{path} has items with choices and items without; put them into two files")
+    return items
+
+
+def _item(line: str, place: str) -> dict:
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError):
+        raise EvaluationError(f"{place} is not JSON; write one object in each line, {ITEM_KEYS}") from None
+    if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or "answer" not in item:
+        raise EvaluationError(f"{place} is not an item; an item is {ITEM_KEYS}")
+    if "choices" not in item:
+        if not isinstance(item["answer"], str):
+            raise EvaluationError(f"{place}: answer {item['answer']!r} must be text where there are no choices")
+        return {"prompt": item["prompt"], "answer": item["answer"].strip()}
+    choices = item["choices"]
+    if not _are_choices(choices):
+        raise EvaluationError(f"{place}: choices must be two or more different texts, none of them empty")
+    return {
+        "prompt": item["prompt"],
+        "choices": [_spaced(item["prompt"], choice) for choice in choices],
+        "answer": _index(item["answer"], choices, place),
+    }
+
+
+def _are_choices(choices) -> bool:
+    texts = isinstance(choices, list) and all(isinstance(each, str) and each.strip() for each in choices)
+    return texts and len(set(choices)) == len(choices) > 1
+
+
+def _spaced(prompt: str, choice: str) -> str:
+    """The choice as it follows the prompt: with a space between them, unless there is white space already."""
+    return choice if prompt[-1:].isspace() or choice[0].isspace() or not prompt else f" {choice}"
+
+
+def _index(answer, choices: list[str], place: str) -> int:
+    if isinstance(answer, str) and answer in choices:
+        return choices.index(answer)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return answer
+    raise EvaluationError(
+        f"{place}: answer {answer!r} must be one of the choices, or an index from 0 to {len(choices) - 1}"
+    )
+
+
+def leaf_tasks(loaded: dict) -> dict[str, tuple[str, ...]]:
+    """For each group, the names of all its tasks, those of its subgroups included."""
+    return {name: tuple(task.task_name for task in group.get_all_tasks()) for name, group in loaded["groups"].items()}
+
+
+def task_version(task) -> str:
+    """The version of a task, as its author numbers it."""
+    metadata = task.config.metadata or {}
+    return str(metadata.get("version", getattr(task, "VERSION", "unknown")))
