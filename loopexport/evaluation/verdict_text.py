@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .noise import Floor
-from .verdicts import BETTER, INCONCLUSIVE, WORSE, Comparison
+from .verdicts import BETTER, BOOTSTRAP, INCONCLUSIVE, TANGO, WORSE, Comparison
 
 MAX_NAMES = 5  # in one sentence
 
@@ -90,6 +90,16 @@ def holm_sentence(rows: Sequence[Comparison]) -> str:
         return ""
     families = " and, apart from them, for ".join(adjusted)
     return f"p is adjusted for {families} (Holm), each metric counting; what the items can show is for one test alone."
+
+
+def method_sentence(rows: Sequence[Comparison]) -> str:
+    """How intervals and p were computed."""
+    methods = {
+        TANGO: "Tango's score interval and McNemar's mid-p where each item is right or wrong",
+        BOOTSTRAP: "resampled problems and a sign-flip test where scores are graded or items have several seeds",
+    }
+    used = [text for method, text in methods.items() if any(row.method == method for row in rows)]
+    return f"Interval and p: {'; '.join(used)}."
 
 
 def length_sentence(row: Comparison) -> str:

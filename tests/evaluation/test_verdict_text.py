@@ -7,7 +7,7 @@ import pytest
 from loopexport.cli.comparison_text import comparison_lines
 from loopexport.evaluation.items import Answer
 from loopexport.evaluation.noise import Floor
-from loopexport.evaluation.verdict_text import headline, sentence, signed
+from loopexport.evaluation.verdict_text import headline, method_sentence, sentence, signed
 from loopexport.evaluation.verdicts import compare_pairs
 from support.answer_pairs import make_pair, make_task
 
@@ -62,6 +62,13 @@ def test_scores_beyond_1_are_not_points():
     row = compare_pairs([make_pair(40 + i % 3, 42 + i % 2, i, metric="bleu") for i in range(40)])[0]
     assert "points" not in sentence(row)
     assert signed(row, -0.0001234) == "-0.000123"
+
+
+def test_method_sentence_names_what_was_used():
+    binary, graded = make_task(4, 3, 50), [make_pair(0.25, 0.5, i, task="essay") for i in range(5)]
+    texts = [method_sentence(compare_pairs(pairs)) for pairs in (binary, graded, [*binary, *graded])]
+    assert ["Tango" in text for text in texts] == [True, False, True]
+    assert ["sign-flip" in text for text in texts] == [False, True, True]
 
 
 def test_lines_of_a_comparison_are_aligned_and_end_with_the_answer():
