@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,19 @@ class TaskSource:
         return {path.name: file_sha256(path) for path in sorted(files)}
 
     def _manager(self):
-        """The index of tasks; reading the harness's own, some thousand files, takes seconds."""
         if self.include_path is not None and not self.include_path.is_dir():
             raise EvaluationError(f"no directory {self.include_path} of task files; give one with --include-path")
-        with quiet_harness():
-            from lm_eval.tasks import TaskManager
+        return _index(self.include_path, include_defaults=bool(self.names))
 
-            include = None if self.include_path is None else str(self.include_path)
-            return TaskManager(include_path=include, include_defaults=bool(self.names))
+
+@lru_cache(maxsize=1)
+def _index(include_path: Path | None, include_defaults: bool):
+    """The index of tasks; to read the harness's own, some thousand files, takes seconds."""
+    with quiet_harness():
+        from lm_eval.tasks import TaskManager
+
+        include = None if include_path is None else str(include_path)
+        return TaskManager(include_path=include, include_defaults=include_defaults)
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ def _item(line: str, place: str) -> dict:
     return {
         "prompt": item["prompt"],
         "choices": [_spaced(item["prompt"], choice) for choice in choices],
-        "answer": _index(item["answer"], choices, place),
+        "answer": _choice_index(item["answer"], choices, place),
     }
 
 
@@ -235,7 +241,7 @@ def _spaced(prompt: str, choice: str) -> str:
     return choice if prompt[-1:].isspace() or choice[0].isspace() or not prompt else f" {choice}"
 
 
-def _index(answer, choices: list[str], place: str) -> int:
+def _choice_index(answer, choices: list[str], place: str) -> int:
     if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
