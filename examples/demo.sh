@@ -37,6 +37,7 @@ if [ "$(tail -n +3 "$work/answer.txt" | sed '1s/^[^:]*: //')" != "$(tail -n +3 "
     exit 1
 fi
 printf '\nONNX Runtime gives the same answer as transformers.\n'
+rm -rf "$work/compared"  # of an earlier demo
 run loopexport compare "$looped" --items "$here/items/arithmetic.jsonl" --out "$work/compared"
 printf '\nThe looped model is in %s. In reproductions, models this small gained nothing from looping:\n' "$looped"
 printf 'this shows that the tool works, not that looping helps.\n'
