@@ -48,6 +48,7 @@ body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sa
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: left; vertical-align: top; }
 td, th, li, summary, pre { unicode-bidi: isolate; overflow-wrap: anywhere; }
+th { overflow-wrap: normal; white-space: nowrap; }
 .scroll td, .scroll th { overflow-wrap: normal; white-space: nowrap; }
 .scroll .name { min-width: 8rem; overflow-wrap: anywhere; white-space: normal; }
 .number { text-align: right; }
@@ -96,10 +97,10 @@ def report_files(
         _picture(light, dark),
         element("h2", "Noise"),
         element("p", floor_sentence(floor)),
-        element("h2", "Settings"),
-        _settings_table(settings),
         element("h2", "Items with different scores"),
         *_flips(pairs),
+        element("h2", "Settings"),
+        _settings_table(settings),
     ]
     return {FOREST: light, REPORT: page(TITLE, _STYLE, *body)}
 

@@ -129,7 +129,7 @@ def noise_sentence(row: Comparison) -> str:
     """How many flips the noise of the base explains; empty if that is not known."""
     if row.flips_within_noise is None:
         return ""
-    return f"{row.flips_within_noise} of {_count(row.gained + row.lost, 'flip')} no larger than the base's own noise"
+    return f"{row.flips_within_noise} of {_count(row.gained + row.lost, 'flip')} within the base's own noise"
 
 
 def _listed(names: list[str]) -> str:

@@ -89,5 +89,5 @@ def test_lines_of_a_comparison_are_aligned_and_end_with_the_answer():
 def test_lines_say_how_many_flips_mean_nothing():
     near, far = (-1.0, -1.001), (-1.0, -3.0)
     rows = compare_pairs([make_pair(Answer(0, "a", near), Answer(1, "b", far))], floor=Floor(1, 0.1, 0, (8, 1)))
-    assert "  1 of 1 flip no larger than the base's own noise" in comparison_lines(rows, None)
+    assert "  1 of 1 flip within the base's own noise" in comparison_lines(rows, None)
     assert "The base was not compared with itself." in comparison_lines(rows, None)
