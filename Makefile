@@ -112,11 +112,11 @@ $(SMOLLM)/README.md: | $(VENV)/demo-ready
 $(VENV)/demo-ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet $(TORCH)
-	$(VENV)/bin/pip install --quiet -e ".[gguf,onnx]"
+	$(VENV)/bin/pip install --quiet -e ".[eval,gguf,onnx]"
 	touch $@
 
 $(VENV)/test-ready: $(VENV)/demo-ready
-	$(VENV)/bin/pip install --quiet -e ".[gguf,mergekit,onnx,quantised,test,dev]"
+	$(VENV)/bin/pip install --quiet -e ".[eval,gguf,mergekit,onnx,quantised,test,dev]"
 	touch $@
 
 $(VENV)/docs-ready: $(VENV)/test-ready

@@ -18,6 +18,7 @@ from loopexport.base.families import ONNX, grouped_outcomes, outcomes, releases
 from loopexport.cli.commands import main
 from loopexport.cli.text import rule_lines
 from loopexport.loop.presets import PRESETS, STATUSES, Preset, Result
+from loopexport.loop.protocols import Evaluation
 from loopexport.loop.wording import describe_span
 
 VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "vllm"
@@ -32,6 +33,21 @@ def presets() -> str:
     """The published cells."""
     rows = [(f"`{preset.name}`", preset.models[0], _cell(preset), preset.status, _gains(preset)) for preset in PRESETS]
     return _table(("preset", "measured on", "span of depth, K", "status", "points against the base"), rows)
+
+
+def replications() -> str:
+    """The published cells that lm-evaluation-harness can measure."""
+    heads = ("command", "model", "items", "tokens of an answer, at most", "cost factor")
+    return _table(heads, [_replication(preset, preset.evaluation) for preset in PRESETS if preset.evaluation])
+
+
+def protocols() -> str:
+    """How the other published cells were measured, with a row for all that were measured in one way."""
+    names: dict[str, list[str]] = {}
+    for preset in PRESETS:
+        if preset.evaluation is None:
+            names.setdefault(preset.protocol.text, []).append(f"`{preset.name}`")
+    return _table(("preset", "how it was measured"), [(", ".join(each), text) for text, each in names.items()])
 
 
 def preset_statuses() -> str:
@@ -149,6 +165,12 @@ def _cell(preset: Preset) -> str:
     if preset.spec is None:
         return "not published"
     return f"{describe_span(preset.spec)} of {preset.num_layers}, {preset.spec.steps}"
+
+
+def _replication(preset: Preset, evaluation: Evaluation) -> tuple[str, ...]:
+    command = f"`loopexport compare MODEL --preset {preset.name} --out DIR`"
+    factor = f"{preset.cost_factor:.2f}"
+    return command, preset.models[-1], f"{evaluation.items:,}", f"{evaluation.max_tokens:,}", factor
 
 
 def _gains(preset: Preset) -> str:

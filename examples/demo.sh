@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make a base model, loop it, ask it a question; prints each command before running it.
+# Make a base model, loop it, ask it a question, compare it with its base; prints each command before running it.
 #
 #     examples/demo.sh demo
 #
@@ -37,5 +37,7 @@ if [ "$(tail -n +3 "$work/answer.txt" | sed '1s/^[^:]*: //')" != "$(tail -n +3 "
     exit 1
 fi
 printf '\nONNX Runtime gives the same answer as transformers.\n'
+rm -rf "$work/compared"  # of an earlier demo
+run loopexport compare "$looped" --items "$here/items/arithmetic.jsonl" --out "$work/compared"
 printf '\nThe looped model is in %s. In reproductions, models this small gained nothing from looping:\n' "$looped"
 printf 'this shows that the tool works, not that looping helps.\n'

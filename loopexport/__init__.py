@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         PushError,
         SpecError,
     )
+    from loopexport.evaluation.compare_result import CompareResult
+    from loopexport.evaluation.comparison import ComparePlan, compare, plan_compare
     from loopexport.evaluation.scan_result import ScanResult
     from loopexport.evaluation.scan_run import ScanPlan
     from loopexport.evaluation.scanning import plan_scan, scan
@@ -47,6 +49,8 @@ _HOMES = {
     "AdoptPlan": "export.adoption",
     "Check": "export.check",
     "CheckpointError": "errors",
+    "ComparePlan": "evaluation.comparison",
+    "CompareResult": "evaluation.compare_result",
     "ConvertPlan": "export.conversion",
     "EvaluationError": "errors",
     "Export": "export.directory",
@@ -71,10 +75,12 @@ _HOMES = {
     "UpgradePlan": "export.code_upgrade",
     "UpgradeResult": "checks.code_proof",
     "adopt": "export.adoption",
+    "compare": "evaluation.comparison",
     "convert": "export.conversion",
     "export_onnx": "onnx.build",
     "open_export": "export.directory",
     "plan_adopt": "export.adoption",
+    "plan_compare": "evaluation.comparison",
     "plan_convert": "export.conversion",
     "plan_onnx": "onnx.plan",
     "plan_push": "hub.publication",
@@ -90,6 +96,8 @@ __all__ = [
     "AdoptPlan",
     "Check",
     "CheckpointError",
+    "ComparePlan",
+    "CompareResult",
     "ConvertPlan",
     "EvaluationError",
     "Export",
@@ -115,10 +123,12 @@ __all__ = [
     "UpgradeResult",
     "__version__",
     "adopt",
+    "compare",
     "convert",
     "export_onnx",
     "open_export",
     "plan_adopt",
+    "plan_compare",
     "plan_convert",
     "plan_onnx",
     "plan_push",

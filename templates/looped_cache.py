@@ -29,6 +29,9 @@ FILLED_BY = "loop_filled_by"
 # Attribute that we set on a cache: the number of its first extra slot.
 FIRST_SLOT = "loop_first_slot"
 
+# Attribute that we set on a cache: the loop that its extra slots are for, as `_fingerprint` gives it.
+SLOTS_FOR = "loop_slots_for"
+
 
 class CacheArgument(NamedTuple):
     """The argument of a module that takes the K/V cache.
@@ -219,6 +222,8 @@ def is_empty(cache, layer_idx: int, num_tokens: int = 0) -> bool:
 def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> int:
     """Add one slot for each looped layer and iteration to the cache, of the same type as the layer's own slot.
 
+    An empty cache first loses the slots of another loop.
+
     A cache that was made without a config needs no call: it adds slots by itself when a layer first stores there.
 
     Returns:
@@ -229,6 +234,7 @@ def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> in
     """
     if type(cache).__module__.startswith("transformers.models."):  # a family's own class, with its own slots
         raise ValueError(f"kv per_step cannot add slots to a {type(cache).__name__}; use kv shared")
+    _drop_slots_of_another_loop(cache, spec, num_tokens)
     if hasattr(cache, FIRST_SLOT):
         return getattr(cache, FIRST_SLOT)
     count, layers = len(cache.layers), [i for start, stop in spec.spans_within(num_layers) for i in range(start, stop)]
@@ -239,9 +245,19 @@ def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> in
         )
     first = max(count, num_layers)
     setattr(cache, FIRST_SLOT, first)
+    setattr(cache, SLOTS_FOR, _fingerprint(spec))
     for _ in range(1, spec.evaluations) if count >= num_layers else ():
         cache.layers.extend([_empty_slot_like(cache.layers[index]) for index in layers])
     return first
+
+
+def _drop_slots_of_another_loop(cache, spec: LoopSpec, num_tokens: int) -> None:
+    """Remove slots that were added for another loop from a cache that was reset since: too few, or of other types."""
+    if getattr(cache, SLOTS_FOR, None) in (None, _fingerprint(spec)) or not is_empty(cache, spec.layers[0], num_tokens):
+        return
+    del cache.layers[getattr(cache, FIRST_SLOT) :]
+    delattr(cache, FIRST_SLOT)
+    delattr(cache, SLOTS_FOR)
 
 
 def _empty_slot_like(layer):

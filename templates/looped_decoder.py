@@ -27,7 +27,7 @@ from .looped_cache import (
     mark_filled,
     self_attention,
 )
-from .looped_routing import ROUTERS
+from .looped_routing import ROUTERS, own_routing
 from .looped_spec import LoopSpec
 from .looped_vllm import VllmSeam
 from .looped_walk import LayerTraits, Walk
@@ -37,9 +37,15 @@ FIRST_REUSER = "first_kv_shared_layer_idx"  # attribute of decoders whose late l
 
 
 class _Thread(threading.local):
-    """The forward that runs in this thread; modules hold no state of a call, since threads share them."""
+    """The innermost forward that runs in this thread; modules hold no state of a call, since threads share them.
+
+    Attributes:
+        decoder: whose forward it is; None outside of a forward.
+        walk: its walk; None if it is the base model's.
+    """
 
     def __init__(self):  # once in each thread
+        self.decoder: nn.Module | None = None
         self.walk: Walk | None = None
 
 
@@ -184,14 +190,17 @@ def _run(decoder: nn.Module, native: Any, args, kwargs):
     """
     loop = vars(decoder)[LOOP]
     walk = loop.begin(loop.layers_of(decoder), args, kwargs)
-    if walk is None:
+    if walk is None and _THREAD.decoder is None:
         return native.forward(decoder, *args, **kwargs)
-    outer, _THREAD.walk = _THREAD.walk, walk
+    # A hook may run a forward, of this decoder or another one, in the middle of a forward.
+    outer, _THREAD.decoder, _THREAD.walk = (_THREAD.decoder, _THREAD.walk), decoder, walk
     try:
-        output = native.forward(decoder, *args, **_all_tokens(decoder, walk, kwargs))
+        with own_routing():
+            output = native.forward(decoder, *args, **_all_tokens(decoder, walk, kwargs))
     finally:
-        _THREAD.walk = outer
-    walk.check_complete(native.__name__)
+        _THREAD.decoder, _THREAD.walk = outer
+    if walk is not None:
+        walk.check_complete(native.__name__)
     return output
 
 
@@ -203,22 +212,24 @@ def _layers_for(decoder: nn.Module, caller):
         caller: the frame that reads the list; None in a compiled graph, which has no frames.
     """
     loop = vars(decoder)[LOOP]
-    layers, walk = loop.layers_of(decoder), _THREAD.walk
+    layers, walk = loop.layers_of(decoder), None
     if caller is not None and caller.f_locals.get("self") is not decoder:
         return layers
-    if walk is None and caller is not None and caller.f_code.co_name == "forward":
+    if _THREAD.decoder is decoder:
+        walk = _THREAD.walk
+    elif caller is not None and caller.f_code.co_name == "forward":
         walk = loop.begin(layers, (), {})  # somebody replaced this module's forward by their own
     return layers if walk is None else walk.visit(layers)
 
 
-def _all_tokens(decoder: nn.Module, walk: Walk, kwargs: dict) -> dict:
+def _all_tokens(decoder: nn.Module, walk: Walk | None, kwargs: dict) -> dict:
     """The arguments of a forward, without `logits_to_keep` if a span needs all tokens.
 
     Gemma 4 drops all other tokens before the first layer that reuses keys. A span on both sides of it would then run
     its layers on different tokens.
     """
     first = getattr(decoder, FIRST_REUSER, None)
-    if first is None or not any(start < first < stop for start, stop in walk.spec.bodies):
+    if walk is None or first is None or not any(start < first < stop for start, stop in walk.spec.bodies):
         return kwargs
     return {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
 

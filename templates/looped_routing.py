@@ -105,6 +105,16 @@ def routing(layer: nn.Module, route: type[RecordRoute], routes: dict[str, list])
         _check_asked(path, each)
 
 
+@contextmanager
+def own_routing():
+    """Let a forward inside of another one choose its own experts."""
+    before, _THREAD.routes = _THREAD.routes, None
+    try:
+        yield
+    finally:
+        _THREAD.routes = before
+
+
 def _routable(layer: nn.Module, path: str) -> nn.Module:
     """The router at a path, with a `RouterForward`."""
     router = layer.get_submodule(path)

@@ -385,11 +385,11 @@ def _checkpointing_paused(layer):
     """Let a layer run as if gradient checkpointing were off, in this thread."""
     if getattr(layer, CHECKPOINTS) is True:
         setattr(layer, CHECKPOINTS, PausableCheckpointing())
-    _THREAD.is_paused = True
+    before, _THREAD.is_paused = _THREAD.is_paused, True
     try:
         yield
     finally:
-        _THREAD.is_paused = False
+        _THREAD.is_paused = before
 
 
 def _hidden_of(output):

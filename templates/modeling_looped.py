@@ -36,6 +36,10 @@ from .looped_vllm import VLLM, VllmSeam, check_vllm, count_layers, count_slots, 
 from .looped_vllm_limits import vllm_refusal  # noqa: F401  as above
 from .looped_walk import Walk  # noqa: F401  as above
 
+# transformers 4 runs a changed file again in the same module: forget the classes that the other version made.
+for _name in [each for each in globals() if each.startswith(CLASS_PREFIX)]:
+    del globals()[_name]
+
 
 class LoopedModelMixin:
     """Turns a native model into a looped one, after the native constructor has built its layers.

@@ -9,11 +9,13 @@ from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint, Origin
 from loopexport.base.families import grouped_outcomes, releases
 from loopexport.export.adoption import AdoptPlan
+from loopexport.export.card_results import difference_text
 from loopexport.export.check import Check
 from loopexport.export.code_upgrade import UpgradePlan
 from loopexport.export.conversion import WITHOUT, ConvertPlan
 from loopexport.export.directory import Export
 from loopexport.export.integrity import WITHOUT_WEIGHTS
+from loopexport.export.results_file import Measured, RecordedResult, TaskResult
 from loopexport.export.small_files import export_warnings
 from loopexport.hub.publication import PushPlan, PushResult
 from loopexport.hub.transfers import COPY, DELETE, THERE, UPLOAD
@@ -98,6 +100,20 @@ def export_lines(export: Export) -> list[str]:
         ),
         *(f"Note     {warning}" for warning in export_warnings(export)),
     ]
+
+
+def result_lines(results: Measured) -> list[str]:
+    """A line for each task that was measured with an export, and for each that was measured with another loop."""
+    if not (results.own or results.other):
+        return ["Results  not measured; run `loopexport compare`"]
+    lines = [f"Results  {_task_text(result, task)}" for result in results.own for task in result.tasks]
+    others = [_task_text(result, task) for result in results.other for task in result.tasks]
+    return [*lines, *(f"Results  of another loop or other weights: {text}" for text in others)]
+
+
+def _task_text(result: RecordedResult, task: TaskResult) -> str:
+    scores = f"{task.metric} {task.base:.4f} to {task.loop:.4f}, {difference_text(task)}"
+    return f"{task.name}: {scores}, n {task.n:,}, {task.verdict}, {result.date}"
 
 
 def _edits(export: Export) -> str:
@@ -201,7 +217,16 @@ def preset_lines(preset: Preset) -> list[str]:
         lines.append("Loop     not published")
     else:
         lines += [f"Span     {describe_span(preset.spec)}, half-open", *_loop_lines(preset.spec)]
-    return [*lines, *(f"Result   {result}" for result in preset.results)]
+    return [*lines, *(f"Result   {result}" for result in preset.results), *_protocol_lines(preset)]
+
+
+def _protocol_lines(preset: Preset) -> list[str]:
+    """How a preset was measured, and the command that measures it again."""
+    lines = [f"Asked    {preset.protocol.text}"]
+    if preset.evaluation is None:
+        return lines
+    command = f"loopexport compare MODEL --preset {preset.name} --out DIR"
+    return [*lines, f"Tasks    {', '.join(preset.evaluation.tasks)}", f"Measure  {command}"]
 
 
 def _cell(preset: Preset) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,55 +13,22 @@ from loopexport._keywords import suggest_keywords
 from loopexport.choices import Backend
 from loopexport.errors import EvaluationError
 from loopexport.loop.cost import Cost, loop_cost
+from loopexport.loop.presets import find_preset
+from loopexport.loop.protocols import Evaluation
 from loopexport.loop.spec import LoopSpec
 
 from .arms import Arm, Model, base_arm, default_device, start_batch
+from .compare_result import CompareResult, result_of
 from .items import Pair
 from .journal import Journal
-from .noise import Floor
 from .settings import check_directory, process_rank, results_directory, versions, weights_digest
 from .stored import read_result, write_result
 from .subject import Subject, find_subject
 from .tasks import Prompting, TaskSource, leaf_tasks, task_version
-from .verdicts import Comparison, compare_pairs
 
 LOOP = "loop"
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class CompareResult:
-    """What a comparison found.
-
-    Attributes:
-        comparisons: one for each task, then one for each group.
-        pairs: the answers to every item.
-        settings: what they were computed with.
-        task_versions: the version of each task.
-        floor: how much another batch size alone changes the base's answers; None if that was not measured.
-        seconds: how long the base and the loop took, without loading.
-        date: when the last answer was given, YYYY-MM-DD.
-    """
-
-    comparisons: tuple[Comparison, ...]
-    pairs: tuple[Pair, ...] = field(repr=False)
-    settings: dict
-    task_versions: dict[str, str]
-    floor: Floor | None
-    seconds: dict[str, float]
-    date: str
-
-    def to_dict(self) -> dict:
-        """The result for `--json`, without the items."""
-        return {
-            "comparisons": [each.to_dict() for each in self.comparisons],
-            "settings": self.settings,
-            "task_versions": self.task_versions,
-            "floor": None if self.floor is None else self.floor.to_dict(),
-            "seconds": self.seconds,
-            "date": self.date,
-        }
 
 
 @dataclass(frozen=True)
@@ -120,7 +87,7 @@ class ComparePlan:
             EvaluationError: a task cannot be loaded or run, the model cannot, or `out` has other results.
         """
         if self.out is not None and (stored := read_result(self.out)) is not None:
-            return _result(stored.pairs, stored.values)
+            return result_of(stored.pairs, stored.values)
         keep = nullcontext() if self.out is None else results_directory(self.out, self.settings)
         with keep:
             measured = self._measure(progress)
@@ -128,7 +95,7 @@ class ComparePlan:
             return None
         if self.out is not None:
             write_result(self.out, *measured)
-        return _result(*measured)
+        return result_of(*measured)
 
     def _measure(self, progress: Progress) -> tuple[list[Pair], dict] | None:
         """The pairs, and what else the result is made of."""
@@ -156,24 +123,6 @@ class ComparePlan:
 
     def _journal(self, name: str) -> Journal:
         return Journal(None if self.out is None else self.out / f"{name}-{process_rank()}.jsonl")
-
-
-def _result(pairs: list[Pair], values: dict) -> CompareResult:
-    floor = (
-        None
-        if values["floor"] is None
-        else Floor(**{**values["floor"], "batch_sizes": tuple(values["floor"]["batch_sizes"])})
-    )
-    comparisons = compare_pairs(pairs, values["groups"], floor)
-    return CompareResult(
-        tuple(comparisons),
-        tuple(pairs),
-        values["settings"],
-        values["task_versions"],
-        floor,
-        values["seconds"],
-        values["date"],
-    )
 
 
 @suggest_keywords
@@ -233,6 +182,13 @@ def plan_compare(
     Raises:
         LoopExportError: something is wrong; the message says what to do.
     """
+    known = _known_evaluation(preset) if not (tasks or items) else None
+    if known is not None:
+        tasks = known.tasks
+        metric = known.metric if metric is None else metric
+        num_fewshot = known.num_fewshot if num_fewshot is None else num_fewshot
+        chat_template = known.chat_template if chat_template is None else chat_template
+        generation = {**known.generation, **(generation or {})}
     source = TaskSource(tuple(tasks), _path(include_path), _path(items), metric)
     source.check()
     _check_numbers(limit, num_fewshot, seeds)
@@ -257,7 +213,7 @@ def plan_compare(
         "weights": None if dry_run else weights_digest(subject.base.shards),
         "spec": subject.spec.to_config_fields(),
         "asked": [*source.names, *([] if source.items is None else [source.items.name])],
-        "items_sha256": source.digest(),
+        "files_sha256": source.digests(),
         "metric": metric,
         **asdict(prompting),
         "seeds": list(seeds),
@@ -271,6 +227,23 @@ def plan_compare(
     if plan.out is not None and not dry_run:
         check_directory(plan.out, settings)
     return plan
+
+
+def _known_evaluation(preset: str | None) -> Evaluation | None:
+    """How a preset's cell was measured.
+
+    Raises:
+        EvaluationError: it cannot be measured with lm-evaluation-harness as far as it is known.
+    """
+    if preset is None:
+        return None
+    evaluation = find_preset(preset).evaluation
+    if evaluation is None:
+        raise EvaluationError(
+            f"how preset {preset} was measured is not known in the terms of lm-evaluation-harness; choose tasks with "
+            f"--tasks, and see `loopexport presets show {preset}`"
+        )
+    return evaluation
 
 
 def _path(text: str | Path | None) -> Path | None:

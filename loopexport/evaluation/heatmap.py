@@ -1,9 +1,7 @@
-"""The cells of a scan as a heatmap and as a table."""
+"""The cells of a scan as a heatmap."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
 
-COLUMNS = ("start", "width", "steps", "difference", "low", "high")
 _COLOURS = "RdBu"  # red for losses, white for the base, blue for gains; readers with red-green blindness can tell them
 _MAX_TEXT_COLUMNS = 24  # more are too narrow for a number in each cell
 _CELL_INCHES = 0.55
@@ -28,7 +25,7 @@ def heatmap_png(cells: Sequence[Cell]) -> bytes:
     A cell whose interval contains 0 is pale and hatched: it may be chance.
 
     Args:
-        cells: the scanned loops, with the keys `COLUMNS`; `difference`, `low` and `high` are shares.
+        cells: the scanned loops, each with `start`, `width`, `steps`, and the shares `difference`, `low`, `high`.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import CenteredNorm
@@ -84,12 +81,3 @@ def _write_number(ax: Axes, x: int, y: int, value: float, largest: float, may_be
         color="white" if is_dark else "black",
         bbox=backing if may_be_chance else None,
     )
-
-
-def cells_csv(cells: Sequence[Cell]) -> str:
-    """The cells as CSV with the columns `COLUMNS`, in order of K, width and start."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(cells, key=lambda cell: (cell["steps"], cell["width"], cell["start"])))
-    return text.getvalue()

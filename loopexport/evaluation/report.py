@@ -20,6 +20,7 @@ from .verdict_text import (
     holm_sentence,
     label,
     length_sentence,
+    method_sentence,
     noise_sentence,
     p_text,
     score,
@@ -47,6 +48,7 @@ body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sa
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: left; vertical-align: top; }
 td, th, li, summary, pre { unicode-bidi: isolate; overflow-wrap: anywhere; }
+th { overflow-wrap: normal; white-space: nowrap; }
 .scroll td, .scroll th { overflow-wrap: normal; white-space: nowrap; }
 .scroll .name { min-width: 8rem; overflow-wrap: anywhere; white-space: normal; }
 .number { text-align: right; }
@@ -90,15 +92,15 @@ def report_files(
         element("h1", TITLE),
         element("p", headline(rows), class_="answer"),
         _table(rows),
-        *(element("p", text) for text in [holm_sentence(rows)] if text),
+        element("p", " ".join(filter(None, [method_sentence(rows), holm_sentence(rows)]))),
         _row_notes(rows),
         _picture(light, dark),
         element("h2", "Noise"),
         element("p", floor_sentence(floor)),
-        element("h2", "Settings"),
-        _settings_table(settings),
         element("h2", "Items with different scores"),
         *_flips(pairs),
+        element("h2", "Settings"),
+        _settings_table(settings),
     ]
     return {FOREST: light, REPORT: page(TITLE, _STYLE, *body)}
 

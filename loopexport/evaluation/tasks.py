@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from loopexport.errors import EvaluationError, nearest, one_line
 from loopexport.files.digests import file_sha256
 
 ITEM_KEYS = "{prompt, choices, answer} or {prompt, answer}"
+OWN_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv")
 MAX_NEW_TOKENS = 64  # of an answer to an item without choices; it ends at the first line break
 
 
@@ -59,19 +61,28 @@ class TaskSource:
         with _explained(self.names):
             return dict(manager.load(wanted))
 
-    def digest(self) -> str | None:
-        """The sha256 of the file of items; None without one."""
-        return None if self.items is None else file_sha256(self.items)
+    def digests(self) -> dict[str, str]:
+        """The sha256 of the user's own files, by name: items, task files, and the code and data beside them."""
+        files = [Path(name) for name in self.names if Path(name).is_file()]
+        files += [] if self.items is None else [self.items]
+        if self.include_path is not None:
+            files += [path for path in self.include_path.rglob("*") if path.suffix in OWN_FILES and path.is_file()]
+        return {path.name: file_sha256(path) for path in sorted(files)}
 
     def _manager(self):
-        """The index of tasks; reading the harness's own, some thousand files, takes seconds."""
         if self.include_path is not None and not self.include_path.is_dir():
             raise EvaluationError(f"no directory {self.include_path} of task files; give one with --include-path")
-        with quiet_harness():
-            from lm_eval.tasks import TaskManager
+        return _index(self.include_path, include_defaults=bool(self.names))
 
-            include = None if self.include_path is None else str(self.include_path)
-            return TaskManager(include_path=include, include_defaults=bool(self.names))
+
+@lru_cache(maxsize=1)
+def _index(include_path: Path | None, include_defaults: bool):
+    """The index of tasks; to read the harness's own, some thousand files, takes seconds."""
+    with quiet_harness():
+        from lm_eval.tasks import TaskManager
+
+        include = None if include_path is None else str(include_path)
+        return TaskManager(include_path=include, include_defaults=include_defaults)
 
 
 @dataclass(frozen=True)
@@ -216,7 +227,7 @@ def _item(line: str, place: str) -> dict:
     return {
         "prompt": item["prompt"],
         "choices": [_spaced(item["prompt"], choice) for choice in choices],
-        "answer": _index(item["answer"], choices, place),
+        "answer": _choice_index(item["answer"], choices, place),
     }
 
 
@@ -230,7 +241,7 @@ def _spaced(prompt: str, choice: str) -> str:
     return choice if prompt[-1:].isspace() or choice[0].isspace() or not prompt else f" {choice}"
 
 
-def _index(answer, choices: list[str], place: str) -> int:
+def _choice_index(answer, choices: list[str], place: str) -> int:
     if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):

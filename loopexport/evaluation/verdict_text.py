@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .noise import Floor
-from .verdicts import BETTER, INCONCLUSIVE, WORSE, Comparison
+from .verdicts import BETTER, BOOTSTRAP, INCONCLUSIVE, TANGO, WORSE, Comparison
 
 MAX_NAMES = 5  # in one sentence
 
@@ -92,6 +92,16 @@ def holm_sentence(rows: Sequence[Comparison]) -> str:
     return f"p is adjusted for {families} (Holm), each metric counting; what the items can show is for one test alone."
 
 
+def method_sentence(rows: Sequence[Comparison]) -> str:
+    """How intervals and p were computed."""
+    methods = {
+        TANGO: "Tango's score interval and McNemar's mid-p where each item is right or wrong",
+        BOOTSTRAP: "resampled problems and a sign-flip test where scores are graded or items have several seeds",
+    }
+    used = [text for method, text in methods.items() if any(row.method == method for row in rows)]
+    return f"Interval and p: {'; '.join(used)}."
+
+
 def length_sentence(row: Comparison) -> str:
     """How long the generated answers are; empty for choices."""
     if not row.base_tokens and not row.loop_tokens:
@@ -119,7 +129,7 @@ def noise_sentence(row: Comparison) -> str:
     """How many flips the noise of the base explains; empty if that is not known."""
     if row.flips_within_noise is None:
         return ""
-    return f"{row.flips_within_noise} of {_count(row.gained + row.lost, 'flip')} no larger than the base's own noise"
+    return f"{row.flips_within_noise} of {_count(row.gained + row.lost, 'flip')} within the base's own noise"
 
 
 def _listed(names: list[str]) -> str:

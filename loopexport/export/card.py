@@ -21,9 +21,11 @@ from loopexport.loop.wording import (
     formula,
 )
 
+from .card_results import MODEL_INDEX, model_index, results_section
 from .card_usage import on_the_hub, onnx_section, transformers_section, vllm_section
 from .foreign_text import markdown_code, markdown_text, python_literal
 from .manifest import HUB_ID, OnnxRecord
+from .results_file import Measured
 
 # Metadata that the card copies from the base's card.
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -68,6 +70,7 @@ class CardFacts:
         trained: whether the weights were trained since the conversion.
         onnx: the ONNX files of the export, by name.
         config: the base's config.
+        measured: the results of `loopexport compare --save`.
     """
 
     base: Origin
@@ -83,6 +86,7 @@ class CardFacts:
     trained: bool = False
     onnx: Mapping[str, OnnxRecord] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
 
 
 def make_card(facts: CardFacts) -> str:
@@ -95,6 +99,7 @@ def make_card(facts: CardFacts) -> str:
         intro=_intro(facts),
         quantised=_quantised(facts.quantisation),
         results=_results(facts.published),
+        measured=results_section(facts.measured),
         use="\n".join(filter(None, _use(facts))),
         made_with=MADE_WITH,
         licence=_licence_text(inherited, facts.trained),
@@ -135,14 +140,18 @@ def with_licence(card: str, base_card: str) -> str:
 
 def read_metadata(card: str) -> dict:
     """The metadata at the head of a model card; empty if there is none."""
-    from loopexport.files.yaml_text import CardLoader, load_yaml
+    from loopexport.files.yaml_text import CardLoader, ResultsLoader, load_yaml
 
     match = _HEAD.match(card)
     try:
         values = load_yaml(match[1], CardLoader) if match else {}
     except ValueError:
         return {}
-    return values if isinstance(values, dict) else {}
+    if not match or not isinstance(values, dict):
+        return {}
+    if MODEL_INDEX in values:
+        values[MODEL_INDEX] = load_yaml(match[1], ResultsLoader)[MODEL_INDEX]
+    return values
 
 
 def _table(facts: CardFacts) -> dict[str, object]:
@@ -238,7 +247,7 @@ def _metadata(facts: CardFacts, inherited: dict) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["custom_code", "looped", "loopexport", *(["onnx"] if facts.onnx else [])],
     }
-    return _front_matter(values)
+    return _front_matter(values | model_index(facts.base.name, facts.measured.own))
 
 
 def _is_plain(value) -> bool:
@@ -307,6 +316,7 @@ loops by itself, in turn.
 {formula}
 ```
 
+{measured}
 ## Use
 
 {use}

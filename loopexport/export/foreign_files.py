@@ -14,12 +14,13 @@ from . import own_code
 from .directory import BASE_FOLDER, Export
 from .manifest import MANIFEST, Manifest
 from .onnx_files import FILES as ONNX_FILES
+from .results_file import RESULTS
 
-# Names that a conversion may write, besides code, weights and ONNX files. A new kind of file needs a line here and an
+# Names that LoopExport may write, besides code, weights and ONNX files. A new kind of file needs a line here and an
 # entry in the manifest.
 SMALL_FILES = (
     CARRIED,
-    re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST)))),
+    re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST, RESULTS)))),
     re.compile(f"{BASE_FOLDER}/({re.escape(CONFIG)}|{re.escape(CARD)}|{TOKENIZER_FILES.pattern})", re.VERBOSE),
 )
 
@@ -75,7 +76,7 @@ def is_loaded(name: str) -> bool:
 
 
 def is_small_file(name: str) -> bool:
-    """Whether a conversion may write a file of this name, besides weights."""
+    """Whether LoopExport may write a file of this name, besides weights and ONNX files."""
     return name in own_code.CODE_NAMES or any(pattern.fullmatch(name) for pattern in SMALL_FILES)
 
 

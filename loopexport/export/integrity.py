@@ -16,6 +16,7 @@ from .directory import BASE_FOLDER, Export, is_own_auto_map, looped_config
 from .foreign_files import foreign_files
 from .manifest import FileRecord, OnnxRecord
 from .own_code import code_files
+from .results_file import RESULTS, measured
 
 WITHOUT_WEIGHTS = (
     "converted with --weights none; `loopexport push` adds the weights on the Hub, or convert again without that option"
@@ -43,6 +44,7 @@ def check_files(export: Export, *, full: bool = False, progress: Progress = lamb
         _check_weights(export, full, progress),
         _check_records(export),
         *([check_onnx(export, full=full, progress=progress)] if export.manifest.onnx else []),
+        *([_check_results(export)] if RESULTS in export.manifest.files else []),
     ]
 
 
@@ -76,6 +78,17 @@ def check_config(export: Export) -> Check:
         return Check(name, False, f"config.json differs from the base's in {', '.join(changed)}")
     edited = "" if export.spec == export.manifest.spec else "; the loop was edited since the conversion"
     return Check(name, True, f"{len(base)} base fields{edited}")
+
+
+def _check_results(export: Export) -> Check:
+    """Check that the measured results can be read, and say how many are of this loop."""
+    name = "measured results are intact"
+    try:
+        results = measured(export)
+    except ExportError as error:
+        return Check(name, False, str(error))
+    other = f", {len(results.other)} of another loop" if results.other else ""
+    return Check(name, True, f"{len(results.own)} of this loop{other}")
 
 
 def hash_weights(export: Export, name: str, progress: Progress = lambda count: None) -> str:

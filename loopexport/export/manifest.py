@@ -11,6 +11,7 @@ from typing import get_args
 from loopexport.base.checkpoint import MANIFEST, Origin, read_json
 from loopexport.choices import Attention, Weights
 from loopexport.errors import CheckpointError, ExportError, SpecError
+from loopexport.files.digests import bytes_sha256
 from loopexport.files.json_text import json_text
 from loopexport.files.links import check_link
 from loopexport.loop.spec import LoopSpec, make_spec
@@ -104,6 +105,12 @@ class Manifest:
     def remedy(self) -> str:
         """How to get an intact export again."""
         return "save the trained model to a new directory and adopt that" if self.trained else "convert the base again"
+
+    @property
+    def weights_digest(self) -> str | None:
+        """One digest of all weights; None where the sha256 of a file is not known."""
+        digests = {name: record.sha256 for name, record in sorted(self.weights.items())}
+        return None if None in digests.values() else bytes_sha256(json_text(digests).encode())
 
     def to_json(self) -> str:
         """The text of the file: one JSON object, with its keys in a fixed order."""

@@ -16,6 +16,7 @@ from loopexport.files.staged_directory import staged_directory
 from .directory import BASE_FOLDER, Export, open_export
 from .integrity import check_files
 from .own_code import CODE_NAMES
+from .results_file import RESULTS
 
 
 @suggest_keywords
@@ -62,7 +63,7 @@ def restore(
 
 def _base_files(export: Export) -> dict[str, Path]:
     """The base's small files by name, and their paths in the export."""
-    ours = {CARD, *CODE_NAMES, *export.manifest.added}
+    ours = {CARD, RESULTS, *CODE_NAMES, *export.manifest.added}
     prefix = f"{BASE_FOLDER}/"
     names = export.manifest.files
     files = {name: export.root / name for name in names if name not in ours and not name.startswith(prefix)}

@@ -23,6 +23,7 @@ from loopexport.templates import FILES as TEMPLATES
 from .card import CardFacts, make_card, read_metadata
 from .directory import BASE_FOLDER, Export, looped_config
 from .own_code import template_bytes
+from .results_file import measured
 
 
 def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bool) -> dict[str, bytes]:
@@ -57,7 +58,7 @@ def export_card(export: Export) -> str:
     home = tokenizer.tokenizer_home(_original_tokenizer_config(export), _base_names(export))
     base_card = _original(export, CARD)
     facts = _card_facts(export.base, export.spec, export.cost, base_card, home, not export.lacking)
-    facts = replace(facts, onnx=export.manifest.onnx)
+    facts = replace(facts, onnx=export.manifest.onnx, measured=measured(export))
     if export.manifest.trained:  # results were published for the base's weights
         facts = replace(facts, trained=True, published=None)
     return make_card(facts)

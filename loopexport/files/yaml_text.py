@@ -29,12 +29,19 @@ class SpecLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = _resolvers("null", "merge", "bool")
 
 
-SpecLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$", re.ASCII), None)
-SpecLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", re.ASCII),
-    None,
-)
+class ResultsLoader(CardLoader):
+    """Reads decimal numbers, true and false too, for the results in the metadata of a card."""
+
+
+ResultsLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|false)$"), None)
+
+for _loader in (SpecLoader, ResultsLoader):
+    _loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$", re.ASCII), None)
+    _loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", re.ASCII),
+        None,
+    )
 
 
 def load_yaml(text: str, loader: type[yaml.SafeLoader]):

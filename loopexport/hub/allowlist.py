@@ -26,6 +26,7 @@ from loopexport.export.manifest import MANIFEST
 from loopexport.export.onnx_files import DATA_SUFFIX
 from loopexport.export.onnx_files import FILES as ONNX_FILES
 from loopexport.export.own_code import CODE_NAMES, foreign_code
+from loopexport.export.results_file import RESULTS, remedy
 from loopexport.export.stale_graphs import stale_graphs
 
 LARGE_BYTES = 64 * 2**20
@@ -73,7 +74,7 @@ def allowed_files(export: Export) -> AllowedFiles:
     large = tuple(name for name in uploaded if _is_large(name, export))
     small = {name: (export.root / name).read_bytes() for name in uploaded if name not in large}
     for name, content in small.items():
-        _check_content(name, content, is_public=export.manifest.base.revision is not None)
+        _check_content(export.root, name, content, is_public=export.manifest.base.revision is not None)
     staying = tuple(name for name in names if name not in uploaded and name not in export.manifest.weights)
     return AllowedFiles(small, large, staying)
 
@@ -153,10 +154,11 @@ def _is_large(name: str, export: Export) -> bool:
     return is_verified and (export.root / name).stat().st_size > LARGE_BYTES
 
 
-def _check_content(name: str, content: bytes, is_public: bool) -> None:
+def _check_content(root: Path, name: str, content: bytes, is_public: bool) -> None:
     """Check the content of a file to upload.
 
     Args:
+        root: the export.
         name: its name.
         content: its bytes.
         is_public: whether the base came from the Hub, so that paths in its files are public already.
@@ -173,10 +175,12 @@ def _check_content(name: str, content: bytes, is_public: bool) -> None:
     if isinstance(values, dict) and "auto_map" in values and name not in (CONFIG, f"{BASE_FOLDER}/{CONFIG}"):
         _check_auto_map(name)
     for value in _strings(values):
-        if ABSOLUTE_PATH.match(value) and not (is_public and name != MANIFEST):
-            raise PushError(
-                f"{name} contains the absolute path {value[:80]!r}; remove it from the base's file and convert again"
-            )
+        if ABSOLUTE_PATH.match(value) and not (is_public and name not in (MANIFEST, RESULTS)):
+            raise PushError(f"{name} contains the absolute path {value[:80]!r}; {_path_remedy(name, root)}")
+
+
+def _path_remedy(name: str, root: Path) -> str:
+    return remedy(root) if name == RESULTS else "remove it from the base's file and convert again"
 
 
 def _check_auto_map(name: str) -> None:

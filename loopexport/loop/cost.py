@@ -85,18 +85,22 @@ class Cost:
         return {**asdict(self), "multiplier": round(self.multiplier, 4)}
 
 
+def layer_evaluations(num_layers: int, spec: LoopSpec) -> int:
+    """Layer evaluations per token: `L + (E K - 1) w`, for K steps of E evaluations (1 for most rules) of w layers."""
+    return num_layers + (spec.evaluations - 1) * len(spec.layers)
+
+
 def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
     """Count the cost of a loop on a base.
 
-    A token takes `L + (E K - 1) w` layer evaluations: K steps of E evaluations each (1 for most rules) of a span of w
-    layers. The natural pass is one of these evaluations and writes the cache, so the cache costs no extra pass.
+    The natural pass is one of the evaluations of the span and writes the cache, so the cache costs no extra pass.
     """
     runs = dict.fromkeys(spec.layers, spec.evaluations)
     slots = runs if spec.extra_kv_slots else {}
     params, nbytes = _weights_read(base, runs)
     base_params, base_nbytes = _weights_read(base, {})
     return Cost(
-        layer_evaluations=base.num_layers + sum(runs.values()) - len(runs),
+        layer_evaluations=layer_evaluations(base.num_layers, spec),
         base_layer_evaluations=base.num_layers,
         params_read=params,
         base_params_read=base_params,

@@ -10,11 +10,24 @@ third parties.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.errors import SpecError, nearest
 
+from .cost import layer_evaluations
+from .protocols import (
+    AIME26_ERNIE,
+    AIME26_GPT_OSS,
+    AIME26_KIMI,
+    AIME26_QWEN3,
+    MMLU_PRO,
+    OPENBOOKQA,
+    SIXTEEN_TASKS,
+    SIXTEEN_UNNAMED,
+    Evaluation,
+    Protocol,
+)
 from .spec import LoopSpec
 
 PAPER = "arXiv 2605.23872"
@@ -78,6 +91,7 @@ class Preset:
         fields: the fields of its `LoopSpec`; None if the loop was not published.
         status: one of `STATUSES`.
         results: the measured differences.
+        protocol: how they were measured.
     """
 
     name: str
@@ -87,6 +101,17 @@ class Preset:
     fields: dict | None
     status: str
     results: tuple[Result, ...]
+    protocol: Protocol
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """How `loopexport compare --preset` measures the cell; None if lm-evaluation-harness cannot."""
+        return self.protocol.evaluation
+
+    @property
+    def cost_factor(self) -> float | None:
+        """Layer evaluations per token as a multiple of the base's; None if the loop was not published."""
+        return None if self.spec is None else layer_evaluations(self.num_layers, self.spec) / self.num_layers
 
     @property
     def spec(self) -> LoopSpec | None:
@@ -103,6 +128,8 @@ class Preset:
             "num_layers": self.num_layers,
             "spec": None if self.spec is None else self.spec.to_config_fields(),
             "results": [vars(result) for result in self.results],
+            "protocol": self.protocol.text,
+            "evaluation": None if self.evaluation is None else asdict(self.evaluation),
         }
 
 
@@ -118,6 +145,7 @@ PRESETS = (
             Result("MMLU-Pro, 5-shot CoT, Qwen3-4B-Instruct", 2.64, PAPER, note="57.14 to 59.79"),
             Result("MMLU-Pro, Qwen3-4B-Instruct-2507", 1.05, REPRODUCTION, note="six other spans lost"),
         ),
+        MMLU_PRO,
     ),
     Preset(
         "qwen3-4b-base-16-tasks",
@@ -127,6 +155,7 @@ PRESETS = (
         {"span": (15, 19), **_ANCHORED},
         "reported",
         (Result("16 log-likelihood tasks", None, AUTHORS, note="the recipe only, without a result"),),
+        SIXTEEN_TASKS,
     ),
     Preset(
         "qwen3-30b-a3b-16-tasks",
@@ -136,6 +165,7 @@ PRESETS = (
         {"span": (22, 26), **_ANCHORED},
         "reported",
         (Result("16 log-likelihood tasks", None, AUTHORS, note="the recipe only, without a result"),),
+        SIXTEEN_TASKS,
     ),
     Preset(
         "qwen3-30b-a3b-aime26",
@@ -149,6 +179,7 @@ PRESETS = (
             Result("LiveCodeBench v5/v6", 0.35, AUTHORS, (-0.51, 1.21)),
             Result("Omni-MATH, 1028 problems", 0.22, AUTHORS, (-0.81, 1.24)),
         ),
+        AIME26_QWEN3,
     ),
     Preset(
         "qwen3-30b-a3b-aime26-t2",
@@ -158,6 +189,7 @@ PRESETS = (
         {"span": (29, 34), **_FROZEN, "damping": 1 / 3},
         "reported",
         (Result("AIME26, five seeds, integration time 2", 2.79, AUTHORS, (0.03, 5.55)),),
+        AIME26_QWEN3,
     ),
     Preset(
         "qwen3-30b-a3b-aime26-t2-no-norm",
@@ -167,6 +199,7 @@ PRESETS = (
         {"span": (29, 34), **_FROZEN, "damping": 1 / 3, "norm_interpolation": False},
         "reported",
         (Result("AIME26, time 2, no norm interpolation", 2.81, AUTHORS),),
+        AIME26_QWEN3,
     ),
     Preset(
         "qwen3-30b-a3b-aime26-t2-narrow",
@@ -176,6 +209,7 @@ PRESETS = (
         {"span": (29, 33), **_FROZEN, "damping": 1 / 3},
         "reported",
         (Result("AIME26, three seeds, time 2, 29:33", 2.43, AUTHORS, (-1.49, 6.35)),),
+        AIME26_QWEN3,
     ),
     Preset(
         "qwen3-30b-a3b-aime26-t2.5",
@@ -185,6 +219,7 @@ PRESETS = (
         {"span": (29, 34), **_FROZEN, "damping": 2.5 / 6},
         "reported",
         (Result("AIME26, five seeds, integration time 2.5", 2.79, AUTHORS, (-0.69, 6.27)),),
+        AIME26_QWEN3,
     ),
     Preset(
         "qwen3-30b-a3b-aime26-t4",
@@ -194,6 +229,7 @@ PRESETS = (
         {"span": (29, 33), **_FROZEN, "steps": 12, "damping": 1 / 3},
         "negative",
         (Result("AIME26, one seed, K 12, integration time 4", -7.9, AUTHORS, note="70.2 to 62.3"),),
+        AIME26_QWEN3,
     ),
     Preset(
         "qwen3-1.7b-base-16-tasks",
@@ -206,6 +242,7 @@ PRESETS = (
             Result("16 log-likelihood tasks", 0.55, NOTES, note="anchor, K/V policy and decode mode were not given"),
             Result("16 log-likelihood tasks, other spans", None, NOTES, note="6 layers -0.82, 12 -0.63, all 28 -27.73"),
         ),
+        SIXTEEN_UNNAMED,
     ),
     Preset(
         "moonlight-16b-a3b-openbookqa",
@@ -215,6 +252,7 @@ PRESETS = (
         None,
         "reported",
         (Result("OpenBookQA", 1.20, PAPER, note="its span and steps were not published"),),
+        OPENBOOKQA,
     ),
     Preset(
         "gpt-oss-20b-aime26",
@@ -224,6 +262,7 @@ PRESETS = (
         {"span": (14, 16), **_FROZEN},
         "negative",
         (Result("AIME26, two seeds", -1.15, AUTHORS, (-3.56, 1.27), "no other span gained beyond the noise"),),
+        AIME26_GPT_OSS,
     ),
     Preset(
         "ernie-4.5-21b-a3b-aime26",
@@ -233,6 +272,7 @@ PRESETS = (
         {"span": (17, 19), **_FROZEN},
         "negative",
         (Result("AIME26, two seeds", -2.29, AUTHORS, (-5.80, 1.22), "12 of 13 spans lost"),),
+        AIME26_ERNIE,
     ),
     Preset(
         "kimi-vl-a3b-aime26",
@@ -250,6 +290,7 @@ PRESETS = (
                 "its language model is a deepseek_v3; examples/language_model.py extracts it",
             ),
         ),
+        AIME26_KIMI,
     ),
     Preset(
         "kimi-vl-a3b-truncation",
@@ -259,6 +300,7 @@ PRESETS = (
         {"span": (8, 10), **_FROZEN},
         "reported",
         (Result("truncated answers", None, AUTHORS, note="13.5 to 5.7 %, p 0.0004, at the same accuracy"),),
+        AIME26_KIMI,
     ),
 )
 

@@ -14,6 +14,7 @@ from loopexport.evaluation.subject import find_subject
 from support.evaluation import tokenized_base
 from support.tiny import NUM_LAYERS, tiny_tokens
 
+pytest.importorskip("lm_eval")
 SPECS = (
     LoopSpec(span=(0, 2), steps=2),
     LoopSpec(span=(2, 3), steps=3, damping=1.0, kv="per_step"),

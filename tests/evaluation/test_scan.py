@@ -18,6 +18,7 @@ from loopexport.evaluation.scanning import plan_scan
 from loopexport.evaluation.tasks import Prompting, TaskSource
 from support.evaluation import tokenized_base, write_items
 
+pytest.importorskip("lm_eval")
 GRID = {"widths": (1, 2), "stride": 2, "steps": (2,), "kv": ("shared", "per_step"), "damping": (1.0,)}
 
 

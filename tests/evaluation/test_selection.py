@@ -19,7 +19,9 @@ from loopexport.evaluation.selection import (
     split_items,
 )
 from loopexport.evaluation.verdicts import BETTER, INCONCLUSIVE, WORSE
-from support.evaluation import made_pair
+from support.answer_pairs import make_pair, make_task
+
+pytest.importorskip("lm_eval")
 
 CELLS, SELECTION, TEST, FINALISTS = 10, 40, 80, 3
 DOCS = [{"prompt": f"item {number}", "answer": number} for number in range(400)]
@@ -69,14 +71,14 @@ def test_empty_part_is_refused(share, part):
 
 
 def test_pool_counts_every_item_of_every_task_by_its_own_metric():
-    pairs = [made_pair(0, False, True), made_pair(1, True, True), made_pair(0, True, False, "other", "exact_match")]
-    row = pooled([*pairs, made_pair(1, False, True, "other", "exact_match")])
+    other = {"task": "other", "metric": "exact_match"}
+    pairs = [make_pair(0, 1, 0), make_pair(1, 1, 1), make_pair(1, 0, 0, **other), make_pair(0, 1, 1, **other)]
+    row = pooled(pairs)
     assert (row.name, row.n, row.gained, row.lost, row.difference) == (POOLED, 4, 2, 1, 0.25)
 
 
 def compared(gained: int, lost: int, ties: int = 0):
-    scores = [(False, True)] * gained + [(True, False)] * lost + [(True, True)] * ties
-    return pooled([made_pair(item, *each) for item, each in enumerate(scores)])
+    return pooled(make_task(gained, lost, gained + lost + ties))
 
 
 def test_finalists_are_the_best_and_of_equals_the_cheapest():
@@ -108,13 +110,13 @@ def test_best_of_the_better_is_recommended_and_a_worse_one_never():
 
 def simulated(dice: random.Random, gains: dict[int, float], count: int, cells) -> dict[str, object]:
     """Cells whose answers differ from the base's by chance; `gains` adds right answers to some."""
-    base = [dice.random() < 0.5 for _ in range(count)]
+    base = [float(dice.random() < 0.5) for _ in range(count)]
     rows = {}
     for cell in cells:
         flips = [dice.random() < 0.3 for _ in range(count)]
-        loop = [dice.random() < 0.5 if flip else right for flip, right in zip(flips, base, strict=True)]
-        loop = [right or dice.random() < gains.get(int(cell), 0.0) for right in loop]
-        rows[cell] = pooled([made_pair(item, *each) for item, each in enumerate(zip(base, loop, strict=True))])
+        loop = [float(dice.random() < 0.5) if flip else right for flip, right in zip(flips, base, strict=True)]
+        loop = [right or float(dice.random() < gains.get(int(cell), 0.0)) for right in loop]
+        rows[cell] = pooled([make_pair(*each, item) for item, each in enumerate(zip(base, loop, strict=True))])
     return rows
 
 

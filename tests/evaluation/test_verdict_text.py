@@ -7,7 +7,7 @@ import pytest
 from loopexport.cli.comparison_text import comparison_lines
 from loopexport.evaluation.items import Answer
 from loopexport.evaluation.noise import Floor
-from loopexport.evaluation.verdict_text import headline, sentence, signed
+from loopexport.evaluation.verdict_text import headline, method_sentence, sentence, signed
 from loopexport.evaluation.verdicts import compare_pairs
 from support.answer_pairs import make_pair, make_task
 
@@ -64,6 +64,13 @@ def test_scores_beyond_1_are_not_points():
     assert signed(row, -0.0001234) == "-0.000123"
 
 
+def test_method_sentence_names_what_was_used():
+    binary, graded = make_task(4, 3, 50), [make_pair(0.25, 0.5, i, task="essay") for i in range(5)]
+    texts = [method_sentence(compare_pairs(pairs)) for pairs in (binary, graded, [*binary, *graded])]
+    assert ["Tango" in text for text in texts] == [True, False, True]
+    assert ["sign-flip" in text for text in texts] == [False, True, True]
+
+
 def test_lines_of_a_comparison_are_aligned_and_end_with_the_answer():
     generated = Answer(1, "42", tokens=1500), Answer(0, "4", tokens=2000, truncated=True)
     pairs = [*make_task(40, 12, 500, task="arc_easy"), *(make_pair(*generated, i, task="aime") for i in range(30))]
@@ -82,5 +89,5 @@ def test_lines_of_a_comparison_are_aligned_and_end_with_the_answer():
 def test_lines_say_how_many_flips_mean_nothing():
     near, far = (-1.0, -1.001), (-1.0, -3.0)
     rows = compare_pairs([make_pair(Answer(0, "a", near), Answer(1, "b", far))], floor=Floor(1, 0.1, 0, (8, 1)))
-    assert "  1 of 1 flip no larger than the base's own noise" in comparison_lines(rows, None)
+    assert "  1 of 1 flip within the base's own noise" in comparison_lines(rows, None)
     assert "The base was not compared with itself." in comparison_lines(rows, None)

@@ -6,11 +6,14 @@ commit.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from loopexport.base.checkpoint import Origin
 from loopexport.base.licence import LICENCES, licence_of, licence_warnings
@@ -20,6 +23,7 @@ from loopexport.loop.cost import Cost
 from loopexport.loop.presets import find_preset
 from loopexport.loop.spec import make_spec
 from support.hub_double import HubDouble
+from support.measured import GAIN, GROUP, HOSTILE, LOSS, TASK, made_measured, made_result
 
 GOLDEN = Path(__file__).parent / "golden"
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -27,6 +31,7 @@ COST = Cost(24, 16, 1_500_000, 1_000_000, 3_000_000, 2_000_000, 65_536, 65_536)
 LLAMA = "---\nlicense: llama3.2\nlanguage: [en, de]\ntags: [other]\nextra_gated_prompt: no\n---\n# Base\n"
 GEMMA = "---\nlicense: other\nlicense_name: gemma\nlicense_link: https://ai.google.dev/gemma/terms\n---\n"
 BASE = Origin("org/Base", SHA)
+SPEC = make_spec(span="6:10", steps=3)
 PRESET = find_preset("qwen3-30b-a3b-aime26")
 
 
@@ -59,6 +64,12 @@ CARDS = {
     "no_tokenizer": lambda: card(origin=Origin("checkpoint"), tokenizer="nowhere"),
     "no_weights": lambda: card("---\nlicense: apache-2.0\n---\n", has_weights=False),
     "onnx": lambda: card(onnx={**PER_STEP, "genai_config.json": OnnxRecord(9)}, spec={"kv": "per_step"}),
+    "results": lambda: card(
+        measured=made_measured(
+            own=[made_result(SPEC, GROUP, LOSS, TASK), made_result(SPEC, HOSTILE, GAIN, settings={"num_fewshot": 5})],
+            other=[made_result(make_spec(span="2:4", steps=6), TASK)],
+        )
+    ),
     "onnx_latents": lambda: card(onnx=PER_STEP, spec={"kv": "per_step"}),
 }
 
@@ -172,6 +183,42 @@ def test_missing_licence_text_is_warned_of():
     assert "add it to the directory as LICENSE" in licence_warnings({"license": "gemma"}, ["NOTICE"])[0]
     assert licence_warnings({"license": "gemma"}, ["licence.md"]) == []
     assert licence_warnings({"license": "mit"}, []) == []
+
+
+def test_results_are_the_index_of_the_hubs_own_client():
+    text = CARDS["results"]()
+    values = yaml.safe_load(text.split("---\n")[1])["model-index"]
+    assert read_metadata(text)["model-index"] == values
+    name, results = model_index_to_eval_results(values)
+    assert eval_results_to_model_index(name, results) == values
+    assert [(each.dataset_type, each.metric_name, each.metric_value) for each in results[:3]] == [
+        ("both", "acc", 0.39),
+        ("both", "acc of the base", 0.41),
+        ("both", "difference of acc, 95 % interval [-0.0400, +0.0010]", -0.02),
+    ]
+    assert all(re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", each.dataset_type, re.ASCII) for each in results)
+    assert all(each.verified is False and each.task_type == "text-generation" for each in results)
+    assert "&id" not in text
+
+
+def test_merging_keeps_the_numbers_of_results():
+    theirs = "---\nlicense: mit\nmodel-index: [{name: x, results: [{value: 0.5, verified: false, config: no}]}]\n---\n"
+    [entry] = yaml.safe_load(merge_card(card(LLAMA), theirs).split("---\n")[1])["model-index"]
+    assert entry == {"name": "x", "results": [{"value": 0.5, "verified": False, "config": "no"}]}
+
+
+def test_long_results_are_cut_and_say_so():
+    tasks = [{**TASK, "name": f"task_{i}"} for i in range(120)]
+    text = card(measured=made_measured(own=[made_result(SPEC, *tasks)]))
+    assert text.count("\n| task_") == 100
+    assert "`loop_results.json` has 20 more." in text
+
+
+def test_interval_without_zero_but_inconclusive_is_explained():
+    corrected = {**TASK, "low": 0.001, "p": 0.03, "p_holm": 0.2}
+    text = card(measured=made_measured(own=[made_result(SPEC, corrected)]))
+    assert "the interval excludes zero, but p is 0.2;" in text
+    assert "excludes zero" not in CARDS["results"]()
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from loopexport.base.checkpoint import Origin
 from loopexport.export.card import INHERITED, CardFacts, make_card, published_card, read_metadata
 from loopexport.export.foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
 from loopexport.export.manifest import HUB_ID, OnnxRecord
+from loopexport.export.results_file import MAX_CHARS
 from loopexport.loop.cost import Cost
 from loopexport.loop.spec import make_spec
+from support.measured import TASK, made_measured, made_result
 
 EXAMPLES = os.environ.get("LOOPEXPORT_FUZZ_EXAMPLES")
 SETTINGS = settings(
@@ -34,7 +36,7 @@ SETTINGS = settings(
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 SHA = "0123456789abcdef0123456789abcdef01234567"
 COST = Cost(24, 16, 1_500_000, 1_000_000, 3_000_000, 2_000_000, 65_536, 65_536)
-SPEC = make_spec(span="6:10", steps=3)
+SPEC, OTHER = make_spec(span="6:10", steps=3), make_spec(span="6:10", steps=4)
 PIECES = [
     "\n", "\n\n", "\r", "\t", " ", "`", "``", "```", "~~~", "|", "\\", "\\|", "*", "_", "__", "#", "## Install", "- ",
     "> ", "1. ", "<img src=x onerror=alert(1)>", "</code>", "<!--", "[a](http://evil.example)", "![](x)",
@@ -50,6 +52,7 @@ HUB_IDS = st.from_regex(HUB_ID, fullmatch=True)
 METADATA = st.dictionaries(
     st.sampled_from(INHERITED), VALID | st.lists(VALID, max_size=3) | st.none() | st.just({"a": ["b"]}), max_size=4
 )
+LINES = TEXTS.map(lambda text: "".join(filter(str.isprintable, text))[:MAX_CHARS]).filter(str.strip)
 FACTS = st.fixed_dictionaries(
     {
         "name": TEXTS | HUB_IDS,
@@ -61,9 +64,17 @@ FACTS = st.fixed_dictionaries(
         "attention": st.just("portable") | TEXTS,
         "data": st.lists(TEXTS, min_size=1, max_size=2),
         "metadata": METADATA,
+        "result": st.tuples(LINES, LINES, LINES),
     }
 )
-ORDINARY = {"model_type": "llama", "method": "gptq", "graph": "model.onnx", "dtype": "fp16", "metadata": {}}
+ORDINARY = {
+    "model_type": "llama",
+    "method": "gptq",
+    "graph": "model.onnx",
+    "dtype": "fp16",
+    "metadata": {},
+    "result": ("a", "acc", "1"),
+}
 
 
 def ordinary(facts):
@@ -84,7 +95,11 @@ def card_of(facts):
     onnx = {facts["graph"]: record, "genai_config.json": OnnxRecord(9)}
     metadata = f"---\n{yaml.safe_dump(facts['metadata'])}---\n"
     origin = Origin(facts["name"], facts["revision"])
-    options = {"quantisation": facts["method"], "tokenizer": "base", "onnx": onnx}
+    name, metric, version = facts["result"]
+    tasks = [{**TASK, "name": name, "metric": metric}]
+    results = [made_result(made_by, *tasks, versions={version: version}) for made_by in (SPEC, OTHER)]
+    measured = made_measured(own=results[:1], other=results[1:])
+    options = {"quantisation": facts["method"], "tokenizer": "base", "onnx": onnx, "measured": measured}
     return make_card(CardFacts(origin, metadata, facts["model_type"], 16, SPEC, COST, **options))
 
 
@@ -132,6 +147,7 @@ HOSTILE = {**ORDINARY, "name": "x\n## y", "revision": None, "attention": "portab
 @given(FACTS)
 @example({**HOSTILE, "method": "gptq.\n\n## Install first\n\n<img src=x onerror=alert(1)>"})
 @example({**HOSTILE, "name": 'x" + str(__import__("os").system("id")) + "'})
+@example({**HOSTILE, "result": ("a|b ![](http://evil.example)", "<b>`x``", "## www.evil.example @")})
 @example({**HOSTILE, "graph": "a|b`c.onnx", "metadata": {"license": "a\n---\n# b", "license_link": "x " * 90}})
 def test_card_of_any_words_is_built_as_an_ordinary_one(facts):
     for publish in (lambda card: card, lambda card: published_card(card, "me/x")):

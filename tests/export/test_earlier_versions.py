@@ -10,12 +10,16 @@ import loopexport
 from loopexport import templates
 from loopexport.export import own_code
 from loopexport.export.earlier_code import EARLIER_SETS
+from loopexport.export.integrity import check_files
 from loopexport.export.own_code import code_files, code_set, todays_set
+from loopexport.export.results import save_results
+from loopexport.export.results_file import RESULTS
 from support.commands import checks, run, sha256, tree
 from support.compare import assert_close
 from support.damage import EXPLODES, edit_config, flip_last_byte
 from support.earlier_versions import NAMES, code_of, compute_logits, earlier_export, recorded_logits
 from support.hub_double import HubDouble
+from support.measured import LOSS, made_result
 from support.push import REPO, assert_refused, loopexport_command, pushed, write_listed
 from support.refusals import assert_refused as assert_command_refused
 from support.trained import save_trained
@@ -101,6 +105,16 @@ def test_upgrade_gives_todays_code_and_the_same_logits(earlier, name):
     for part, logits in compute_logits(root).items():
         assert_close(logits, recorded_logits(name)[part])
     assert loopexport.upgrade(root).plan.is_current
+
+
+def test_upgrade_keeps_measured_results(earlier):
+    root = earlier("nine-files")
+    save_results(root, made_result(loopexport.open_export(root).spec, LOSS))
+    before = (root / RESULTS).read_bytes()
+    assert not loopexport.upgrade(root).plan.is_current
+    assert (root / RESULTS).read_bytes() == before
+    assert all(check.passed is not False for check in check_files(loopexport.open_export(root)))
+    assert "openbookqa" in (root / "README.md").read_text()
 
 
 def test_upgrade_says_what_it_changes(earlier):

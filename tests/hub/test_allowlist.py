@@ -7,9 +7,13 @@ import os
 
 import pytest
 
+from loopexport.export.directory import open_export
+from loopexport.export.results import save_results
+from loopexport.export.results_file import RESULTS
 from support.commands import tree
 from support.damage import flip_last_byte
-from support.push import REPO, TOKEN, assert_refused, edit_manifest, pushed, write_listed, writes
+from support.measured import LOSS, made_result
+from support.push import REPO, TOKEN, assert_refused, edit_manifest, pushed, remote_card, write_listed, writes
 
 
 def make_local(root):
@@ -105,6 +109,23 @@ def test_what_is_not_on_the_list_stays_behind(hub, push, export):
     assert files["USE_POLICY.md"] == b"be kind\n", "licence texts may be added by hand"
     assert {file["name"] for file in values["files"]} == set(files) - {".gitattributes"}
     assert tree(export) == before, "a push changes nothing here"
+
+
+def test_measured_results_are_pushed_with_the_card_that_shows_them(hub, push, export):
+    save_results(export, made_result(open_export(export).spec, LOSS))
+    pushed(push("--json"))
+    files = hub.repositories[REPO].files()
+    assert files[RESULTS] == (export / RESULTS).read_bytes()
+    assert "| openbookqa | acc | 500 | 0.4000 | 0.3500 | -0.0500 [-0.0800, -0.0200] | worse |" in remote_card(hub)
+    assert "model-index:" in remote_card(hub)
+    (export / RESULTS).write_text("{}")
+    assert_refused(push(), f"{RESULTS} has changed")
+
+
+def test_path_in_the_settings_of_a_result_stops_the_push(hub, push, export):
+    save_results(export, made_result(open_export(export).spec, settings={"include_path": "/home/me/tasks"}))
+    assert_refused(push(), "loop_results.json contains the absolute path '/home/me/tasks'; remove it and run")
+    assert writes(hub) == []
 
 
 def test_large_file_that_is_no_weights_is_sent_from_the_disk_and_not_twice(hub, push, export):

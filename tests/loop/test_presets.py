@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,7 @@ GAINS = {
     "kimi-vl-a3b-aime26": [-0.52],
     "kimi-vl-a3b-truncation": [None],
 }
+RECIPES = {preset.name: preset.evaluation for preset in PRESETS if preset.evaluation}
 
 
 @pytest.fixture
@@ -212,6 +214,67 @@ def test_presets_can_be_listed_and_shown():
     assert values["gpt-oss-20b-aime26"] == json.loads(run("presets", "show", "gpt-oss-20b-aime26", "--json").stdout)
     assert values["gpt-oss-20b-aime26"]["results"][0]["gain"] == -1.15
     assert values["moonlight-16b-a3b-openbookqa"]["spec"] is None
+
+
+def metrics(config):
+    """The metrics of a task or a group, from its YAML."""
+    return {each["metric"] for each in config.get("metric_list") or config.get("aggregate_metric_list") or ()}
+
+
+def test_every_task_of_a_recipe_is_one_of_the_harness():
+    lm_eval = pytest.importorskip("lm_eval")
+    index = pytest.importorskip("lm_eval.tasks._index")
+    folders = [
+        "arc",
+        "commonsense_qa",
+        "hellaswag",
+        "lambada",
+        "mmlu",
+        "mmlu_pro",
+        "openbookqa",
+        "piqa",
+        "sciq",
+        "truthfulqa",
+        "winogrande",
+    ]
+    known = index.TaskIndex.build([Path(lm_eval.__file__).parent / "tasks" / folder for folder in folders])
+    for evaluation in RECIPES.values():
+        assert set(evaluation.tasks) <= set(known)
+        for name in evaluation.tasks:
+            assert evaluation.metric.split(",")[0] in metrics(known[name].cfg), name
+
+
+def test_recipes_ask_as_the_sources_did():
+    asked = {
+        name: (len(each.tasks), each.num_fewshot, each.chat_template, each.metric) for name, each in RECIPES.items()
+    }
+    assert asked == {
+        "qwen3-4b-mmlu-pro": (1, 5, None, "exact_match,custom-extract"),
+        "qwen3-4b-base-16-tasks": (16, 0, False, "acc"),
+        "qwen3-30b-a3b-16-tasks": (16, 0, False, "acc"),
+    }
+    assert all(preset.spec for preset in PRESETS if preset.evaluation), "a recipe without a loop measures nothing"
+    assert all(preset.protocol.text.isprintable() for preset in PRESETS)
+
+
+def test_recipe_is_shown_with_its_command():
+    name = "qwen3-4b-base-16-tasks"
+    shown = run("presets", "show", name).stdout
+    assert f"loopexport compare MODEL --preset {name} --out DIR" in shown
+    assert "lambada_openai" in shown
+    values = json.loads(run("presets", "show", name, "--json").stdout)
+    assert values["evaluation"]["tasks"] == list(RECIPES[name].tasks)
+    assert "metric of each task counts was not published" in values["protocol"]
+    unknown = run("presets", "show", "gpt-oss-20b-aime26").stdout
+    assert "math-ai/aime26" in unknown
+    assert "loopexport compare" not in unknown
+    assert json.loads(run("presets", "show", "gpt-oss-20b-aime26", "--json").stdout)["evaluation"] is None
+
+
+def test_cost_factor_is_what_convert_counts(make_base):
+    plan = loopexport.plan_convert(str(make_base("x", "qwen3", 36)), preset="qwen3-4b-base-16-tasks")
+    assert find_preset("qwen3-4b-base-16-tasks").cost_factor == plan.cost.multiplier == 56 / 36
+    assert find_preset("moonlight-16b-a3b-openbookqa").cost_factor is None
 
 
 @pytest.mark.parametrize(

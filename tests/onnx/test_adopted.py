@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import loopexport
+from loopexport.onnx import build
 from support.commands import checks
 from support.compare import assert_close
 from support.forwards import full_forward
@@ -13,9 +15,12 @@ from support.tiny import tiny_tokens
 from support.trained import save_trained
 
 
-def test_graph_of_an_adopted_export_computes_with_the_trained_weights(export_dir, tmp_path):
-    root = save_trained(export_dir("llama"), tmp_path / "tuned", vocab=140)
+@pytest.mark.parametrize("vocab", [None, pytest.param(140, marks=pytest.mark.matrix)])
+def test_graph_of_an_adopted_export_computes_with_the_trained_weights(export_dir, traced, monkeypatch, tmp_path, vocab):
+    root = save_trained(export_dir("llama"), tmp_path / "tuned", vocab=vocab)
     loopexport.adopt(root)
+    if vocab is None:  # the base's trace, which has no weights, fits
+        monkeypatch.setattr(build, "trace_export", lambda export, *kind: traced("llama", *kind))
     loopexport.export_onnx(root, verify=False)
     outcome, status = checks(root, "--files-only")
     assert status == 0, outcome

@@ -195,6 +195,7 @@ def test_damage_to_onnx_files_is_noticed(export, one_trace, kind):
     assert outcome["ONNX files are as written"]["detail"] == says
 
 
+@pytest.mark.matrix
 def test_bf16_is_written_but_not_verified_without_cuda(tiny_base, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -23,22 +23,24 @@ from support.tiny import FAMILIES, MOE_FAMILIES, VOCAB
 # Rotary embeddings whose frequencies change at a length that the compared inputs cross.
 LENGTH_8 = {"max_position_embeddings": 8}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-RULES = (
-    {"rule": "residual_scaled"},
-    {"rule": "ema"},
+RULES = (  # `make test` runs these: a schedule, stages, history, norms, weights of all iterates, two spans
     {"rule": "ema_sched", "schedule": (0.5, 0.25, 0.75, 0.1)},
-    {"rule": "midpoint"},
     {"rule": "heun"},
-    {"rule": "rk4"},
-    {"rule": "heavy_ball"},
     {"rule": "aitken", "kv": "reference"},
     {"rule": "norm_stab"},
     {"rule": "poly_blend", "schedule": (0.1, 0.2, 0.3, 0.3, 0.1)},
-    {"rule": "input_anchor"},
-    {"rule": "uniform"},
     {"rule": "uniform", "mode": "layer", "kv": "per_step"},
     {"rule": "anderson", "kv": "reference"},
     {"rule": "euler", "span": ((0, 2), (3, 5)), "kv": "per_step"},
+)
+MORE_RULES = (
+    {"rule": "residual_scaled"},
+    {"rule": "ema"},
+    {"rule": "midpoint"},
+    {"rule": "rk4"},
+    {"rule": "heavy_ball"},
+    {"rule": "input_anchor"},
+    {"rule": "uniform"},
     {"rule": "euler", "span": ((0, 1), (2, 5)), "anchor": 0.25},
 )
 
@@ -65,6 +67,7 @@ def test_more_loops_equal_torch(graph, family):
         assert_equals_torch(graph(family, **spec, **frozen))
 
 
+@pytest.mark.matrix
 def test_tables_of_fixed_length_are_read_at_any_length(tmp_path):
     """GPT-Neo cuts its masks, local ones too, out of a table for all positions."""
     fields = {"num_layers": 4, "num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]]}
@@ -75,7 +78,11 @@ def test_tables_of_fixed_length_are_read_at_any_length(tmp_path):
     ("family", "fields"),
     [
         ("llama", {**LENGTH_8, "rope_parameters": DYNAMIC}),
-        ("phi3", {"original_max_position_embeddings": 8, "rope_parameters": LONGROPE}),
+        pytest.param(
+            "phi3",
+            {"original_max_position_embeddings": 8, "rope_parameters": LONGROPE},
+            marks=pytest.mark.matrix,
+        ),
     ],
 )
 def test_rotary_frequencies_that_depend_on_the_length_do_so_in_the_graph(tmp_path, family, fields):
@@ -129,6 +136,10 @@ def test_every_family_that_can_be_looped_comes_out_as_recorded(family, tmp_path)
         assert outcome.status == families.onnx_outcome(family)[0], str(outcome)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
+@pytest.mark.parametrize(
+    "rule",
+    [*RULES, *(pytest.param(rule, marks=pytest.mark.matrix) for rule in MORE_RULES)],
+    ids=lambda rule: "-".join(map(str, rule.values())),
+)
 def test_every_rule_equals_torch(graph, rule):
     assert_equals_torch(graph("llama", steps=4, **rule))

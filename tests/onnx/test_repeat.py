@@ -8,23 +8,23 @@ import loopexport
 from loopexport.onnx import build
 from loopexport.onnx.trace import layer_kinds, tracer
 from loopexport.onnx.trace.repeat import NotRepeatableError, Repeats
-from support.tiny import SPAN, save_tiny, tiny_model
+from support.tiny import save_tiny, tiny_model
 
 GPT2_BY_INDEX = {"scale_attn_by_inverse_layer_idx": True}
-FOUR_LAYERS = {
-    "llama": {"num_hidden_layers": 4},
-    "gpt2": {"num_hidden_layers": 4, "n_layer": 4},
+FEW_LAYERS = {
+    "llama": {"num_hidden_layers": 3},
+    "gpt2": {"num_hidden_layers": 3, "n_layer": 3},
     "gpt_oss": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 
 
 @pytest.fixture
 def export(tmp_path):
-    """`export(family, **overrides)`: a tiny export of four layers, enough for copies and for what is none."""
+    """`export(family, **overrides)`: a tiny export with few layers, enough for copies and for what is none."""
 
     def make(family, **overrides):
-        base = save_tiny(family, tmp_path / family, **FOUR_LAYERS[family], **overrides)
-        return loopexport.convert(str(base), tmp_path / f"{family}-looped", span=SPAN, steps=2)
+        base = save_tiny(family, tmp_path / family, **FEW_LAYERS[family], **overrides)
+        return loopexport.convert(str(base), tmp_path / f"{family}-looped", span=(1, 2), steps=2)
 
     return make
 
@@ -91,6 +91,7 @@ def test_only_layers_that_differ_in_weights_alone_are_copied(family, overrides, 
     assert Repeats(model, list(layers)).copies == copied
 
 
+@pytest.mark.matrix
 def test_layer_taken_for_a_copy_by_mistake_is_found_by_the_control(export, whole, refusals, monkeypatch):
     monkeypatch.setattr(layer_kinds, "_signature", lambda module, index: ())
     made = export("gpt2", **GPT2_BY_INDEX)
@@ -99,6 +100,7 @@ def test_layer_taken_for_a_copy_by_mistake_is_found_by_the_control(export, whole
     assert as_data(copied.model.graph) == as_data(whole(made).model.graph)
 
 
+@pytest.mark.matrix
 def test_layer_called_with_another_mask_is_no_copy(export, refusals, monkeypatch):
     monkeypatch.setattr(layer_kinds, "_signature", lambda module, index: ())
     build.trace_export(export("gpt_oss"), "fp32")

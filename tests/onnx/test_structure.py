@@ -83,15 +83,16 @@ def test_per_step_has_a_slot_for_each_pass(graph):
 
 def test_no_tensor_is_the_example_of_two_inputs(export_dir, monkeypatch):
     """torch would take the inputs for one, without a word."""
-    examples, real = [], torch.export.export
+    examples = []
 
     def export(model, arguments, **options):
         inputs, past = arguments
         examples.extend([*inputs.values(), *past])
-        return real(model, arguments, **options)
+        raise KeyboardInterrupt  # nothing takes it for a failure of the trace
 
     monkeypatch.setattr(torch.export, "export", export)
-    build.trace_export(loopexport.open_export(export_dir("llama")), "fp32")
+    with pytest.raises(KeyboardInterrupt):
+        build.trace_export(loopexport.open_export(export_dir("llama")), "fp32")
     assert len(examples) > 3
     assert len({id(each) for each in examples}) == len(examples)
 

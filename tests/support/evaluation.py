@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from loopexport.evaluation.items import Answer, Pair
-
 from .small_tokenizer import write_tokenizer
 from .tiny import save_tiny
 
@@ -33,9 +31,3 @@ def write_items(path: Path, count: int, start: int = 0) -> Path:
 def _item(number: int) -> dict:
     words = [DIGITS[(number + shift) % len(DIGITS)] for shift in range(3)]
     return {"prompt": f"it is {number} " + "and it is " * (number % 4), "choices": words, "answer": number % 3}
-
-
-def made_pair(item: int, base: bool, loop: bool, task: str = "task", metric: str = "acc") -> Pair:
-    """A pair of right or wrong answers."""
-    answers = {"base": Answer(float(base), ""), "loop": Answer(float(loop), "")}
-    return Pair(task, metric, item, 1234, f"hash{item}", "", "", "", **answers)

@@ -14,6 +14,7 @@ from loopexport import templates
 from loopexport.export.own_code import EARLIER_SETS
 from support.commands import checks, run, sha256, tree
 from support.compare import assert_bitwise
+from support.earlier_versions import NAMES, earlier_export
 from support.forwards import full_forward
 from support.hub_double import HubDouble
 from support.paths import ROOT
@@ -22,6 +23,7 @@ from support.tiny import SPAN, tiny_tokens
 
 # The template of the commits up to c5c5c55: two files.
 TWO_FILES = ROOT / "tests" / "data" / "templates-two-files"
+PROMPT = torch.arange(7, 16)[None]
 LOOPS = (
     {"kv": "per_step"},
     {"kv": "reference", "rule": "anderson", "steps": 4},
@@ -64,6 +66,18 @@ def test_earlier_export_computes_what_todays_computes(earlier, looped, family, s
     assert_bitwise(full_forward(ours, tokens), full_forward(theirs, tokens))
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert torch.equal(ours.generate(tokens, **options), theirs.generate(tokens, **options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_upgraded_export_is_loaded_where_its_earlier_code_ran(name, tmp_path):
+    """transformers 4 runs a changed file again in the same module, where the classes of the earlier code still are."""
+    root = earlier_export(name, tmp_path / f"upgraded_{name}")
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    before = AutoModelForCausalLM.from_pretrained(root, trust_remote_code=True).generate(PROMPT, **options)
+    loopexport.upgrade(root)
+    model = AutoModelForCausalLM.from_pretrained(root, trust_remote_code=True)
+    assert "LoopedGenerationMixin" in [each.__name__ for each in type(model).__mro__]
+    assert torch.equal(model.generate(PROMPT, **options), before)
 
 
 def test_earlier_export_is_verified_and_restored(earlier, tiny_base, tmp_path):

@@ -193,6 +193,74 @@ def test_a_hook_sees_native_layers_during_a_forward(looped):
     assert seen == [True, True] * (1 + STEPS)
 
 
+INNER = {
+    "the same model with one step": lambda model, looped: model,
+    "another model": lambda model, looped: looped("llama", mode="layer"),
+    "another model with one step": lambda model, looped: with_one_step(looped("llama", kv="reference")),
+    "another model whose forward was replaced": lambda model, looped: with_own_forward(looped("llama", kv="reference")),
+}
+
+
+def with_one_step(model):
+    model.config.loop_steps = 1
+    return model
+
+
+def with_own_forward(model):
+    decoder_forward_replaced(model)
+    return model
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("where", ["embed_tokens", "layers.2.mlp", "norm"])
+def test_a_forward_inside_a_forward_is_exact(looped, inner, where):
+    """A hook may ask another looped model, or this one without its loop, in the middle of a forward."""
+    model = looped("llama")
+    other, outer, seen = INNER[inner](model, looped), full_forward(model, TOKENS), []
+    expected = ask(other, model)
+
+    def hook(*_):
+        handle.remove()
+        seen.append(ask(other, model))
+
+    handle = model.model.get_submodule(where).register_forward_hook(hook)
+    assert_bitwise(full_forward(model, TOKENS), outer)
+    assert_bitwise(seen[0], expected)
+
+
+def ask(other, model):
+    """Logits of another model, or of this one with one step."""
+    steps = other.config.loop_steps
+    other.config.loop_steps = 1 if other is model else steps
+    logits = full_forward(other, TOKENS)
+    other.config.loop_steps = steps
+    return logits
+
+
+@pytest.mark.parametrize("fields", [{"steps": 1}, {"frozen_routing": False}])
+def test_a_forward_inside_a_router_chooses_its_own_experts(looped, fields):
+    model, seen = looped("qwen3_moe", frozen_routing=True), []
+    settings = {name: getattr(model.config, f"loop_{name}") for name in fields}
+
+    def inner():
+        for name, value in fields.items():
+            setattr(model.config, f"loop_{name}", value)
+        logits = full_forward(model, TOKENS)
+        for name, value in settings.items():
+            setattr(model.config, f"loop_{name}", value)
+        return logits
+
+    outer, expected = full_forward(model, TOKENS), inner()
+
+    def hook(*_):
+        handle.remove()
+        seen.append(inner())
+
+    handle = model.model.layers[SPAN[0]].self_attn.register_forward_hook(hook)
+    assert_bitwise(full_forward(model, TOKENS), outer)
+    assert_bitwise(seen[0], expected)
+
+
 def test_hooks_on_a_looped_layer_run_once_for_each_evaluation(looped):
     """Steering and capturing: the hook of a span layer sees, and may change, the output of every evaluation."""
     model, counts = looped("llama"), [0] * NUM_LAYERS

@@ -89,6 +89,47 @@ def test_a_cache_that_was_emptied_forgets(looped):
     assert_close(ours, full_forward(model, TOKENS))
 
 
+SLOTS = {
+    "more": ({"span": (1, 3), "steps": 2}, {"span": [1, 4], "steps": 4}),
+    "fewer": ({"span": (1, 4), "steps": 4}, {"span": [1, 3], "steps": 2}),
+    "of other types": ({"span": (0, 1), "steps": 3}, {"span": [1, 2], "steps": 3}),
+    "of other types, the other way round": ({"span": (1, 2), "steps": 3}, {"span": [0, 1], "steps": 3}),
+}
+CACHES = {
+    "static": lambda config: StaticCache(config=config, max_cache_len=16),
+    "dynamic": lambda config: DynamicCache(config=config),
+    "dynamic without a config": lambda config: DynamicCache(),
+}
+
+
+def emptied(cache):
+    """A dynamic cache keeps its length when it is reset, and a dynamic sliding one cannot be emptied."""
+    cache.reset() if isinstance(cache, StaticCache) else cache.crop(-PREFILL)
+    return cache
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gemma3_text", "static"), *(("llama", kind) for kind in CACHES)])
+@pytest.mark.parametrize("slots", SLOTS)
+def test_an_emptied_cache_gets_the_slots_of_the_next_loop(looped, family, kind, slots):
+    before, after = SLOTS[slots]
+    model = looped(family, kv="per_step", **before)
+    cache = emptied(filled(model, CACHES[kind]))
+    change(model, **after)
+    fresh = filled(model, CACHES[kind])
+    filled(model, lambda config: cache)
+    assert [type(each) for each in cache.layers] == [type(each) for each in fresh.layers]
+    assert_bitwise(rest(model, cache), rest(model, fresh))
+
+
+def test_generation_goes_on_with_its_static_cache_under_another_loop(looped):
+    """`generate` keeps a static cache on the model, and resets it."""
+    model, options = looped("llama", kv="per_step", span=(1, 3), steps=2), {**GREEDY, "max_new_tokens": 4}
+    model.generate(TOKENS, cache_implementation="static", **options)
+    change(model, span=[1, 4], steps=4)
+    ours = model.generate(TOKENS, cache_implementation="static", **options)
+    assert torch.equal(ours, model.generate(TOKENS, **options))
+
+
 def test_a_copied_cache_remembers(looped):
     model = looped("llama")
     twin = copy.deepcopy(filled(model))

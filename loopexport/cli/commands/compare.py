@@ -9,7 +9,7 @@ import click
 
 from loopexport.cli import evaluation_options, options
 from loopexport.cli.groups import GroupedCommand
-from loopexport.cli.output import echo_json, echo_line, echo_lines
+from loopexport.cli.output import echo_json, echo_line, echo_lines, echo_note
 from loopexport.cli.progress import AnswerBar
 
 
@@ -39,7 +39,8 @@ def compare(model, spec_file, save, dry_run, as_json, **given) -> None:
 
     loop, asked = evaluation_options.split_loop(spec_file, given, is_export=is_export(Path(model)))
     plan = plan_compare(model, loop or None, dry_run=dry_run, **asked)
-    if save and plan.subject.export is None:
+    export = plan.subject.export
+    if save and export is None:
         raise click.UsageError("--save writes into an export, and MODEL_OR_EXPORT is a base; convert it first")
     if not as_json:
         echo_lines(compare_plan_lines(plan))
@@ -53,8 +54,8 @@ def compare(model, spec_file, save, dry_run, as_json, **given) -> None:
         return
     if plan.out is not None:
         result.write_report(plan.out)
-    if save:
-        result.save(plan.subject.export)
+    if save and export is not None and not result.save(export):
+        echo_note("README.md was edited, so it stays as it is and does not show the result")
     if as_json:
         echo_json(result.to_dict())
         return

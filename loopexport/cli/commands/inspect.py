@@ -10,19 +10,21 @@ from loopexport.cli.options import directory_argument, json_option
 from loopexport.cli.output import echo_json, echo_lines
 
 
-@click.command(short_help="Show an export's loop, its cost and its origin.")
+@click.command(short_help="Show an export's loop, cost, origin and results.")
 @directory_argument
 @json_option
 def inspect(directory, as_json) -> None:
-    """Show the loop of the export DIRECTORY, its cost and its origin."""
-    from loopexport.cli.text import export_lines
+    """Show the loop of the export DIRECTORY, its cost, its origin and its measured results."""
+    from loopexport.cli.text import export_lines, result_lines
     from loopexport.export.directory import open_export
+    from loopexport.export.results_file import measured
 
     export = open_export(directory)
+    results = measured(export)
     if as_json:
-        echo_json(_values(export))
+        echo_json(_values(export) | {"results": results.to_dict()})
     else:
-        echo_lines(export_lines(export))
+        echo_lines([*export_lines(export), *result_lines(results)])
 
 
 def _values(export) -> dict:

@@ -1,0 +1,118 @@
+"""`loopexport compare` on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loopexport import convert
+from support.commands import run
+from support.evaluation import tokenized_base, write_items
+
+pytest.importorskip("lm_eval")
+COMPUTE = ("--device", "cpu", "--dtype", "float32", "--batch-size", "4")
+LOOP = ("--span", "1:5", "--steps", "4", "--damping", "1")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tokenized_base("llama", tmp_path_factory.mktemp("compare") / "base")
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    return write_items(tmp_path_factory.mktemp("items") / "mine.jsonl", 12)
+
+
+@pytest.fixture
+def export(base, tmp_path):
+    return convert(base, tmp_path / "export", span=(1, 5), steps=4, damping=1.0).root
+
+
+def test_prints_a_table_and_writes_the_report(base, items, tmp_path):
+    result = run("compare", base, *LOOP, "--items", items, "--out", tmp_path / "out", *COMPUTE)
+    assert result.exit_code == 0, result.stderr
+    assert "span 1:5" in result.stdout
+    assert "mine" in result.stdout
+    assert {"items.jsonl", "result.json", "report.html", "forest.png", "settings.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    assert len(pairs) == 12
+    assert len(pairs[0]["loop"]["loglikelihoods"]) == 3
+
+
+def test_json_is_one_object(base, items):
+    result = run("compare", base, *LOOP, "--items", items, "--json", *COMPUTE)
+    [row] = json.loads(result.stdout)["comparisons"]
+    assert row["verdict"] in ("better", "worse", "inconclusive")
+    assert row["low"] <= row["difference"] <= row["high"]
+
+
+def test_a_dry_run_loads_no_model(base, items, tmp_path, monkeypatch):
+    from loopexport.evaluation.arms import Model
+
+    monkeypatch.setattr(Model, "use", lambda *args: pytest.fail("the model was loaded"))
+    result = run("compare", base, *LOOP, "--items", items, "--out", tmp_path / "out", "--dry-run", *COMPUTE)
+    assert result.exit_code == 0
+    assert "Cost" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_puts_the_result_into_export_and_card(export, items):
+    result = run("compare", export, "--items", items, "--save", *COMPUTE)
+    assert result.exit_code == 0, result.stderr
+    assert "mine" in (export / "README.md").read_text()
+    assert run("verify", export, "--files-only").exit_code == 0
+    assert "mine" in run("inspect", export).stdout
+
+
+def test_an_edited_card_stays_and_the_command_says_so(export, items):
+    card = export / "README.md"
+    card.write_text(card.read_text() + "\nmine\n")
+    edited = card.read_text()
+    result = run("compare", export, "--items", items, "--save", *COMPUTE)
+    assert "README.md was edited" in result.stderr
+    assert card.read_text() == edited
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("--items", "ITEMS"), 2, "has no span"),
+        ((*LOOP,), 1, "no task to compare on"),
+        ((*LOOP, "--items", "ITEMS", "--save"), 2, "convert it first"),
+        ((*LOOP, "--items", "ITEMS", "--limit", "0"), 2, "0 is not in the range"),
+        ((*LOOP, "--items", "ITEMS", "--batch-size", "many"), 1, "batch size 'many' must be auto or a number"),
+        ((*LOOP, "--items", "ITEMS", "--seed", "1", "--seed", "1"), 1, "different numbers"),
+        ((*LOOP, "--items", "ITEMS", "--generation", "temperature"), 2, "is not NAME=VALUE"),
+        ((*LOOP, "--items", "ITEMS", "--backend", "onnx"), 2, "hf"),
+        ((*LOOP, "--items", "ITEMS", "--metric", "f1"), 1, "has no metric 'f1'"),
+        (("--span", "1:99", "--steps", "2", "--items", "ITEMS"), 1, "99"),
+        ((*LOOP, "--items", "ITEMS", "--preset", "nonsense"), 1, "nonsense"),
+        ((*LOOP, "--items", "ITEMS", "--dtype", "float33"), 1, "cannot load"),
+    ],
+)
+def test_wrong_usage_is_one_line(base, items, arguments, status, message):
+    arguments = [items if each == "ITEMS" else each for each in arguments]
+    compute = [] if "--batch-size" in arguments or "--dtype" in arguments else COMPUTE
+    result = run("compare", base, *arguments, *compute)
+    assert result.exit_code == status
+    assert message in result.stderr
+    if status == 1:
+        assert result.stderr.splitlines()[-1].startswith("Error: ")
+
+
+def test_an_export_has_its_own_loop(export, items):
+    result = run("compare", export, "--span", "1:2", "--steps", "2", "--items", items, *COMPUTE)
+    assert result.exit_code == 1
+    assert "has its own loop" in result.stderr
+
+
+def test_foreign_code_is_not_run(export, items):
+    (export / "modeling_looped.py").write_text("raise SystemExit('foreign code ran')\n")
+    result = run("compare", export, "--items", items, *COMPUTE)
+    assert result.exit_code == 1
+    assert "modeling_looped.py" in result.stderr
+    assert "--trust-remote-code" in result.stderr

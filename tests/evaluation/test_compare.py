@@ -1,0 +1,222 @@
+"""`compare`: both arms answer the same items, and the answers are those of lm-evaluation-harness on its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loopexport import EvaluationError, LoopSpec, convert, plan_compare
+from support.evaluation import tokenized_base, write_items
+
+pytest.importorskip("lm_eval")
+CPU = {"device": "cpu", "dtype": "float32", "batch_size": 4}
+MILD = LoopSpec(span=(2, 4), steps=2)
+DEEP = LoopSpec(span=(1, 5), steps=6, damping=1.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tokenized_base("llama", tmp_path_factory.mktemp("compare") / "base")
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    return write_items(tmp_path_factory.mktemp("items") / "mine.jsonl", 30)
+
+
+def harness_answers(directory, items, **config):
+    """The items as lm-evaluation-harness logs them for a directory, without a `Panel`."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from loopexport.evaluation.tasks import TaskSource
+
+    lm = HFLM(pretrained=str(directory), trust_remote_code=True, **CPU)
+    for name, value in config.items():
+        setattr(lm.model.config, name, value)
+    tasks = TaskSource(items=items).load()
+    for task in tasks["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
+    return evaluate(lm=lm, task_dict=tasks, bootstrap_iters=0)["samples"][items.stem]
+
+
+def test_scores_are_those_of_two_separate_runs(base, items, tmp_path):
+    export = convert(base, tmp_path / "export", span=DEEP.span, steps=DEEP.steps, damping=DEEP.damping)
+    result = plan_compare(export.root, items=items, **CPU).run()
+    for arm, directory in (("base", base), ("loop", export.root)):
+        samples = {sample["doc_id"]: sample for sample in harness_answers(directory, items)}
+        assert len(samples) == len(result.pairs) == 30
+        for pair in result.pairs:
+            answer, sample = getattr(pair, arm), samples[pair.item]
+            assert answer.score == sample["acc"]
+            assert pair.prompt_hash == sample["prompt_hash"]
+            theirs = [loglikelihood for loglikelihood, _ in sample["filtered_resps"]]
+            assert answer.loglikelihoods == pytest.approx(theirs, abs=2e-5)  # other batches
+    assert any(pair.base.loglikelihoods != pair.loop.loglikelihoods for pair in result.pairs)
+
+
+def test_base_and_export_give_one_result(base, items, tmp_path):
+    export = convert(base, tmp_path / "export", span=MILD.span, steps=MILD.steps)
+    of_base = plan_compare(base, MILD, items=items, **CPU).run()
+    of_export = plan_compare(export.root, items=items, **CPU).run()
+    assert of_base.pairs == of_export.pairs
+
+
+def test_nothing_differs_where_the_loop_does_nothing(base, items):
+    """An anchor next to 1 rounds to the base in every score, and no item flips."""
+    [row] = plan_compare(base, LoopSpec(span=(2, 4), steps=2, anchor=1 - 1e-9), items=items, **CPU).run().comparisons
+    assert (row.difference, row.gained, row.lost, row.verdict) == (0, 0, 0, "inconclusive")
+
+
+@pytest.mark.parametrize("same", [LoopSpec(span=(2, 4), steps=1), LoopSpec(span=(2, 4), steps=3, anchor=1.0)])
+def test_refuses_to_compare_the_base_with_itself(base, items, same):
+    with pytest.raises(EvaluationError, match="nothing to compare"):
+        plan_compare(base, same, items=items, **CPU)
+
+
+def test_measures_the_floor_with_another_batch_size(base, items):
+    floor = plan_compare(base, MILD, items=items, **CPU).run().floor
+    assert floor.batch_sizes == (4, 2)
+    assert floor.items == 8
+    assert floor.largest_difference < 1e-4
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_where_it_stopped(base, items, tmp_path, monkeypatch):
+    from loopexport.evaluation import panel
+
+    monkeypatch.setattr(panel, "SLAB_BATCHES", 2)
+    settings = {"items": items, "out": tmp_path / "out", **CPU}
+
+    def kill(done, total):
+        if done > total / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        plan_compare(base, MILD, **settings).run(kill)
+    journal = tmp_path / "out" / "answers-0.jsonl"
+    before = journal.read_bytes()
+    journal.write_bytes(before + b'{"key": "cut off')
+    assert before.count(b"\n") > 0
+    result = plan_compare(base, MILD, **settings).run()
+    assert journal.read_bytes().startswith(before)
+    whole = plan_compare(base, MILD, items=items, **CPU).run()
+    assert result.pairs == whole.pairs
+
+
+def test_the_same_command_again_computes_nothing(base, items, tmp_path, monkeypatch):
+    from loopexport.evaluation.arms import Model
+
+    first = plan_compare(base, MILD, items=items, out=tmp_path / "out", **CPU).run()
+    monkeypatch.setattr(Model, "use", lambda *args: pytest.fail("the model was loaded"))
+    again = plan_compare(base, MILD, items=items, out=tmp_path / "out", **CPU).run()
+    assert again == first
+
+
+@pytest.mark.parametrize(
+    ("loop", "change", "named"),
+    [
+        (DEEP, {}, "loop_steps|spec"),
+        (MILD, {"limit": 5}, "limit: null, now 5"),
+        (MILD, {"num_fewshot": 2}, "num_fewshot: null, now 2"),
+        (MILD, {"seeds": (1,)}, r"seeds: \[1234\], now \[1\]"),
+        (MILD, {"dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_refuses_results_of_other_settings(base, items, tmp_path, loop, change, named):
+    from loopexport.evaluation.settings import results_directory
+
+    with results_directory(tmp_path / "out", plan_compare(base, MILD, items=items, **CPU).settings):
+        pass
+    with pytest.raises(EvaluationError, match=f"results of other settings.*({named}).*--out"):
+        plan_compare(base, loop, items=items, out=tmp_path / "out", **{**CPU, **change})
+
+
+def test_refuses_a_directory_of_other_files(base, items, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(EvaluationError, match="other files"):
+        plan_compare(base, MILD, items=items, out=tmp_path, **CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_edited_file_of_items_is_another_setting(base, tmp_path):
+    path = write_items(tmp_path / "mine.jsonl", 4)
+    plan_compare(base, MILD, items=path, out=tmp_path / "out", **CPU).run()
+    write_items(path, 4, start=1)
+    with pytest.raises(EvaluationError, match="files_sha256"):
+        plan_compare(base, MILD, items=path, out=tmp_path / "out", **CPU)
+
+
+def test_batches_are_halved_when_memory_runs_out(base, items, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    from loopexport.evaluation import arms
+
+    whole = plan_compare(base, MILD, items=items, **CPU).run()
+    sizes = []
+    forward = HFLM._model_call
+
+    def limited(self, inputs, **kwargs):
+        sizes.append((self.model.config.loop_steps, len(inputs)))
+        if len(inputs) > 2 and self.model.config.loop_steps > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(self, inputs, **kwargs)
+
+    monkeypatch.setattr(HFLM, "_model_call", limited)
+    result = plan_compare(base, MILD, items=items, **CPU).run()
+    assert max(size for steps, size in sizes) == 4
+    for steps in (1, 2):  # the base was asked again: both arms have the same batches
+        answered = [size for each, size in sizes if each == steps][-10:]
+        assert max(answered) <= 2
+    assert [pair.loop.score for pair in result.pairs] == [pair.loop.score for pair in whole.pairs]
+    model = arms.Model(base, "hf", {}, batch_size=1)
+    with pytest.raises(EvaluationError, match="one item in a batch"):
+        model.halve()
+
+
+def test_generated_answers_count_tokens_and_truncation(base, tmp_path):
+    path = tmp_path / "generated.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"it is {i}", "answer": "1"}) + "\n" for i in range(4)))
+    result = plan_compare(base, MILD, items=path, generation={"max_gen_toks": 5}, **CPU).run()
+    [row] = result.comparisons
+    assert row.metric == "exact_match,line"
+    for pair in result.pairs:
+        assert pair.loop.loglikelihoods == ()
+        assert pair.loop.truncated == (pair.loop.tokens >= 5)
+
+
+def test_seeds_need_a_task_that_samples(base, items, tmp_path):
+    with pytest.raises(EvaluationError, match="no task that samples"):
+        plan_compare(base, MILD, items=items, seeds=(1, 2), **CPU).run()
+    path = tmp_path / "generated.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"it is {i}", "answer": "1"}) + "\n" for i in range(3)))
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 6}
+    result = plan_compare(base, MILD, items=path, seeds=(1, 2), generation=sampled, **CPU).run()
+    [row] = result.comparisons
+    assert (row.n, row.seeds, row.method) == (3, 2, "bootstrap")
+    texts = {seed: [pair.base.text for pair in result.pairs if pair.seed == seed] for seed in (1, 2)}
+    assert texts[1] != texts[2]
+    again = plan_compare(base, MILD, items=path, seeds=(1, 2), generation=sampled, **CPU).run()
+    assert again.pairs == result.pairs
+
+
+def test_chooses_few_shot_examples_once(base, items):
+    result = plan_compare(base, MILD, items=items, num_fewshot=2, limit=5, **CPU).run()
+    assert len(result.pairs) == 5
+    assert all(pair.prompt.count("\n\n") == 2 for pair in result.pairs)
+
+
+def test_saves_into_an_export(base, items, tmp_path):
+    from loopexport import open_export
+    from loopexport.export.results_file import measured
+
+    export = convert(base, tmp_path / "export", span=MILD.span, steps=MILD.steps)
+    result = plan_compare(export.root, items=items, **CPU).run()
+    assert result.save(export)
+    [saved] = measured(open_export(export.root)).own
+    assert [task.verdict for task in saved.tasks] == [row.verdict for row in result.comparisons]
+    assert "mine" in (export.root / "README.md").read_text()

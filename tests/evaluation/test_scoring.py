@@ -1,0 +1,85 @@
+"""Which metric a task is compared by, and what counts as an answer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from loopexport import EvaluationError
+from loopexport.evaluation.scoring import Metric, answer_of, choose_metric, pair_up
+
+
+def a_task(*metrics, higher=True, generation=None):
+    config = SimpleNamespace(task="mine", metric_list=[{"metric": name} for name in metrics])
+    return SimpleNamespace(
+        config=config,
+        higher_is_better=lambda: dict.fromkeys(metrics, higher),
+        get_config=lambda name: generation,
+    )
+
+
+def a_sample(item=0, **changes):
+    return {
+        "doc_id": item,
+        "filter": "none",
+        "metrics": ["acc", "acc_norm"],
+        "acc": 1.0,
+        "acc_norm": 0.0,
+        "doc_hash": "d",
+        "prompt_hash": f"p{item}",
+        "target": 1,
+        "arguments": [("prompt", " a long choice"), ("prompt", " b")],
+        "filtered_resps": [(-4.0, False), (-3.0, True)],
+        "resps": [],
+        **changes,
+    }
+
+
+def test_the_first_metric_of_the_task_is_compared():
+    assert choose_metric(a_task("acc_norm", "acc"), [a_sample()], None) == Metric("acc_norm", "none")
+    assert choose_metric(a_task("acc_norm", "acc"), [a_sample()], "acc") == Metric("acc", "none")
+
+
+def test_a_metric_may_name_its_filter():
+    samples = [a_sample(), a_sample(filter="strict")]
+    assert choose_metric(a_task("acc"), samples, "acc,strict") == Metric("acc", "strict")
+    assert str(Metric("acc", "strict")) == "acc,strict"
+    with pytest.raises(EvaluationError, match="it has acc, acc_norm with filter none or strict"):
+        choose_metric(a_task("acc"), samples, "acc,loose")
+    with pytest.raises(EvaluationError, match="no metric 'bleu'"):
+        choose_metric(a_task("acc"), samples, "bleu")
+
+
+def test_loss_is_no_verdict():
+    with pytest.raises(EvaluationError, match="less is better"):
+        choose_metric(a_task("word_perplexity", higher=False), [a_sample(word_perplexity=3.0)], None)
+
+
+def test_the_chosen_choice_is_the_metrics():
+    assert answer_of(a_task("acc"), a_sample(), Metric("acc", "none"), len).text == "b"
+    assert answer_of(a_task("acc"), a_sample(), Metric("acc_norm", "none"), len).text == "a long choice"
+
+
+@pytest.mark.parametrize("score", [float("nan"), (1, 2), "yes"])
+def test_refuses_metrics_without_a_score_for_each_item(score):
+    with pytest.raises(EvaluationError, match="no score for a single item"):
+        answer_of(a_task("f1"), a_sample(f1=score), Metric("f1", "none"), len)
+
+
+def test_generated_text_is_truncated_at_its_limit():
+    task = a_task("acc", generation={"max_gen_toks": 4})
+    texts = {text: a_sample(arguments=[("prompt", {"until": []})], resps=[[text]]) for text in ("abc", "abcd")}
+    answers = {text: answer_of(task, sample, Metric("acc", "none"), len) for text, sample in texts.items()}
+    assert [(text, each.text, each.tokens, each.truncated) for text, each in answers.items()] == [
+        ("abc", "abc", 3, False),
+        ("abcd", "abcd", 4, True),
+    ]
+
+
+def test_refuses_to_pair_different_prompts():
+    base, loop = [a_sample(0), a_sample(1)], [a_sample(0), a_sample(1, prompt_hash="other")]
+    with pytest.raises(EvaluationError, match="different items"):
+        pair_up(a_task("acc"), Metric("acc", "none"), base, loop, seed=1, count_tokens=len)
+    [first, second] = pair_up(a_task("acc"), Metric("acc", "none"), base, base[::-1], seed=1, count_tokens=len)
+    assert (first.item, first.target, second.difference) == (0, "b", 0)

@@ -1,0 +1,134 @@
+"""The tasks of a comparison: names, YAML files and files of items, and one line where they are wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loopexport import EvaluationError
+from loopexport.evaluation.tasks import TaskSource, read_items
+
+pytest.importorskip("lm_eval")
+YAML = """\
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{choices.index(answer)}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metadata: {{version: 3}}
+"""
+
+
+def file_of(directory: Path, *items) -> Path:
+    path = directory / "items.jsonl"
+    path.write_text("\n".join(item if isinstance(item, str) else json.dumps(item) for item in items), encoding="utf-8")
+    return path
+
+
+def test_an_answer_may_be_a_choice_or_its_index(tmp_path):
+    path = file_of(
+        tmp_path,
+        {"prompt": "1 + 1 =", "choices": ["2", "3"], "answer": "3"},
+        {"prompt": "1 + 1 =", "choices": ["2", "3"], "answer": 0},
+    )
+    assert [item["answer"] for item in read_items(path)] == [1, 0]
+
+
+def test_choices_follow_the_prompt_after_a_space(tmp_path):
+    path = file_of(
+        tmp_path,
+        {"prompt": "Paris is in", "choices": ["France", " Spain"], "answer": 0},
+        {"prompt": "Paris is in ", "choices": ["France", "Spain"], "answer": 0},
+        {"prompt": "", "choices": ["France", "Spain"], "answer": 0},
+    )
+    assert [item["choices"] for item in read_items(path)] == [
+        [" France", " Spain"],
+        ["France", "Spain"],
+        ["France", "Spain"],
+    ]
+
+
+CHOICE = {"prompt": "p", "choices": ["a", "b"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "has no items"),
+        (["", "  "], "has no items"),
+        ([CHOICE, "{"], "line 2 is not JSON"),
+        (["[" * 100_000], "line 1 is not JSON"),
+        ([[1, 2]], "line 1 is not an item"),
+        ([{"choices": ["a", "b"], "answer": 0}], "line 1 is not an item"),
+        ([{"prompt": "p", "choices": ["a", "b"]}], "line 1 is not an item"),
+        ([{"prompt": 3, "answer": "a"}], "line 1 is not an item"),
+        ([{"prompt": "p", "answer": 3}], "answer 3 must be text"),
+        ([{**CHOICE, "choices": ["a"]}], "two or more different texts"),
+        ([{**CHOICE, "choices": ["a", "a"]}], "two or more different texts"),
+        ([{**CHOICE, "choices": ["a", " "]}], "two or more different texts"),
+        ([{**CHOICE, "choices": "ab"}], "two or more different texts"),
+        ([{**CHOICE, "choices": [1, 2]}], "two or more different texts"),
+        ([{**CHOICE, "answer": 2}], "answer 2 must be one of the choices, or an index from 0 to 1"),
+        ([{**CHOICE, "answer": -1}], "answer -1 must be"),
+        ([{**CHOICE, "answer": True}], "answer True must be"),
+        ([{**CHOICE, "answer": "c"}], "answer 'c' must be"),
+        ([CHOICE, {"prompt": "p", "answer": "a"}], "put them into two files"),
+    ],
+)
+def test_refuses_wrong_items_in_one_line(tmp_path, items, message):
+    with pytest.raises(EvaluationError, match=message) as error:
+        TaskSource(items=file_of(tmp_path, *items)).check()
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(EvaluationError, match="cannot read items"):
+        read_items(tmp_path / "missing.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(EvaluationError, match="cannot read items"):
+        read_items(tmp_path / "binary.jsonl")
+
+
+def test_needs_a_task():
+    with pytest.raises(EvaluationError, match="give --tasks NAME,... or --items"):
+        TaskSource().check()
+
+
+def test_names_the_nearest_task_and_what_a_download_needs(monkeypatch):
+    with pytest.raises(EvaluationError, match="no task 'arc_esay'; did you mean 'arc_easy'"):
+        TaskSource(("arc_esay",)).check()
+    import datasets
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(EvaluationError, match="cannot load arc_easy: ConnectionError.*needs the network once") as error:
+        TaskSource(("arc_easy",)).load()
+    assert "\n" not in str(error.value)
+
+
+def test_runs_the_users_own_yaml(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    items = file_of(tmp_path, CHOICE, {"prompt": "q", "choices": ["a", "b"], "answer": 0})
+    task_file = tmp_path / "own.yaml"
+    items.write_text(items.read_text().replace('"answer": 0', '"answer": "a"'))
+    task_file.write_text(YAML.format(items=items))
+    source = TaskSource((str(task_file),))
+    source.check()
+    assert source.digests().keys() == {"own.yaml"}
+    [task] = source.load()["tasks"].values()
+    assert [metric["metric"] for metric in task.config.metric_list] == ["acc", "acc_norm"]
+
+
+def test_refuses_a_missing_directory_of_tasks(tmp_path):
+    with pytest.raises(EvaluationError, match="no directory"):
+        TaskSource(("arc_easy",), include_path=tmp_path / "missing").check()
