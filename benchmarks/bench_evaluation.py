@@ -1,4 +1,4 @@
-"""Time and memory of `compare` and `scan`, as ratios within one run.
+"""CPU time and memory of `compare` and `scan`, as ratios within one run.
 
 - compare against lm-evaluation-harness alone, which evaluates base and loop one after the other;
 - a scan of 50 loops against 50 comparisons of one loop each, loading not counted; every tenth comparison is run, and
@@ -56,24 +56,24 @@ class Bench:
             yield
 
     def compare(self, arms: list[Arm], prefix: SharedPrefix | None = None) -> float:
-        """Seconds in which the base and these loops answer all items."""
+        """CPU seconds in which the base and these loops answer all items."""
         self.model.prefix = prefix
-        start = time.perf_counter()
+        start = time.process_time()
         measurement = Measurement(self.model, Journal(None), self.source.load(), Prompting(limit=LIMIT))
         measurement.pairs(base_arm(arms[0].spec), arms, (1234,))
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     def harness(self, arms: list[Arm]) -> float:
-        """Seconds of lm-evaluation-harness alone, for the base and one loop."""
+        """CPU seconds of lm-evaluation-harness alone, for the base and one loop."""
         from lm_eval.evaluator import evaluate
 
-        start = time.perf_counter()
+        start = time.process_time()
         for arm in (base_arm(self.arms[0].spec), *arms):
             evaluate(lm=self.model.use(arm), task_dict=self.source.load(), limit=LIMIT, bootstrap_iters=0)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     def scan(self) -> tuple[float, SharedPrefix]:
-        """Seconds in which the base and all loops answer all items, and what they shared."""
+        """CPU seconds in which the base and all loops answer all items, and what they shared."""
         prefix = SharedPrefix()
         return self.compare(self.arms, prefix), prefix
 

@@ -26,6 +26,8 @@ FUNCTIONS = {
     "push": loopexport.push,
     "plan_push": loopexport.plan_push,
     "verify": loopexport.verify,
+    "scan": loopexport.scan,
+    "plan_scan": loopexport.plan_scan,
     "adopt": loopexport.adopt,
     "plan_adopt": loopexport.plan_adopt,
     "upgrade": loopexport.upgrade,
@@ -100,6 +102,10 @@ def test_push_takes_what_plan_push_takes_and_notify():
 
 def test_adopt_takes_what_plan_adopt_takes_and_progress():
     assert settings(loopexport.adopt, "progress") == settings(loopexport.plan_adopt)
+
+
+def test_scan_takes_what_plan_scan_takes_and_progress():
+    assert settings(loopexport.scan, "progress") == settings(loopexport.plan_scan, "dry_run")
 
 
 def test_export_onnx_takes_what_plan_and_apply_take():
