@@ -87,7 +87,7 @@ class ComparePlan:
             EvaluationError: a task cannot be loaded or run, the model cannot, or `out` has other results.
         """
         if self.out is not None and (stored := read_result(self.out)) is not None:
-            return result_of(stored.pairs, stored.values)
+            return None if process_rank() else result_of(stored.pairs, stored.values)
         keep = nullcontext() if self.out is None else results_directory(self.out, self.settings)
         with keep:
             measured = self._measure(progress)
