@@ -91,7 +91,7 @@ class ComparePlan:
         keep = nullcontext() if self.out is None else results_directory(self.out, self.settings)
         with keep:
             measured = self._measure(progress)
-        if measured is None:
+        if measured is None or process_rank() != 0:
             return None
         if self.out is not None:
             write_result(self.out, *measured)
