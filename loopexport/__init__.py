@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     )
     from loopexport.evaluation.compare_result import CompareResult
     from loopexport.evaluation.comparison import ComparePlan, compare, plan_compare
+    from loopexport.evaluation.scan_result import ScanResult
+    from loopexport.evaluation.scan_run import ScanPlan
+    from loopexport.evaluation.scanning import plan_scan, scan
     from loopexport.export.adoption import AdoptPlan, adopt, plan_adopt
     from loopexport.export.check import Check
     from loopexport.export.code_upgrade import UpgradePlan, plan_upgrade
@@ -66,6 +69,8 @@ _HOMES = {
     "PushPlan": "hub.publication",
     "PushResult": "hub.publication",
     "Sampling": "onnx.runtime.sampling",
+    "ScanPlan": "evaluation.scan_run",
+    "ScanResult": "evaluation.scan_result",
     "SpecError": "errors",
     "UpgradePlan": "export.code_upgrade",
     "UpgradeResult": "checks.code_proof",
@@ -79,9 +84,11 @@ _HOMES = {
     "plan_convert": "export.conversion",
     "plan_onnx": "onnx.plan",
     "plan_push": "hub.publication",
+    "plan_scan": "evaluation.scanning",
     "plan_upgrade": "export.code_upgrade",
     "push": "hub.publication",
     "restore": "export.restoration",
+    "scan": "evaluation.scanning",
     "upgrade": "checks.code_proof",
     "verify": "checks.verification",
 }
@@ -109,6 +116,8 @@ __all__ = [
     "PushPlan",
     "PushResult",
     "Sampling",
+    "ScanPlan",
+    "ScanResult",
     "SpecError",
     "UpgradePlan",
     "UpgradeResult",
@@ -123,9 +132,11 @@ __all__ = [
     "plan_convert",
     "plan_onnx",
     "plan_push",
+    "plan_scan",
     "plan_upgrade",
     "push",
     "restore",
+    "scan",
     "upgrade",
     "verify",
 ]

@@ -27,7 +27,7 @@ def comparison_lines(rows: Sequence[Comparison], floor: Floor | None) -> list[st
     """A table, what it means for each row, the floor, and the answer."""
     notes = [holm_sentence(rows), floor_sentence(floor)]
     return [
-        *_aligned([_HEADINGS, *map(_cells, rows)]),
+        *aligned([_HEADINGS, *map(_cells, rows)]),
         "",
         *(line for row in rows for line in _row_lines(row, label(row, rows))),
         "",
@@ -51,7 +51,8 @@ def _cells(row: Comparison) -> tuple[str, ...]:
     )
 
 
-def _aligned(table: list[tuple[str, ...]]) -> list[str]:
+def aligned(table: list[tuple[str, ...]]) -> list[str]:
+    """The rows of a table as lines, with words to the left and numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(_padded(cell, widths[i], i < _LEFT) for i, cell in enumerate(row)).rstrip() for row in table]
 

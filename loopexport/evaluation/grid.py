@@ -112,8 +112,11 @@ class Grid:
                 yield {"span": span, "steps": steps, **dict(zip(self.others, others, strict=True))}
 
     def _all_spans(self, num_layers: int) -> list[tuple[int, int]]:
+        """The spans of all widths; one that is wider than the model is left out later, with its reason."""
         return [
-            (start, start + width) for width in self.widths for start in range(0, num_layers - width + 1, self.stride)
+            (start, start + width)
+            for width in self.widths
+            for start in range(0, max(num_layers - width, 0) + 1, self.stride)
         ]
 
 

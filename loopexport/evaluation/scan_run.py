@@ -14,7 +14,7 @@ from .journal import Journal
 from .prefix import SharedPrefix
 from .scan_result import CellResult, ScanResult, read_scan, write_scan
 from .selection import Split, choose_finalists, judge_finalists, pooled, recommended, split_items
-from .settings import process_rank, results_directory
+from .settings import results_directory
 from .verdicts import Comparison, compare_pairs
 
 TIMED_ITEMS = 8  # of each task, to estimate the hours of a scan
@@ -80,7 +80,7 @@ class ScanPlan:
         if stored is not None:
             return stored
         with results_directory(self.out, self.settings):
-            result = self._run(Journal(self.out / f"answers-{process_rank()}.jsonl"), progress)
+            result = self._run(Journal(self.out / "answers.jsonl"), progress)
         write_scan(self.out, result)
         return result
 
@@ -107,17 +107,9 @@ class ScanPlan:
         cells = list(self.cells)
         if self.max_hours is None:
             return cells, []
-        most = next(
-            (
-                count
-                for count in range(len(cells), 0, -1)
-                if self._hours(count, seconds_per_item, items) <= self.max_hours
-            ),
-            0,
-        )
-        return within_budget(
-            cells, most, f"{self.max_hours:g} hours, {self._hours(1, seconds_per_item, items):.2g} for one loop"
-        )
+        most = sum(self._hours(count, seconds_per_item, items) <= self.max_hours for count in range(1, len(cells) + 1))
+        needed = self._hours(1, seconds_per_item, items)
+        return within_budget(cells, most, f"{self.max_hours:g} hours (one loop takes {needed:.2g})")
 
     def _hours(self, count: int, seconds_per_item: float, items: int) -> float:
         mean = sum(cell.cost for cell in self.cells) / len(self.cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def plan_scan(
     metric: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    chat_template: bool = False,
+    chat_template: bool | None = None,
     generation: Mapping[str, Any] | None = None,
     allow_code: bool = False,
     seeds: Sequence[int] = (1234,),
@@ -87,7 +88,7 @@ def plan_scan(
         metric: what to compare by, such as "acc" or "exact_match,strict-match"; None for each task's first metric.
         limit: the first so many items of each task; None for all.
         num_fewshot: examples in each prompt; None for each task's own number.
-        chat_template: ask in the model's chat format.
+        chat_template: whether to ask in the model's chat format; None for no.
         generation: settings of generation on top of each task's own, such as `{"do_sample": True}`.
         allow_code: run tasks that execute generated code.
         seeds: of sampled generation; several seeds of an item count as one problem.
@@ -106,6 +107,8 @@ def plan_scan(
     """
     if backend != "hf":
         raise EvaluationError(f"backend {backend!r}: a scan needs one load for all loops, as hf has; use compare")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise EvaluationError("a scan runs in one process; start it without accelerate launch or torchrun")
     _check_numbers(test_share, finalists, max_evaluations, max_hours)
     grid = Grid(
         tuple(spans),
@@ -200,7 +203,7 @@ def scan(
     metric: str | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    chat_template: bool = False,
+    chat_template: bool | None = None,
     generation: Mapping[str, Any] | None = None,
     allow_code: bool = False,
     seeds: Sequence[int] = (1234,),
@@ -243,7 +246,7 @@ def scan(
         metric: what to compare by, such as "acc" or "exact_match,strict-match"; None for each task's first metric.
         limit: the first so many items of each task; None for all.
         num_fewshot: examples in each prompt; None for each task's own number.
-        chat_template: ask in the model's chat format.
+        chat_template: whether to ask in the model's chat format; None for no.
         generation: settings of generation on top of each task's own, such as `{"do_sample": True}`.
         allow_code: run tasks that execute generated code.
         seeds: of sampled generation; several seeds of an item count as one problem.

@@ -83,9 +83,12 @@ def is_for_test(task: str, doc_hash: str, test_share: float) -> bool:
 
 def pooled(pairs: Sequence[Pair]) -> Comparison:
     """The comparison on all items of all tasks together, each by its own task's metric."""
-    names = tuple(dict.fromkeys(pair.task for pair in pairs))
-    same_metric = [replace(pair, metric=POOLED_METRIC) for pair in pairs]
-    return compare_pairs(same_metric, {POOLED: names})[-1]
+    numbers: dict[tuple[str, int], int] = {}
+    pool = [
+        replace(pair, task=POOLED, metric=POOLED_METRIC, item=numbers.setdefault((pair.task, pair.item), len(numbers)))
+        for pair in pairs
+    ]
+    return compare_pairs(pool)[0]
 
 
 def choose_finalists(selection: dict[str, Comparison], costs: dict[str, float], count: int) -> list[str]:

@@ -23,6 +23,12 @@ def test_widths_cover_the_whole_depth(base):
     assert not left_out
 
 
+def test_width_that_no_span_can_have_is_left_out(base):
+    cells, left_out = Grid(widths=(6, 7)).cells(base)
+    assert [cell.spec.span for cell in cells] == [(0, 6)]
+    assert [each.name for each in left_out] == ["0:7 K=2"]
+
+
 def test_cells_are_all_combinations_by_first_layer_with_names_of_their_own(base):
     others = {"anchor": (0.0, 0.5), "kv": ("shared", "per_step"), "mode": ("block", "layer")}
     cells, _ = Grid(spans=("3:5", (1, 3)), steps=(2, 3), others=others).cells(base)

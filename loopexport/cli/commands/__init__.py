@@ -18,6 +18,7 @@ from .push import push
 from .restore import restore
 from .rules import rules
 from .run import run
+from .scan import scan
 from .upgrade import upgrade
 from .verify import verify
 
@@ -41,5 +42,20 @@ def main() -> None:
     """
 
 
-for command in (convert, compare, inspect, verify, onnx, run, push, adopt, upgrade, restore, presets, rules, families):
+for command in (
+    convert,
+    compare,
+    scan,
+    inspect,
+    verify,
+    onnx,
+    run,
+    push,
+    adopt,
+    upgrade,
+    restore,
+    presets,
+    rules,
+    families,
+):
     main.add_command(command)
