@@ -82,7 +82,7 @@ def test_measures_the_floor_with_another_batch_size(base, items):
     assert floor.largest_difference < 1e-4
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -94,9 +94,9 @@ def test_a_killed_run_goes_on_where_it_stopped(base, items, tmp_path, monkeypatc
 
     def kill(done, total):
         if done > total / 2:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         plan_compare(base, MILD, **settings).run(kill)
     journal = tmp_path / "out" / "answers-0.jsonl"
     before = journal.read_bytes()
