@@ -203,7 +203,7 @@ def plan_compare(
     )
     if subject.spec.is_identity:
         raise EvaluationError("steps or anchor is 1, so this loop is its base; there is nothing to compare")
-    device = device or ("cuda" if backend == "vllm" else default_device())
+    device = device or default_device()
     prompting = Prompting(limit, num_fewshot, bool(chat_template), dict(generation or {}), allow_code=allow_code)
     engine = {"dtype": dtype, **({"device": device} if backend == "hf" else {}), **(model_args or {})}
     first_batch = start_batch(batch_size, device)
