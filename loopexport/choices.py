@@ -1,4 +1,4 @@
-"""Types of the keywords that take one of a few words. `typing.get_args` gives the words."""
+"""Types of the keywords and answers that are one of a few words. `typing.get_args` gives the words."""
 
 from __future__ import annotations
 
@@ -38,3 +38,6 @@ Attention: TypeAlias = Literal["portable", "gqa"]
 Provider: TypeAlias = Literal["auto", "cuda", "cpu"]
 Runtime: TypeAlias = Literal["transformers", "vllm"]
 Backend: TypeAlias = Literal["hf", "vllm"]
+
+# Why a generation ended: an end token in every row, max_new_tokens, or a full table of positions.
+FinishReason: TypeAlias = Literal["end", "length", "positions"]

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from loopexport.errors import CheckpointError
 
 from .families import is_language_model, layer_count, newest_outcome, ties_by_default
-from .tensor_names import HEAD, layer_of, wrapper_of
+from .tensor_names import HEAD, layer_of, layers_path, wrapper_of
 
 # Outcomes of families that were tried: which names they read is known.
 TRIED = ("works", "in part", "no span")
@@ -27,6 +27,36 @@ MULTIMODAL = {
     "model.language_model.": ("apertus1p5_text", "gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text"),
 }
 
+# Where the layers are; in all other families that were tried, at `model.layers`.
+LAYERS = {
+    "transformer.h": (
+        "bloom", "codegen", "ctrl", "falcon", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gptj"
+    ),
+    "transformer.blocks": ("mpt",),
+    "model.decoder.layers": ("opt",),
+    "backbone.layers": ("falcon_mamba", "mamba", "mamba2"),
+    "rwkv.blocks": ("rwkv",),
+    "roberta.encoder.layer": ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    "bert.encoder.layer": ("bert", "big_bird", "megatron-bert"),
+    **{f"{name}.layers": (name,) for name in ("biogpt", "gpt_neox", "gpt_neox_japanese")},
+    **{
+        f"{name.replace('-', '_')}.encoder.layer": (name,)
+        for name in ("data2vec-text", "electra", "ernie", "rembert", "roberta-prelayernorm", "roc_bert", "roformer")
+    },
+}  # fmt: skip
+ORDINARY_LAYERS = "model.layers"
+# Names that transformers 5.24 renames when it loads a checkpoint of the family.
+RENAMED_LAYERS = {
+    "exaone": "transformer.h",
+    "inkling2_loop_text": "model.llm.layers",
+    "inkling2_text": "model.llm.layers",
+    "nemotron_h": "backbone.layers",
+}
+
+SOME_NORM = re.compile(r"norm|(^|\.)ln(_|\.)", re.IGNORECASE)
+# Families whose norms outside the layers have no weights.
+NORMS_WITHOUT_WEIGHTS = ("nanochat", "olmo")
+
 AGAIN = "download or save the checkpoint again"
 
 
@@ -39,6 +69,7 @@ def check_loadable(config: dict, names: Collection[str]) -> None:
     _check_no_wrapper(names)
     if newest_outcome(config["model_type"])[0] in TRIED:
         _check_not_multimodal(config["model_type"], names)
+        _check_own_names(config["model_type"], names)
         _check_layers(layer_count(config) or 0, names)
     outside = [name for name in names if layer_of(name) is None]
     has_head = any(SOME_HEAD.search(name) for name in outside)
@@ -47,6 +78,8 @@ def check_loadable(config: dict, names: Collection[str]) -> None:
         raise CheckpointError(f"the weights have no token embeddings, and transformers would make random ones; {AGAIN}")
     if not has_head and not _is_tied(config):
         raise CheckpointError(_no_head(config))
+    if newest_outcome(config["model_type"])[0] in TRIED:
+        _check_norm(config["model_type"], outside)
 
 
 def check_index(index: dict, name: str) -> None:
@@ -77,6 +110,27 @@ def _check_not_multimodal(model_type: str, names: Collection[str]) -> None:
                 f"the weights have names such as {found}, of a multimodal model, but the config is of {model_type}; "
                 "take the language model out of the multimodal checkpoint (examples/language_model.py does)"
             )
+
+
+def _check_own_names(model_type: str, names: Collection[str]) -> None:
+    """Check that the layers are where the family has them, with or without the name of the model around them."""
+    own = next((path for path, families in LAYERS.items() if model_type in families), ORDINARY_LAYERS)
+    found = {path: name for name in names if (path := layers_path(name)) is not None}
+    reads_more = any(model_type in families for families in MULTIMODAL.values())
+    readable = {own, own.partition(".")[2], RENAMED_LAYERS.get(model_type)}
+    if not readable.isdisjoint(found) or (found and reads_more):
+        return
+    if not found:
+        raise CheckpointError(f"the weights have no layers, and transformers would make random ones; {AGAIN}")
+    raise CheckpointError(
+        f"the weights have names such as {min(found.values())}, but {model_type} has its layers at {own}, and "
+        "transformers would make random ones; correct model_type in config.json, or rename the tensors"
+    )
+
+
+def _check_norm(model_type: str, outside: Collection[str]) -> None:
+    if model_type not in NORMS_WITHOUT_WEIGHTS and not any(SOME_NORM.search(name) for name in outside):
+        raise CheckpointError(f"the weights have no final norm, and transformers would make a new one; {AGAIN}")
 
 
 def _check_layers(count: int, names: Collection[str]) -> None:

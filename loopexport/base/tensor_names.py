@@ -29,6 +29,12 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def layers_path(name: str) -> str | None:
+    """The path of the layer list that a tensor is in, such as `model.layers`; None for a tensor outside the layers."""
+    match = LAYER_TENSOR.search(name)
+    return name[: match.start(1) - 1] if match else None
+
+
 def wrapper_of(name: str) -> tuple[str, str] | None:
     """The start of a name as far as a wrapper added it, and what removes it; None for a name of a native model."""
     for pattern, remedy in WRAPPERS.items():

@@ -88,6 +88,7 @@ class Model:
             own = {"hf_overrides": arm.spec.to_config_fields()} if self.backend == "vllm" else {}
             values = {"pretrained": str(self.root), "trust_remote_code": True, **self.settings, **own}
             self.lm = get_model(self.backend).create_from_arg_obj(values, {"batch_size": self.batch_size})
+        _share_items(self.lm)
 
     def halve(self) -> None:
         """Halve the batch after memory ran out.
@@ -108,6 +109,13 @@ class Model:
             yield self.batch_size
         finally:
             self.batch_size = kept
+
+
+def _share_items(lm: Any) -> None:
+    """Let processes on CPUs share the items too; lm-evaluation-harness does so among GPUs alone."""
+    accelerator = getattr(lm, "accelerator", None)
+    if accelerator is not None and lm.world_size < accelerator.num_processes:
+        lm._rank, lm._world_size = accelerator.process_index, accelerator.num_processes
 
 
 @contextmanager

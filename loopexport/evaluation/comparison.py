@@ -87,11 +87,11 @@ class ComparePlan:
             EvaluationError: a task cannot be loaded or run, the model cannot, or `out` has other results.
         """
         if self.out is not None and (stored := read_result(self.out)) is not None:
-            return result_of(stored.pairs, stored.values)
+            return None if process_rank() else result_of(stored.pairs, stored.values)
         keep = nullcontext() if self.out is None else results_directory(self.out, self.settings)
         with keep:
             measured = self._measure(progress)
-        if measured is None:
+        if measured is None or process_rank() != 0:
             return None
         if self.out is not None:
             write_result(self.out, *measured)
@@ -203,7 +203,7 @@ def plan_compare(
     )
     if subject.spec.is_identity:
         raise EvaluationError("steps or anchor is 1, so this loop is its base; there is nothing to compare")
-    device = device or ("cuda" if backend == "vllm" else default_device())
+    device = device or default_device()
     prompting = Prompting(limit, num_fewshot, bool(chat_template), dict(generation or {}), allow_code=allow_code)
     engine = {"dtype": dtype, **({"device": device} if backend == "hf" else {}), **(model_args or {})}
     first_batch = start_batch(batch_size, device)

@@ -175,6 +175,23 @@ class Panel(LM):
         """The name of the tokenizer, under which prompts are cached."""
         return self._inner.tokenizer_name
 
+    @property
+    def device(self) -> Any:
+        """The device that the model computes on."""
+        return self._inner.device
+
+    def all_gather(self, tensor):
+        """The tensors of all processes."""
+        return self._inner.all_gather(tensor)
+
+    def gather_object(self, obj, dst: int = 0):
+        """The objects of all processes, in process `dst`."""
+        return self._inner.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self._inner.barrier()
+
     def apply_chat_template(self, *args, **kwargs) -> str:
         """The chat as text."""
         return self._inner.apply_chat_template(*args, **kwargs)

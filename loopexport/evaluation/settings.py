@@ -79,6 +79,8 @@ def results_directory(root: Path, settings: dict) -> Iterator[None]:
 
 def check_directory(root: Path, settings: dict) -> None:
     """Raise EvaluationError if a directory has results of other settings, or other files; write nothing."""
+    if process_rank() != 0:
+        return
     earlier = read_settings(root)
     if earlier is None:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):

@@ -11,8 +11,9 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoMo
 
 import loopexport
 from loopexport.base import families
+from loopexport.base.loadable import RENAMED_LAYERS, check_loadable
 from loopexport.errors import CheckpointError
-from support.family_walk import save_tiny_family
+from support.family_walk import RELEASE, save_tiny_family, tiny_family_config
 from support.tiny import FAMILIES, save_tiny, tiny_config, tiny_tokens
 
 PLAN = {"span": (1, 4), "steps": 2, "dry_run": True}
@@ -59,6 +60,10 @@ def test_whole_checkpoints_of_every_tiny_family_pass(family, tmp_path):
         (lambda name: None if ".layers.4." in name else name, "says 6 layers, but the weights have none for layer 4"),
         (lambda name: None if name == "lm_head.weight" else name, r"have no head \(lm_head\)"),
         (lambda name: None if "embed" in name else name, "no token embeddings"),
+        (lambda name: None if name == "model.norm.weight" else name, "no final norm"),
+        (lambda name: None if ".layers." in name else name, "the weights have no layers"),
+        (lambda name: name.replace("model.layers.", "transformer.h."), r"transformer\.h\..*llama has its layers at"),
+        (lambda name: name.replace("model.layers.", "gpt_neox.layers."), "rename the tensors"),
     ],
 )
 def test_names_that_leave_weights_random_are_refused(base, change, says):
@@ -66,6 +71,33 @@ def test_names_that_leave_weights_random_are_refused(base, change, says):
     with pytest.raises(CheckpointError, match=says):
         loopexport.plan_convert(base, **PLAN)
     assert missing_in_transformers(base)
+
+
+def test_no_family_that_can_be_looped_is_refused_by_its_own_names():
+    """Each with the names of the installed transformers, and with those of its bare model."""
+    seen = 0
+    for family, outcomes in families.outcomes().items():
+        if outcomes.get(RELEASE, "").partition(":")[0] not in ("works", "in part"):
+            continue
+        config = tiny_family_config(family)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        check_loadable(config.to_dict(), list(model.state_dict()))
+        bare = [name.removeprefix(f"{model.base_model_prefix}.") for name in model.state_dict()]
+        check_loadable(config.to_dict(), bare)
+        seen += 1
+    assert seen > 50
+
+
+@pytest.mark.parametrize(("family", "names"), RENAMED_LAYERS.items())
+def test_names_that_transformers_renames_pass(family, names):
+    conversion = pytest.importorskip("transformers.conversion_mapping", reason="transformers 4 renames nothing")
+    if family not in CONFIG_MAPPING or conversion.get_checkpoint_conversion_mapping(family) is None:
+        pytest.skip(f"this transformers does not rename tensors of {family}")
+    config = tiny_family_config(family)
+    with torch.device("meta"):
+        tensors = AutoModelForCausalLM.from_config(config).state_dict()
+    check_loadable(config.to_dict(), [name.replace("model.layers", names) for name in tensors])
 
 
 def test_text_family_that_reads_names_of_its_multimodal_model_passes(tmp_path):

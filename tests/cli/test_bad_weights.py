@@ -103,8 +103,11 @@ def test_weights_without_tensors_are_refused(base, tmp_path):
 
 
 def test_numbers_in_tensor_names_that_are_no_layers_are_ignored(base, tmp_path):
-    text = json.dumps({f"layers.{'9' * 5000}.w": entry(0, 4), "lm_head.weight": entry(4, 8)})
-    (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(8))
+    layers = [f"model.layers.{layer}.w" for layer in range(6)]
+    names = [f"layers.{'9' * 5000}.w", "lm_head.weight", "model.norm.weight", *layers]
+    text = json.dumps({name: entry(4 * place, 4 * place + 4) for place, name in enumerate(names)})
+    content = len(text).to_bytes(8, "little") + text.encode() + bytes(4 * len(names))
+    (base / "model.safetensors").write_bytes(content)
     assert run("convert", base, tmp_path / "out", *SPEC).exit_code == 0
 
 

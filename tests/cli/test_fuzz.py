@@ -45,7 +45,7 @@ from support.fuzz_scene import Scene, assert_clean, assert_sound_convert, assert
 
 EXAMPLES = os.environ.get("LOOPEXPORT_FUZZ_EXAMPLES")
 SETTINGS = settings(
-    max_examples=int(EXAMPLES or 100),
+    max_examples=int(EXAMPLES or 50),
     derandomize=EXAMPLES is None,
     database=None,
     deadline=None,

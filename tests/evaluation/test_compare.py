@@ -82,7 +82,7 @@ def test_measures_the_floor_with_another_batch_size(base, items):
     assert floor.largest_difference < 1e-4
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -94,9 +94,9 @@ def test_a_killed_run_goes_on_where_it_stopped(base, items, tmp_path, monkeypatc
 
     def kill(done, total):
         if done > total / 2:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         plan_compare(base, MILD, **settings).run(kill)
     journal = tmp_path / "out" / "answers-0.jsonl"
     before = journal.read_bytes()
@@ -220,3 +220,25 @@ def test_saves_into_an_export(base, items, tmp_path):
     [saved] = measured(open_export(export.root)).own
     assert [task.verdict for task in saved.tasks] == [row.verdict for row in result.comparisons]
     assert "mine" in (export.root / "README.md").read_text()
+
+
+def test_processes_share_the_items(base, items, tmp_path):
+    """Two processes, each with every second item, give what one process gives."""
+    import os
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "loopexport", "compare"]
+    options = ["--span", "2:4", "--steps", "2", "--items", str(items), "--out", str(tmp_path / "out")]
+    compute = [f"--{name.replace('_', '-')}={value}" for name, value in CPU.items()]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(base), *options, *compute], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Model ") == 1
+    assert done.stdout.count("Wrote ") == 1
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    alone = plan_compare(base, MILD, items=items, **CPU).run()
+    assert [pair["item"] for pair in pairs] == [pair.item for pair in alone.pairs] == list(range(30))
+    for ours, theirs in zip(pairs, alone.pairs, strict=True):
+        assert ours["loop"]["loglikelihoods"] == pytest.approx(theirs.loop.loglikelihoods, abs=2e-5)
+    assert all((tmp_path / "out" / f"answers-{rank}.jsonl").is_file() for rank in (0, 1))

@@ -96,7 +96,7 @@ def test_refuses_a_file_that_cannot_be_read(tmp_path):
 
 
 def test_needs_a_task():
-    with pytest.raises(EvaluationError, match="give --tasks NAME,... or --items"):
+    with pytest.raises(EvaluationError, match=r"give --tasks NAME,\.\.\. or --items"):
         TaskSource().check()
 
 
@@ -109,7 +109,9 @@ def test_names_the_nearest_task_and_what_a_download_needs(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(EvaluationError, match="cannot load arc_easy: ConnectionError.*needs the network once") as error:
+    with pytest.raises(
+        EvaluationError, match=r"cannot load arc_easy: ConnectionError.*needs the network once"
+    ) as error:
         TaskSource(("arc_easy",)).load()
     assert "\n" not in str(error.value)
 

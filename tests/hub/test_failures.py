@@ -113,7 +113,7 @@ def test_directory_that_is_no_export_is_refused(hub, base, tmp_path):
 
 def test_commit_of_someone_else_in_between_is_never_overwritten(hub, push, export):
     hub.commit(REPO, {"theirs.txt": b"1"})
-    hub.fail("POST", "/preupload/", delay=1.0)
+    hub.fail("POST", "/preupload/", delay=0.5)
     process = start_push(hub, export)
     while not any("/preupload/" in path for _, path in hub.asked):
         time.sleep(0.01)
@@ -142,11 +142,11 @@ def test_killed_between_two_uploads_does_not_send_the_finished_ones_again(hub, p
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
 def test_killed_at_a_random_moment_leaves_all_or_nothing(hub, push, export, seed, kill):
-    hub.fail("POST|PUT", ".", delay=0.1, times=99)
+    hub.fail("POST|PUT", ".", delay=0.05, times=99)
     process = start_push(hub, export)
     while not hub.asked:
         time.sleep(0.01)
-    time.sleep(random.Random(seed).uniform(0, 1.5))
+    time.sleep(random.Random(seed).uniform(0, 0.8))
     process.send_signal(kill)
     process.wait()
     repository = hub.repositories.get(REPO)

@@ -160,18 +160,41 @@ def test_table_of_positions_ends_the_answer(graph):
         model.generate(np.full((1, 129), 5))
 
 
-def test_a_table_of_positions_that_limits_the_answer_is_announced(capsys):
-    from loopexport.cli.commands.run import _note_short_table
+def ended(pieces):
+    """What a generator returns at its end."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
 
-    for positions, prompt_tokens, says in (
-        (128, 126, "ends after 3 tokens at the latest"),
-        (128, 20, ""),
-        (None, 9, ""),
-    ):
-        _note_short_table(SimpleNamespace(max_positions=positions), prompt_tokens, max_new_tokens=50)
-        said = capsys.readouterr().err
-        assert says in said
-        assert bool(says) == bool(said)
+
+def test_generation_tells_why_it_ended(made):
+    model = OnnxModel(made)
+    prompt = np.array([[5, 6, 7]])
+    first = int(model.generate(prompt, max_new_tokens=1, eos_token_ids=())[0, 0])
+    assert ended(model.stream(prompt, max_new_tokens=2, eos_token_ids=())) == "length"
+    assert ended(model.stream(prompt, max_new_tokens=9, eos_token_ids=(first,))) == "end"
+    model.max_positions = 4
+    assert ended(model.stream(prompt, max_new_tokens=9, eos_token_ids=())) == "positions"
+    assert ended(model.stream(prompt, max_new_tokens=2, eos_token_ids=())) == "length"  # and the table is full
+    assert ended(model.stream(prompt, max_new_tokens=9, eos_token_ids=(first,))) == "end"
+
+
+@pytest.mark.parametrize(("positions", "new", "is_cut"), [(8, 50, True), (8, 2, False), (None, 9, False)])
+def test_an_answer_that_the_table_of_positions_cut_off_ends_with_a_note(export, monkeypatch, positions, new, is_cut):
+    real = OnnxModel.__init__
+
+    def init(self, *arguments, **options):
+        real(self, *arguments, **options)
+        self.max_positions = positions
+        vars(self)["eos_token_ids"] = ()
+
+    monkeypatch.setattr(OnnxModel, "__init__", init)
+    result = run("run", export, "it is", "--no-chat", "--max-new-tokens", new)
+    assert result.exit_code == 0, result.stderr
+    says = f"Note: the answer was cut off: the model has only {positions} positions\n"
+    assert result.stderr == (says if is_cut else "")
 
 
 def test_graphs_are_compared_on_no_more_text_than_the_model_takes(export):

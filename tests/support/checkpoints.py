@@ -31,7 +31,7 @@ def write_sparse_checkpoint(root: Path, shards: int, shard_bytes: int, layers_pe
         layers = range(shard * layers_per_shard, (shard + 1) * layers_per_shard)
         tensors = {f"model.layers.{layer}.mlp.up_proj.weight": rows for layer in layers}
         if shard == 0:
-            tensors["model.embed_tokens.weight"] = 1
+            tensors |= {"model.embed_tokens.weight": 1, "model.norm.weight": 1}
         write_sparse_shard(root / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
     config = {

@@ -77,7 +77,8 @@ class HubDouble(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.parts: dict[tuple[str, int], bytes] = {}
         self.lock = threading.RLock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        # It looks for a shutdown twice a second by default, so that every test would wait for that at its end.
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -118,6 +119,7 @@ class Handler(Requests, BaseHTTPRequestHandler):
     """Reads a request, lets it fail if a fault matches, and calls the method of its route."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits for an acknowledgement, 40 ms
     server: HubDouble
 
     def log_message(self, *arguments):

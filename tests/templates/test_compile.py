@@ -22,10 +22,9 @@ KV_POLICIES = ("shared", "per_step", "reference")
 DECODES = {"full": {}, "bypass": {"decode": "bypass"}, "first_n": {"decode": "first_n", "first_n": 2}}
 FULLGRAPH_SAMPLE = {("shared", "block"), ("per_step", "layer"), ("reference", "block")}
 DECODE_SAMPLE = {
-    ("llama", "shared", "full"),
     ("llama", "per_step", "bypass"),
     ("llama", "reference", "full"),
-    ("gemma3_text", "per_step", "full"),
+    ("gemma3_text", "shared", "full"),
 }
 
 

@@ -35,6 +35,7 @@ def compare(model, spec_file, save, dry_run, as_json, **given) -> None:
     from loopexport.cli.comparison_text import comparison_lines
     from loopexport.cli.evaluation_text import compare_plan_lines
     from loopexport.evaluation.comparison import plan_compare
+    from loopexport.evaluation.settings import process_rank
     from loopexport.export.directory import is_export
 
     loop, asked = evaluation_options.split_loop(spec_file, given, is_export=is_export(Path(model)))
@@ -42,7 +43,7 @@ def compare(model, spec_file, save, dry_run, as_json, **given) -> None:
     export = plan.subject.export
     if save and export is None:
         raise click.UsageError("--save writes into an export, and MODEL_OR_EXPORT is a base; convert it first")
-    if not as_json:
+    if not as_json and process_rank() == 0:
         echo_lines(compare_plan_lines(plan))
     if dry_run:
         if as_json:

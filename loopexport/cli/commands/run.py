@@ -52,18 +52,16 @@ def run(directory, prompt, file, provider, max_new_tokens, chat, **sampling) -> 
     if choice.temperature == 0 and (choice.top_k or choice.top_p < 1):
         echo_note("--top-k and --top-p need --temperature; without it the answer is greedy")
     model = OnnxModel(directory, file, provider=provider)
-    _note_short_table(model, model.encode(prompt, chat=chat).shape[1], max_new_tokens)
-    for piece in model.stream_text(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=choice):
-        echo_piece(piece)
+    reason = _echo_pieces(model.stream_text(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=choice))
     echo_piece("\n")
+    if reason == "positions":
+        echo_note(f"the answer was cut off: the model has only {model.max_positions} positions")
 
 
-def _note_short_table(model, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Say so if the model's table of positions, and not `--max-new-tokens`, limits the answer."""
-    if model.max_positions is None:
-        return
-    room = model.max_positions - prompt_tokens + 1  # the last new token is not run, so it needs no position
-    if 0 < room < max_new_tokens:
-        echo_note(
-            f"the model has {model.max_positions} positions, so the answer ends after {room} tokens at the latest"
-        )
+def _echo_pieces(pieces):
+    """Write each piece of an answer as it comes; returns why the answer ended."""
+    while True:
+        try:
+            echo_piece(next(pieces))
+        except StopIteration as end:
+            return end.value

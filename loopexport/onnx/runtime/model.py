@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CONFIG, read_json
-from loopexport.choices import Provider
+from loopexport.choices import FinishReason, Provider
 from loopexport.errors import CheckpointError, OnnxError, OnnxInputError, one_line
 from loopexport.export.onnx_files import graph_name
 from loopexport.export.stale_graphs import refuse_stale
@@ -200,8 +200,11 @@ class OnnxModel:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         eos_token_ids: Sequence[int] | None = None,
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, FinishReason]:
         """Generate: yield the next token of every row, `(batch,)`. A row that has ended repeats its last token.
+
+        The generator returns why it ended: "end" (an end token in every row), "length" (`max_new_tokens`), or
+        "positions" (the table of positions is full).
 
         Args:
             input_ids: `(batch, seq)`. Pad prompts of different lengths on either side, and give the mask.
@@ -220,18 +223,25 @@ class OnnxModel:
         empty = np.flatnonzero(~mask.any(axis=1))
         if empty.size:
             raise OnnxInputError(f"row {empty[0]} of attention_mask is all padding; it needs at least one token")
-        if self.max_positions is not None:  # the last new token is not run, so it needs no position
-            max_new_tokens = min(max_new_tokens, max(1, self.max_positions - ids.shape[1] + 1))
+        limit: FinishReason = "length"
+        room = max_new_tokens if self.max_positions is None else max(1, self.max_positions - ids.shape[1] + 1)
+        if room < max_new_tokens:  # the last new token is not run, so it needs no position
+            max_new_tokens, limit = room, "positions"
         ends = np.array(self.eos_token_ids if eos_token_ids is None else eos_token_ids, dtype=np.int64)
-        return self._stream(*padded_left(ids, mask), max_new_tokens, sampling or Sampling(), ends)
+        return self._stream(*padded_left(ids, mask), (max_new_tokens, limit), sampling or Sampling(), ends)
 
     def _stream(
-        self, ids: np.ndarray, mask: np.ndarray, max_new_tokens: int, sampling: Sampling, ends: np.ndarray
-    ) -> Iterator[np.ndarray]:
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        limit: tuple[int, FinishReason],
+        sampling: Sampling,
+        ends: np.ndarray,
+    ) -> Generator[np.ndarray, None, FinishReason]:
         random = np.random.default_rng(sampling.seed)
         cache, tokens, ended = None, None, np.zeros(len(ids), bool)
         all_ids = ids
-        for _ in range(max_new_tokens):
+        for _ in range(limit[0]):
             if cache is not None and cache.length <= self._recomputed_beyond < all_ids.shape[1]:
                 ids, cache = all_ids, None  # the cached keys have other rotary frequencies than the next tokens
             logits, cache = self.forward(ids, mask, cache)
@@ -240,10 +250,11 @@ class OnnxModel:
             yield tokens
             ended |= np.isin(tokens, ends)
             if ended.all():
-                return
+                return "end"
             ids = tokens[:, None]
             all_ids = np.concatenate([all_ids, ids], axis=1)
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+        return limit[1]
 
     @suggest_keywords
     def generate(
@@ -285,8 +296,8 @@ class OnnxModel:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         eos_token_ids: Sequence[int] | None = None,
-    ) -> Iterator[str]:
-        """Continue a prompt: yield the text piece by piece.
+    ) -> Generator[str, None, FinishReason]:
+        """Continue a prompt: yield the text piece by piece; the generator returns what that of `stream` returns.
 
         Args:
             prompt: a question, or text to continue.
@@ -305,9 +316,15 @@ class OnnxModel:
             "sampling": sampling,
             "eos_token_ids": eos_token_ids,
         }
+        reason: FinishReason = "end"
+
+        def stream():
+            nonlocal reason
+            reason = yield from self.stream(ids, **options)
+
         tokens: list[int] = []
         shown = text = ""
-        for token in self.stream(ids, **options):
+        for token in stream():
             tokens.append(int(token[0]))
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             if not text.endswith("\ufffd"):  # the first bytes of an incomplete character
@@ -315,6 +332,7 @@ class OnnxModel:
                 shown = text
         if len(text) > len(shown):  # a character that stayed incomplete
             yield text[len(shown) :]
+        return reason
 
     @suggest_keywords
     def answer(
