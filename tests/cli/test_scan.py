@@ -30,7 +30,7 @@ def test_says_the_cost_then_all_loops_then_the_answer(base, items, tmp_path):
     lines = result.stdout.splitlines()
     assert any(line.startswith("Loops    6, 1.33x to 1.33x") for line in lines)
     assert any(line.startswith("Left out 0:9 K=1") and "ends outside the model" in line for line in lines)
-    assert sum(" selection " in line for line in lines) == 6
+    assert sum(" selection  " in line for line in lines) == 6
     assert any(line.startswith("The loops shared the layers before their spans") for line in lines)
     assert any(line.startswith(("No loop is recommended", "Recommended: ")) for line in lines)
     assert {"scan.json", "cells.csv", "heatmap-K=2.png", "heatmap-K=2-kv=per_step.png"} <= {
