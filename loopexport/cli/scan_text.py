@@ -29,6 +29,7 @@ def scan_plan_lines(plan: ScanPlan) -> list[str]:
         f"Cost     at most {plan.cost:.1f} times the base on all items, less what the loops share",
         *([] if plan.max_hours is None else [f"Budget   {plan.max_hours:g} hours, by an estimate from a few items"]),
         *([] if plan.out is None else [f"Results  {plan.out}"]),
+        *(f"Note     {warning}" for warning in plan.warnings),
     ]
 
 

@@ -55,10 +55,17 @@ class ScanPlan:
         selection, test = 1 + sum(costs), 1 + sum(costs[: self.finalists])
         return (1 - self.test_share) * selection + self.test_share * test
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know, one line each."""
+        kept = "without --out, no answer is kept: a scan that is stopped has to begin again"
+        return (kept,) if self.out is None else ()
+
     def to_dict(self) -> dict:
         """The plan for `--json`."""
         return {
             "settings": self.settings,
+            "warnings": list(self.warnings),
             "cells": [cell.to_dict() for cell in self.cells],
             "left_out": {each.name: each.reason for each in self.left_out},
             "cost_in_base_runs": round(self.cost, 2),

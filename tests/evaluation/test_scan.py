@@ -130,6 +130,36 @@ def test_scan_that_was_stopped_goes_on(plan, tmp_path):
     assert len(keys) == len(set(keys)) > len(before)
 
 
+def test_generated_answers_run_in_full(plan, tmp_path):
+    lines = [json.dumps({"prompt": f"it is {number} and it is", "answer": "it"}) for number in range(12)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    result = plan(items=tmp_path / "mine.jsonl", generation={"max_gen_toks": 2}, max_evaluations=2).run()
+    assert (len(result.cells), result.shared, result.not_shared) == (2, 0.0, "")
+    assert sum(result.items.values()) == 12
+
+
+def test_several_tasks_are_one_pool_and_a_row_each(plan, items, tmp_path, monkeypatch):
+    """Any loops are finalists here, so that there are rows."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(
+        TaskSource, "_manager", lambda self: TaskManager(include_defaults=False)
+    )  # reading them is slow
+    monkeypatch.setattr(scan_run, "choose_finalists", lambda selection, costs, count: list(selection)[:count])
+    other = tmp_path / "task.yaml"
+    other.write_text(
+        "task: other\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: "
+        f"{items}\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: prompt\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list:\n  - metric: acc\n"
+    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    result = plan(tasks=[str(other)], max_evaluations=2).run()
+    assert sum(result.items.values()) == 32
+    for each in result.finalists:
+        assert {task.name for task in each.test_tasks} == {"sums", "other"}
+        assert sum(task.n for task in each.test_tasks) == each.test.n == result.items["test"]
+
+
 def test_all_cells_use_one_load(plan, monkeypatch):
     loads = []
     load = Model._load
