@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 from typing import Any
 
@@ -68,16 +68,25 @@ class Measurement:
         Raises:
             EvaluationError: a task cannot be asked or scored, or several seeds were given and no task samples.
         """
-        pairs: dict[str, list[Pair]] = {}
+        return dict(self.pairs_by_loop(base, loops, seeds, items))
+
+    def pairs_by_loop(
+        self, base: Arm, loops: Sequence[Arm], seeds: Sequence[int], items: Items | None = None
+    ) -> Iterator[tuple[str, list[Pair]]]:
+        """The same one loop after the other, since the pairs of many loops would fill the memory."""
+        rounds = []
         for seed, tasks in self._rounds(seeds):
             panel = Panel(self.model, [base, *loops], self.journal, seed=seed, progress=self.progress)
-            samples = {arm.name: score(panel, arm, tasks, self.prompting, items) for arm in panel.arms}
+            rounds.append((panel, tasks, score(panel, base, tasks, self.prompting, items)))
             self._count_seconds(panel)
-            for arm in loops:
-                for name, ours in samples[arm.name].items():
-                    theirs = samples[base.name][name]
-                    pairs.setdefault(arm.name, []).extend(self._pair_up(panel, name, theirs, ours))
-        return pairs
+        for loop in loops:
+            pairs: list[Pair] = []
+            for panel, tasks, theirs in rounds:
+                ours = score(panel, loop, tasks, self.prompting, items)
+                for name, samples in ours.items():
+                    pairs += self._pair_up(panel, name, theirs[name], samples)
+            if pairs:
+                yield loop.name, pairs
 
     def floor(self, base: Arm, seed: int, journal: Journal) -> Floor | None:
         """How much another batch size alone changes the base's answers, on a sample of the items.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,9 +134,9 @@ class _Scan:
     def result(self, prefix: SharedPrefix) -> ScanResult:
         cells, beyond = self._plan.affordable(*self._timing())
         by_name = {cell.name: cell for cell in cells}
-        selection = {name: pooled(pairs) for name, pairs in self._pairs(cells, self._split.selection).items()}
+        selection = {name: pooled(pairs) for name, pairs in self._pairs(cells, self._split.selection)}
         names = choose_finalists(selection, {cell.name: cell.cost for cell in cells}, self._plan.finalists)
-        pairs = self._pairs([cell for cell in cells if cell.name in names], self._split.test)
+        pairs = dict(self._pairs([cell for cell in cells if cell.name in names], self._split.test))
         test = judge_finalists({name: pooled(pairs[name]) for name in names})
         return ScanResult(
             cells=tuple(
@@ -152,9 +152,9 @@ class _Scan:
             not_shared=prefix.off,
         )
 
-    def _pairs(self, cells: Sequence[Cell], items: dict[str, list[int]]) -> dict[str, list[Pair]]:
+    def _pairs(self, cells: Sequence[Cell], items: dict[str, list[int]]) -> Iterable[tuple[str, list[Pair]]]:
         arms = [Arm(cell.name, cell.spec) for cell in cells]
-        return self._measurement.pairs(self._base, arms, self._seeds, items) if arms else {}
+        return self._measurement.pairs_by_loop(self._base, arms, self._seeds, items) if arms else ()
 
     def _timing(self) -> tuple[float, int]:
         """Seconds of the base for an item, on a few items whose answers are kept; and how many items there are."""
