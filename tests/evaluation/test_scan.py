@@ -130,6 +130,15 @@ def test_scan_that_was_stopped_goes_on(plan, tmp_path):
     assert len(keys) == len(set(keys)) > len(before)
 
 
+def test_finalists_are_tested_on_items_that_ranked_none(plan, measured, monkeypatch):
+    monkeypatch.setattr(scan_run, "choose_finalists", lambda selection, costs, count: list(selection)[:count])
+    result = plan(max_evaluations=4, finalists=2).run()
+    selection, test = ({pair.item for pairs in part.values() for pair in pairs} for part in measured)
+    assert not selection & test
+    assert len(selection | test) == 16
+    assert [set(part) for part in measured] == [{each.cell.name for each in result.cells}, set(list(measured[0])[:2])]
+
+
 def test_generated_answers_run_in_full(plan, tmp_path):
     lines = [json.dumps({"prompt": f"it is {number} and it is", "answer": "it"}) for number in range(12)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
