@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compare a loop with its base on a file of your own items, and save the result in the export.
 #
-#     examples/compare_items.sh demo/looped examples/items/capitals.jsonl demo/capitals
+#     examples/compare_items.sh demo/SmolLM2-135M-Instruct-looped examples/items/capitals.jsonl demo/capitals
 set -euo pipefail
 
 if [ $# -ne 3 ]; then

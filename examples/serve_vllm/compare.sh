@@ -2,7 +2,7 @@
 # Compare an export with its base on vLLM, on two GPUs. LoopExport and lm-evaluation-harness have to be installed in the
 # environment of vLLM: pip install "loopexport[eval]".
 #
-#     examples/serve_vllm/compare.sh demo/looped arc_easy,openbookqa demo/compared-vllm
+#     examples/serve_vllm/compare.sh demo/SmolLM2-135M-Instruct-looped arc_easy,openbookqa demo/compared-vllm
 set -euo pipefail
 
 if [ $# -ne 3 ]; then
