@@ -101,6 +101,7 @@ benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_forward.py $(SMOLLM)
 	$(VENV)/bin/python benchmarks/bench_families.py
 	$(VENV)/bin/python benchmarks/bench_onnx.py $(SMOLLM)
+	$(VENV)/bin/python benchmarks/bench_evaluation.py $(SMOLLM)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .venv-vllm-* $(DEMO) build dist *.egg-info
