@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loopexport
 from support.commands import run
 from support.compare import assert_bitwise, assert_differs
+from support.evaluation import tokenized_base
 from support.paths import EXAMPLES
 
 pytestmark = pytest.mark.skipif(
@@ -46,6 +47,17 @@ def cut(base, tmp_path_factory):
     result = run("convert", root / "base", root / "looped", "--span", "13:17", "--steps", 3, "--weights", "hardlink")
     assert result.exit_code == 0, result.stderr
     return root / "looped"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A tiny random base as deep as `cut`, for examples that need no sense."""
+    return tokenized_base("llama", tmp_path_factory.mktemp("small") / "base", num_hidden_layers=18)
+
+
+@pytest.fixture(scope="module")
+def small_looped(small, tmp_path_factory):
+    return loopexport.convert(small, tmp_path_factory.mktemp("small") / "looped", span=(13, 17), steps=3).root
 
 
 def example(*command):
@@ -98,22 +110,22 @@ def test_identities_are_bitwise_and_the_loop_is_not_idle(base, looped):
             setattr(ours.config, field, before)
 
 
-def test_quickstart_example_runs(base, tmp_path):
-    printed = example("bash", EXAMPLES / "quickstart.sh", base, tmp_path)
+def test_quickstart_example_runs(small, tmp_path):
+    printed = example("bash", EXAMPLES / "quickstart.sh", small, tmp_path)
     assert "Dry run: nothing was written." in printed
     assert "cached decode equals the full forward" in printed
     assert (tmp_path / "base-again" / "model.safetensors").is_file()
 
 
-def test_python_example_runs(base, tmp_path):
-    printed = example(sys.executable, EXAMPLES / "loop_from_python.py", base, tmp_path / "out")
-    assert "4 layers, 1.27x the layer evaluations of the base" in printed
+def test_python_example_runs(small, tmp_path):
+    printed = example(sys.executable, EXAMPLES / "loop_from_python.py", small, tmp_path / "out")
+    assert "4 layers, 1.44x the layer evaluations of the base" in printed
     assert printed.count("passed ") == 12
     assert "this failed, as it should: span 13:99 ends outside the model" in printed
 
 
-def test_changing_steps_example_runs(cut):
-    lines = example(sys.executable, EXAMPLES / "change_steps.py", cut).splitlines()
+def test_changing_steps_example_runs(small_looped):
+    lines = example(sys.executable, EXAMPLES / "change_steps.py", small_looped).splitlines()
     losses = [line.split("loss ")[1].split(",")[0] for line in lines if line.startswith("steps ")]
     assert len(set(losses)) == 4
     assert lines[-1].startswith("this failed, as it should: steps 0")
@@ -185,8 +197,8 @@ def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(with_graph, gree
 
 
 @needs_onnx
-def test_several_steps_example_runs(cut):
-    lines = example(sys.executable, EXAMPLES / "onnx_steps.py", cut, 2, 3).splitlines()
+def test_several_steps_example_runs(small_looped):
+    lines = example(sys.executable, EXAMPLES / "onnx_steps.py", small_looped, 2, 3).splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("K = ")] == ["K = 2", "K = 3"]
     assert lines[-1].startswith("weights written: 0 bytes")
 
