@@ -21,6 +21,7 @@ from .verdict_text import (
     label,
     length_sentence,
     method_sentence,
+    nan_sentence,
     noise_sentence,
     p_text,
     score,
@@ -133,10 +134,10 @@ def _cells(row: Comparison) -> list[Element]:
 
 def _row_notes(rows: Sequence[Comparison]) -> Element:
     notes = [
-        "; ".join(filter(None, [f"{label(row, rows)}: {sentence(row)}", length_sentence(row), noise_sentence(row)]))
+        (f"{label(row, rows)}: {sentence(row)}", length_sentence(row), noise_sentence(row), nan_sentence(row))
         for row in rows
     ]
-    return element("ul", *(element("li", f"{note}.") for note in notes))
+    return element("ul", *(element("li", f"{'; '.join(filter(None, each))}.") for each in notes))
 
 
 def _picture(light: bytes, dark: bytes) -> Element:

@@ -132,6 +132,13 @@ def noise_sentence(row: Comparison) -> str:
     return f"{row.flips_within_noise} of {_count(row.gained + row.lost, 'flip')} within the base's own noise"
 
 
+def nan_sentence(row: Comparison) -> str:
+    """How many answers are NaN; empty if none is."""
+    counts = {"base": row.base_nan, "loop": row.loop_nan}
+    found = " and ".join(f"{_count(count, 'answer')} of the {name}" for name, count in counts.items() if count)
+    return f"NaN in place of {found}, counted as wrong: try dtype float32, or a milder loop" if found else ""
+
+
 def _listed(names: list[str]) -> str:
     if len(names) > MAX_NAMES:
         names = [*names[:MAX_NAMES], _count(len(names) - MAX_NAMES, "other")]

@@ -53,6 +53,7 @@ class Comparison:
         base_tokens, loop_tokens: mean number of generated tokens.
         base_truncated, loop_truncated: share of answers cut at the limit of tokens.
         flips_within_noise: problems that flipped by less than the noise of the base itself; None if not known.
+        base_nan, loop_nan: number of answers that are NaN, which count as wrong.
     """
 
     name: str
@@ -81,6 +82,8 @@ class Comparison:
     base_truncated: float
     loop_truncated: float
     flips_within_noise: int | None
+    base_nan: int = 0
+    loop_nan: int = 0
 
     @property
     def excludes_zero(self) -> bool:
@@ -217,6 +220,8 @@ def _compare(name: str, metric: str, is_group: bool, pairs: list[Pair], noise: f
         **_lengths("base", [pair.base for pair in pairs]),
         **_lengths("loop", [pair.loop for pair in pairs]),
         flips_within_noise=None if noise is None else flips_within_noise(pairs, noise),
+        base_nan=sum(pair.base.is_nan for pair in pairs),
+        loop_nan=sum(pair.loop.is_nan for pair in pairs),
     )
 
 
