@@ -15,6 +15,7 @@ from .items import Answer, Pair
 from .noise import Floor
 from .plots import DARK, forest_png
 from .verdict_text import (
+    can_show,
     floor_sentence,
     headline,
     holm_sentence,
@@ -27,7 +28,6 @@ from .verdict_text import (
     score,
     sentence,
     signed,
-    size,
 )
 from .verdicts import Comparison
 
@@ -122,7 +122,7 @@ def _cells(row: Comparison) -> list[Element]:
         f"{row.gained:,}",
         f"{row.lost:,}",
         p_text(row),
-        size(row, row.smallest_difference),
+        can_show(row),
     )
     return [
         element("td", f"{row.name} (group)" if row.is_group else row.name, class_="name"),
