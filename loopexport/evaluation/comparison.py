@@ -22,7 +22,7 @@ from .arms import Arm, Model, base_arm, default_device, start_batch
 from .compare_result import CompareResult, result_of
 from .items import Pair
 from .journal import Journal
-from .settings import check_directory, process_rank, results_directory, versions, weights_digest
+from .settings import check_directory, files_digest, process_rank, results_directory, versions, weights_digest
 from .stored import damaged_results, read_result, write_result
 from .subject import Subject, find_subject
 from .tasks import Prompting, TaskSource, leaf_tasks, task_version
@@ -229,6 +229,7 @@ def plan_compare(
         "model": subject.name,
         "revision": subject.base.origin.revision,
         "weights": None if dry_run else weights_digest(subject.base.shards),
+        "model_files": None if dry_run else files_digest(subject.base),
         "spec": subject.spec.to_config_fields(),
         "asked": [*source.names, *([] if source.items is None else [source.items.name])],
         "files_sha256": source.digests(),

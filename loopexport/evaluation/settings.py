@@ -13,14 +13,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from loopexport._version import __version__
-from loopexport.base.checkpoint import Shard
+from loopexport.base import tokenizer
+from loopexport.base.checkpoint import Checkpoint, Shard
 from loopexport.errors import EvaluationError, one_line
-from loopexport.files.digests import file_xxh3
+from loopexport.files.digests import file_sha256, file_xxh3
 from loopexport.files.json_text import json_text
 from loopexport.files.staged_files import exactly, staged_files
 from loopexport.files.staging import explain_os_errors, lock, unlock
 
 SETTINGS = "settings.json"
+MODEL_FILES = re.compile(rf"(generation_)?config\.json|[\w.-]+\.(jinja|py)|{tokenizer.FILES.pattern}")
 UNFINISHED = re.compile(r"\.settings\.json\.\w+\.partial")  # left by a run that was killed before its first answer
 PACKAGES = {"lm_eval": "lm-eval", "torch": "torch", "transformers": "transformers", "vllm": "vllm"}
 
@@ -44,6 +46,12 @@ def weights_digest(shards: Sequence[Shard]) -> str:
         digests = list(hashing.map(lambda shard: shard.sha256 or file_xxh3(shard.path), shards))
     text = json.dumps(sorted(zip((shard.name for shard in shards), digests, strict=True)))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def files_digest(base: Checkpoint) -> str:
+    """One digest of the small files that answers depend on: configs, tokenizer, chat templates, and code."""
+    files = (path for path in sorted(base.root.iterdir()) if MODEL_FILES.fullmatch(path.name) and path.is_file())
+    return hashlib.sha256(json.dumps({path.name: file_sha256(path) for path in files}).encode()).hexdigest()
 
 
 def process_rank() -> int:

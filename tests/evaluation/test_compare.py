@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -149,6 +150,16 @@ def test_an_edited_file_of_items_is_another_setting(base, tmp_path):
     write_items(path, 4, start=1)
     with pytest.raises(EvaluationError, match="files_sha256"):
         plan_compare(base, MILD, items=path, out=tmp_path / "out", **CPU)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+def test_an_edited_file_of_the_model_is_another_setting(base, items, tmp_path, name):
+    model = shutil.copytree(base, tmp_path / "base")
+    plan = plan_compare(model, MILD, items=items, **CPU)
+    file = model / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), "edited": True}) if file.exists() else "{}")
+    edited = plan_compare(model, MILD, items=items, **CPU)
+    assert {key for key in plan.settings if plan.settings[key] != edited.settings[key]} == {"model_files"}
 
 
 def test_batches_are_halved_when_memory_runs_out(base, items, monkeypatch):
