@@ -11,6 +11,7 @@ from loopexport.evaluation.verdict_text import (
     holm_sentence,
     label,
     length_sentence,
+    nan_sentence,
     noise_sentence,
     p_text,
     score,
@@ -62,4 +63,5 @@ def _padded(cell: str, width: int, is_left: bool) -> str:
 
 
 def _row_lines(row: Comparison, name: str) -> list[str]:
-    return [f"{name}: {sentence(row)}", *(f"  {each}" for each in (length_sentence(row), noise_sentence(row)) if each)]
+    details = (length_sentence(row), noise_sentence(row), nan_sentence(row))
+    return [f"{name}: {sentence(row)}", *(f"  {each}" for each in details if each)]

@@ -120,7 +120,7 @@ task_options = combine(
         multiple=True,
         default=(DEFAULT_SEED,),
         show_default=True,
-        help="Random seed of sampled generation. Repeat the option for several; they count as one problem.",
+        help="Random seed of sampled generation. Repeat the option for several; an item counts once all the same.",
     ),
     option(TASKS, "--allow-code", is_flag=True, help="Run tasks that execute the code that the models write."),
 )
@@ -133,7 +133,7 @@ engine_options = combine(
         show_default=True,
         help="hf: base and loop are one model in memory. vllm: one engine after the other.",
     ),
-    option(ENGINE, "--device", help="Such as cuda:0 or cpu.  [default: an accelerator if there is one]"),
+    option(ENGINE, "--device", help="Such as cuda:0, mps or cpu.  [default: an accelerator if there is one]"),
     option(ENGINE, "--dtype", default="auto", show_default=True, help="Such as bfloat16; auto is the checkpoint's."),
     option(
         ENGINE,

@@ -62,9 +62,8 @@ grid_options = combine(
         "--steps",
         type=Values(int),
         default=(2,),
-        show_default="2",
         metavar="K,...",
-        help="Numbers of steps.",
+        help="Numbers of steps.  [default: 2]",
     ),
     option(
         LOOP,

@@ -51,6 +51,7 @@ def scan_lines(result: ScanResult) -> list[str]:
     return [
         *aligned([_HEADINGS, *(_row(each, "selection") for each in result.cells)]),
         "",
+        *_nan_lines(result.cells),
         *_test_lines(result.finalists),
         *_shared_lines(result),
         *_answer(result),
@@ -70,6 +71,13 @@ def _row(result: CellResult, part: str) -> tuple[str, ...]:
         str(row.lost),
         p_text(row) if part == "test" else "",
     )
+
+
+def _nan_lines(cells: Sequence[CellResult]) -> list[str]:
+    broken = [each.cell.name for each in cells if each.selection.loop_nan]
+    if not broken:
+        return []
+    return [f"NaN in place of answers, counted as wrong: {_listed(broken)}. Try --dtype float32, or milder loops.", ""]
 
 
 def _test_lines(finalists: list[CellResult]) -> list[str]:

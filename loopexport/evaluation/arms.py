@@ -125,7 +125,9 @@ def _explained(root: Path) -> Iterator[None]:
     except EvaluationError:
         raise
     except Exception as error:  # whatever transformers or vLLM raise for a model that they cannot load
-        raise EvaluationError(f"cannot load {root.name}: {type(error).__name__}: {one_line(error, 300)}") from error
+        remedy = "; a base without a tokenizer needs --model-args tokenizer=DIR" if "tokenizer" in str(error) else ""
+        text = f"{type(error).__name__}: {one_line(error, 300)}{remedy}"
+        raise EvaluationError(f"cannot load {root.name}: {text}") from error
 
 
 def start_batch(batch_size: str | int, device: str) -> int:
@@ -136,7 +138,7 @@ def start_batch(batch_size: str | int, device: str) -> int:
     """
     if batch_size == "auto":
         return CPU_BATCH if device == "cpu" else ACCELERATOR_BATCH
-    if not str(batch_size).isdigit() or int(batch_size) < 1:
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
         raise EvaluationError(f"batch size {batch_size!r} must be auto or a number of at least 1")
     return int(batch_size)
 

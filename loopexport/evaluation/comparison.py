@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,12 +22,25 @@ from .arms import Arm, Model, base_arm, default_device, start_batch
 from .compare_result import CompareResult, result_of
 from .items import Pair
 from .journal import Journal
-from .settings import check_directory, process_rank, results_directory, versions, weights_digest
-from .stored import read_result, write_result
+from .settings import check_directory, files_digest, process_rank, results_directory, versions, weights_digest
+from .stored import damaged_results, read_result, write_result
 from .subject import Subject, find_subject
 from .tasks import Prompting, TaskSource, leaf_tasks, task_version
 
 LOOP = "loop"
+# Keywords of lm-evaluation-harness's models that have an own option, or that would load another model.
+RESERVED_ARGS = {
+    "pretrained": "MODEL gives",
+    "revision": "--revision gives",
+    "subfolder": "would load another model",
+    "peft": "would load another model",
+    "delta": "would load another model",
+    "trust_remote_code": "--trust-remote-code gives",
+    "batch_size": "--batch-size gives",
+    "hf_overrides": "holds the loop",
+    "dtype": "--dtype gives",
+    "device": "--device gives",
+}
 
 Progress = Callable[[int, int], None]
 
@@ -86,8 +100,11 @@ class ComparePlan:
         Raises:
             EvaluationError: a task cannot be loaded or run, the model cannot, or `out` has other results.
         """
-        if self.out is not None and (stored := read_result(self.out)) is not None:
-            return None if process_rank() else result_of(stored.pairs, stored.values)
+        if self.out is not None and (stored := read_result(self.out, self.settings)) is not None:
+            if process_rank() != 0:
+                return None
+            with damaged_results(self.out):
+                return result_of(stored.pairs, {**stored.values, "settings": self.settings})
         keep = nullcontext() if self.out is None else results_directory(self.out, self.settings)
         with keep:
             measured = self._measure(progress)
@@ -206,11 +223,13 @@ def plan_compare(
     device = device or default_device()
     prompting = Prompting(limit, num_fewshot, bool(chat_template), dict(generation or {}), allow_code=allow_code)
     engine = {"dtype": dtype, **({"device": device} if backend == "hf" else {}), **(model_args or {})}
+    _check_settings(prompting.generation, model_args)
     first_batch = start_batch(batch_size, device)
     settings = {
         "model": subject.name,
         "revision": subject.base.origin.revision,
         "weights": None if dry_run else weights_digest(subject.base.shards),
+        "model_files": None if dry_run else files_digest(subject.base),
         "spec": subject.spec.to_config_fields(),
         "asked": [*source.names, *([] if source.items is None else [source.items.name])],
         "files_sha256": source.digests(),
@@ -257,6 +276,19 @@ def _check_numbers(limit: int | None, num_fewshot: int | None, seeds: Sequence[i
         raise EvaluationError(f"num_fewshot {num_fewshot} must be at least 0")
     if not seeds or len(set(seeds)) < len(seeds):
         raise EvaluationError(f"seeds {list(seeds)} must be one or more different numbers")
+
+
+def _check_settings(generation: Mapping[str, Any] | None, model_args: Mapping[str, Any] | None) -> None:
+    """Refuse settings that cannot be recorded, or that would evaluate another model than the one that is named."""
+    for option, values in (("generation", generation), ("model_args", model_args)):
+        try:
+            json.dumps(values, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise EvaluationError(
+                f"{option} {values} must have only text, finite numbers, true, false, null, and lists of them"
+            ) from None
+    for name in RESERVED_ARGS.keys() & (model_args or {}).keys():
+        raise EvaluationError(f"model_args cannot set {name!r}, which {RESERVED_ARGS[name]}; leave it out")
 
 
 @suggest_keywords

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 
@@ -10,7 +11,7 @@ class Answer:
     """What one model answered to one item.
 
     Attributes:
-        score: the task's metric, larger is better; 0 or 1 for most tasks.
+        score: the task's metric, larger is better; 0 or 1 for most tasks. It is 0 if `is_nan`.
         text: the chosen choice, or the generated text.
         loglikelihoods: of the choices, in nats, in their order; empty for generated text.
         tokens: number of tokens of generated text, counted by the tokenizer; 0 for a choice.
@@ -22,6 +23,11 @@ class Answer:
     loglikelihoods: tuple[float, ...] = ()
     tokens: int = 0
     truncated: bool = False
+
+    @property
+    def is_nan(self) -> bool:
+        """Whether the model computed NaN in place of a log-likelihood: it has not answered."""
+        return any(map(math.isnan, self.loglikelihoods))
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,18 @@ class Pair:
         return self.loop.score - self.base.score
 
     def to_dict(self) -> dict:
-        """The pair as one JSON object."""
-        return asdict(self)
+        """The pair as one JSON object. JSON has no NaN and no infinities: they become text."""
+        values = asdict(self)
+        for name in ("base", "loop"):
+            numbers = values[name]["loglikelihoods"]
+            values[name]["loglikelihoods"] = [each if math.isfinite(each) else str(each) for each in numbers]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> Pair:
         """The pair that `to_dict` described."""
         answers = {
-            name: Answer(**{**values[name], "loglikelihoods": tuple(values[name]["loglikelihoods"])})
+            name: Answer(**{**values[name], "loglikelihoods": tuple(map(float, values[name]["loglikelihoods"]))})
             for name in ("base", "loop")
         }
         return cls(**{**values, **answers})

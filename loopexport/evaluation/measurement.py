@@ -15,6 +15,7 @@ from .noise import Floor, measure_floor
 from .panel import Panel
 from .scoring import Metric, answer_of, choose_metric, of_metric, pair_up, score
 from .tasks import Prompting
+from .verdicts import compare_pairs
 
 FLOOR_SHARE, MIN_FLOOR_ITEMS, MAX_FLOOR_ITEMS = 0.02, 8, 64  # of each task
 
@@ -66,7 +67,8 @@ class Measurement:
             Empty in every process but the first.
 
         Raises:
-            EvaluationError: a task cannot be asked or scored, or several seeds were given and no task samples.
+            EvaluationError: a task cannot be asked or scored, or several seeds were given and no task samples. Both
+                show before the first arm answers all items.
         """
         return dict(self.pairs_by_loop(base, loops, seeds, items))
 
@@ -75,7 +77,9 @@ class Measurement:
     ) -> Iterator[tuple[str, list[Pair]]]:
         """The same one loop after the other, since the pairs of many loops would fill the memory."""
         rounds = []
-        for seed, tasks in self._rounds(seeds):
+        asked = self._rounds(seeds)
+        self._try(base, seeds[0], items)
+        for seed, tasks in asked:
             panel = Panel(self.model, [base, *loops], self.journal, seed=seed, progress=self.progress)
             rounds.append((panel, tasks, score(panel, base, tasks, self.prompting, items)))
             self._count_seconds(panel)
@@ -121,17 +125,25 @@ class Measurement:
         wanted = min(count, MAX_FLOOR_ITEMS, max(MIN_FLOOR_ITEMS, ceil(FLOOR_SHARE * count)))
         return [index * count // wanted for index in range(wanted)]
 
-    def _rounds(self, seeds: Sequence[int]):
+    def _try(self, base: Arm, seed: int, items: Items | None) -> None:
+        """Let the base answer an item of each task, so that what cannot be scored shows before hours are spent."""
+        panel = Panel(self.model, [base], Journal(None), seed=seed)
+        numbers = items or {name: list(range(len(task.eval_docs))) for name, task in self.tasks["tasks"].items()}
+        few = {name: each[: panel.world_size] for name, each in numbers.items()}
+        samples = score(panel, base, self.tasks, self.prompting, few)
+        for name, each in samples.items():
+            compare_pairs(self._pair_up(panel, name, each, each))
+
+    def _rounds(self, seeds: Sequence[int]) -> list[tuple[int, dict]]:
         """Each seed with the tasks to ask: all with the first one, those that sample with the others."""
-        yield seeds[0], self.tasks
         sampling = {name: task for name, task in self.tasks["tasks"].items() if _samples(task, self.prompting)}
         if len(seeds) > 1 and not sampling:
             raise EvaluationError(
                 f"{len(seeds)} seeds, and no task that samples: the answers would be the same; give one --seed, or "
                 "make the models sample, as with --generation do_sample=true,temperature=0.7"
             )
-        for seed in seeds[1:]:
-            yield seed, {"tasks": sampling, "groups": {}, "group_map": {}}
+        others = {"tasks": sampling, "groups": {}, "group_map": {}}
+        return [(seeds[0], self.tasks), *((seed, others) for seed in seeds[1:])]
 
     def _pair_up(self, panel: Panel, name: str, base: list[dict], loop: list[dict]) -> list[Pair]:
         task, metric = self.tasks["tasks"][name], self._metric(name, base)
@@ -155,4 +167,8 @@ def _samples(task: Any, prompting: Prompting) -> bool:
     if task.get_config("output_type") != "generate_until":
         return False
     settings = {**(task.get_config("generation_kwargs") or {}), **(prompting.generation or {})}
-    return bool(settings.get("do_sample")) or float(settings.get("temperature") or 0) > 0
+    samples = settings.get("do_sample")
+    if samples is not None:  # then lm-evaluation-harness generates greedily for false, whatever the temperature
+        return bool(samples)
+    temperature = settings.get("temperature")
+    return isinstance(temperature, (int, float)) and temperature > 0

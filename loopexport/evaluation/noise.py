@@ -16,7 +16,7 @@ class Floor:
 
     Attributes:
         items: number of items.
-        largest_difference: of one choice's log-likelihood, in nats; None if there are no choices.
+        largest_difference: of one choice's log-likelihood, in nats; None if there are no choices, or all are NaN.
         flips: items whose score changed.
         batch_sizes: of the two runs.
     """
@@ -50,6 +50,7 @@ def measure_floor(first: Sequence[Answer], second: Sequence[Answer], batch_sizes
         0.0 if one == two else abs(one - two)  # both may be minus infinity
         for answers in zip(first, second, strict=True)
         for one, two in zip(*(answer.loglikelihoods for answer in answers), strict=True)
+        if not any(answer.is_nan for answer in answers)
     ]
     return Floor(
         items=len(first),

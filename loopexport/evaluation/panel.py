@@ -14,6 +14,8 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from loopexport.errors import EvaluationError, one_line
+
 from .arms import Arm, Model, is_out_of_memory
 from .journal import Entry, Journal, entry_key
 
@@ -124,14 +126,14 @@ class Panel(LM):
 
     def _ask_one(self, arm: Arm, kind: str, requests: list[Instance]) -> Entry:
         key = entry_key(arm.key, kind, self.seed, [each.args for each in requests])
-        entry = self.journal.find(key)
+        entry = self.journal.find(key, kind, len(requests))
         if entry is not None and entry.batch_size <= self.model.batch_size:
             self.model.batch_size = entry.batch_size
             return entry
         sharing = self._sharing(arm, kind, requests)
         lm, start = self.model.use(arm), time.perf_counter()
         _seed(int(entry_key("", kind, self.seed, [each.args for each in requests])[:8], 16))
-        with sharing:
+        with sharing, _explained(arm):
             answers = getattr(lm, kind)(requests, disable_tqdm=True)
         entry = Entry(key, list(answers), self.model.batch_size, time.perf_counter() - start)
         self.journal.add(entry)
@@ -204,6 +206,19 @@ class Panel(LM):
         if name == "model":  # not set yet, as while unpickling
             raise AttributeError(name)
         return getattr(self._inner, name)
+
+
+@contextmanager
+def _explained(arm: Arm) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise EvaluationError(
+            f"{arm.name} cannot answer: {one_line(error, 300)}; where numbers overflow (inf, nan), try --dtype float32 "
+            "or a milder loop, else another --device or --batch-size"
+        ) from error
 
 
 def _length_key(request: Instance) -> tuple[int, str, str]:

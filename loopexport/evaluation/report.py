@@ -15,18 +15,19 @@ from .items import Answer, Pair
 from .noise import Floor
 from .plots import DARK, forest_png
 from .verdict_text import (
+    can_show,
     floor_sentence,
     headline,
     holm_sentence,
     label,
     length_sentence,
     method_sentence,
+    nan_sentence,
     noise_sentence,
     p_text,
     score,
     sentence,
     signed,
-    size,
 )
 from .verdicts import Comparison
 
@@ -121,7 +122,7 @@ def _cells(row: Comparison) -> list[Element]:
         f"{row.gained:,}",
         f"{row.lost:,}",
         p_text(row),
-        size(row, row.smallest_difference),
+        can_show(row),
     )
     return [
         element("td", f"{row.name} (group)" if row.is_group else row.name, class_="name"),
@@ -133,10 +134,10 @@ def _cells(row: Comparison) -> list[Element]:
 
 def _row_notes(rows: Sequence[Comparison]) -> Element:
     notes = [
-        "; ".join(filter(None, [f"{label(row, rows)}: {sentence(row)}", length_sentence(row), noise_sentence(row)]))
+        (f"{label(row, rows)}: {sentence(row)}", length_sentence(row), noise_sentence(row), nan_sentence(row))
         for row in rows
     ]
-    return element("ul", *(element("li", f"{note}.") for note in notes))
+    return element("ul", *(element("li", f"{'; '.join(filter(None, each))}.") for each in notes))
 
 
 def _picture(light: bytes, dark: bytes) -> Element:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from .heatmap import heatmap_png
 from .verdicts import Comparison
 
 RESULT, TABLE = "scan.json", "cells.csv"
+DIGEST = "sha256"  # of the other values
 NAMES = re.compile(r"scan\.json|cells\.csv|heatmap-[\w.=-]+\.png")
 COLUMNS = ("cell", "part", "start", "width", "steps", "cost", "n", "difference", "low", "high", "gained", "lost", "p")
 
@@ -160,21 +162,32 @@ def write_scan(root: Path, result: ScanResult) -> None:
         for name, picture in result.heatmaps().items():
             files.write(name, picture)
         files.write(TABLE, result.to_csv().encode())
-        files.write(RESULT, json_text(result.to_dict()).encode())
+        files.write(RESULT, json_text({**result.to_dict(), DIGEST: _digest(result.to_dict())}).encode())
         files.keep()
 
 
-def read_scan(root: Path) -> ScanResult | None:
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json_text(values).encode()).hexdigest()
+
+
+def read_scan(root: Path, settings: dict) -> ScanResult | None:
     """The finished result in a directory; None if there is none yet.
 
+    Args:
+        root: the directory.
+        settings: what the result must have been computed with.
+
     Raises:
-        EvaluationError: the file is damaged.
+        EvaluationError: the file is damaged, or was edited.
     """
     path = root / RESULT
     if not path.is_file():
         return None
     try:
-        return ScanResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop(DIGEST) != _digest(values) or values["settings"] != json.loads(json_text(settings)):
+            raise ValueError("it was edited")
+        return ScanResult.from_dict(values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EvaluationError(
             f"{path} is damaged ({one_line(error)}); remove it, and run the same command again"

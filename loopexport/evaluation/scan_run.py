@@ -83,7 +83,7 @@ class ScanPlan:
         """
         if self.out is None:
             return self._run(Journal(None), progress)
-        stored = read_scan(self.out)
+        stored = read_scan(self.out, self.settings)
         if stored is not None:
             return stored
         with results_directory(self.out, self.settings):

@@ -14,6 +14,11 @@ from .items import Answer, Pair
 from .panel import Panel
 from .tasks import Prompting
 
+NO_ANSWER = "(no answer: NaN)"
+
+# The harness checks the lengths of prompts and choices by `assert` without a message.
+_WITHOUT_WORDS = "perhaps a prompt or a choice is empty, or a choice is longer than the model's context"
+
 
 def score(
     panel: Panel,
@@ -54,7 +59,7 @@ def score(
                 confirm_run_unsafe_code=prompting.allow_code,
             )
     except (ValueError, KeyError, TypeError, AssertionError, NotImplementedError, ImportError, IndexError) as error:
-        text = f"{type(error).__name__}: {one_line(error, 300)}"
+        text = f"{type(error).__name__}: {one_line(error, 300) or _WITHOUT_WORDS}"
         raise EvaluationError(f"the tasks cannot be run as they are configured ({text})") from error
     return {} if results is None else {name: results["samples"][name] for name in tasks["tasks"]}
 
@@ -185,10 +190,12 @@ def answer_of(task, sample: dict, metric: Metric, count_tokens: Callable[[str], 
     Raises:
         EvaluationError: the metric has no score for a single item.
     """
-    value = _score(sample, metric, task.config.task)
     choices = _choices(sample)
+    loglikelihoods = tuple(float(each[0]) for each in sample["filtered_resps"][: len(choices)])
+    if any(map(math.isnan, loglikelihoods)):  # a metric would take the first choice for the answer
+        return Answer(0.0, NO_ANSWER, loglikelihoods)
+    value = _score(sample, metric, task.config.task)
     if choices:
-        loglikelihoods = tuple(float(each[0]) for each in sample["filtered_resps"][: len(choices)])
         return Answer(value, _chosen(choices, loglikelihoods, metric), loglikelihoods)
     text = _first_text(sample["resps"])
     tokens = count_tokens(text)
@@ -199,7 +206,8 @@ def _score(sample: dict, metric: Metric, task: str) -> float:
     value: Any = sample[metric.name]
     if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
         raise EvaluationError(
-            f"metric {metric} of {task} has no score for a single item; choose one with --metric, such as acc"
+            f"metric {metric} of {task} has no score for a single item; choose a metric that has, as most have "
+            "(acc, acc_norm, exact_match), with --metric"
         )
     return float(value)
 

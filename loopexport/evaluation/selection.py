@@ -16,8 +16,7 @@ from typing import Any
 from loopexport.errors import EvaluationError
 
 from .items import Pair
-from .statistics import ALPHA, holm
-from .verdicts import BETTER, INCONCLUSIVE, WORSE, Comparison, compare_pairs
+from .verdicts import BETTER, Comparison, compare_pairs, judge
 
 POOLED = "all tasks"
 POOLED_METRIC = "score"
@@ -102,17 +101,7 @@ def choose_finalists(selection: dict[str, Comparison], costs: dict[str, float], 
 
 def judge_finalists(test: dict[str, Comparison]) -> dict[str, Comparison]:
     """The finalists' comparisons with p adjusted for their number by Holm, and the verdict that follows."""
-    adjusted = holm([each.p for each in test.values()])
-    return {
-        name: replace(each, p_holm=p, verdict=_verdict(each, p), note="")
-        for (name, each), p in zip(test.items(), adjusted, strict=True)
-    }
-
-
-def _verdict(row: Comparison, p: float) -> str:
-    if not (row.excludes_zero and p <= ALPHA):
-        return INCONCLUSIVE
-    return BETTER if row.difference > 0 else WORSE
+    return dict(zip(test, judge(list(test.values()), "loops"), strict=True))
 
 
 def recommended(finalists: dict[str, Comparison]) -> str | None:

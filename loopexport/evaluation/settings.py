@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,13 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from loopexport._version import __version__
-from loopexport.base.checkpoint import Shard
+from loopexport.base import tokenizer
+from loopexport.base.checkpoint import Checkpoint, Shard
 from loopexport.errors import EvaluationError, one_line
-from loopexport.files.digests import file_xxh3
+from loopexport.files.digests import file_sha256, file_xxh3
 from loopexport.files.json_text import json_text
+from loopexport.files.staged_files import exactly, staged_files
 from loopexport.files.staging import explain_os_errors, lock, unlock
 
 SETTINGS = "settings.json"
+MODEL_FILES = re.compile(rf"(generation_)?config\.json|[\w.-]+\.(jinja|py)|{tokenizer.FILES.pattern}")
+UNFINISHED = re.compile(r"\.settings\.json\.\w+\.partial")  # left by a run that was killed before its first answer
 PACKAGES = {"lm_eval": "lm-eval", "torch": "torch", "transformers": "transformers", "vllm": "vllm"}
 
 
@@ -41,6 +46,12 @@ def weights_digest(shards: Sequence[Shard]) -> str:
         digests = list(hashing.map(lambda shard: shard.sha256 or file_xxh3(shard.path), shards))
     text = json.dumps(sorted(zip((shard.name for shard in shards), digests, strict=True)))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def files_digest(base: Checkpoint) -> str:
+    """One digest of the small files that answers depend on: configs, tokenizer, chat templates, and code."""
+    files = (path for path in sorted(base.root.iterdir()) if MODEL_FILES.fullmatch(path.name) and path.is_file())
+    return hashlib.sha256(json.dumps({path.name: file_sha256(path) for path in files}).encode()).hexdigest()
 
 
 def process_rank() -> int:
@@ -67,7 +78,7 @@ def results_directory(root: Path, settings: dict) -> Iterator[None]:
         yield
         return
     try:
-        descriptor = lock(root)
+        descriptor = lock(Path(os.path.realpath(root)))
     except BlockingIOError:
         raise EvaluationError(f"another run is writing into {root}; wait for it, or choose another --out") from None
     try:
@@ -83,8 +94,8 @@ def check_directory(root: Path, settings: dict) -> None:
         return
     earlier = read_settings(root)
     if earlier is None:
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise EvaluationError(f"{root} has other files than results; choose a new directory with --out")
+        with explain_os_errors(root):
+            _check_new(root)
         return
     changed = _changed(earlier, json.loads(json_text(settings)))
     if changed:
@@ -93,20 +104,28 @@ def check_directory(root: Path, settings: dict) -> None:
         )
 
 
+def _check_new(root: Path) -> None:
+    if os.path.lexists(root) and not root.is_dir():
+        raise EvaluationError(f"{root} is not a directory; choose another one with --out")
+    if root.exists() and not all(UNFINISHED.fullmatch(path.name) for path in root.iterdir()):
+        raise EvaluationError(f"{root} has other files than results; choose a new directory with --out")
+
+
 def _claim(root: Path, settings: dict) -> None:
     check_directory(root, settings)
-    path = root / SETTINGS
-    if not path.exists():
-        with explain_os_errors(root), path.open("x", encoding="utf-8") as file:
-            file.write(json_text(settings))
+    if read_settings(root) is None:
+        # `is_new`: this run holds the lock already. A run that is killed here leaves all of the file, or nothing.
+        with staged_files(root, exactly(SETTINGS), SETTINGS, is_new=True) as files:
+            files.write(SETTINGS, json_text(settings).encode())
+            files.keep()
 
 
 def read_settings(root: Path) -> dict | None:
     """The settings of the results in a directory; None if it has none."""
     path = root / SETTINGS
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(f"cannot read {path}: {one_line(error)}; choose another directory with --out") from None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from loopexport.files.staged_files import exactly, staged_files
 from .items import Pair
 
 ITEMS, RESULT = "items.jsonl", "result.json"
+DIGEST = "items_sha256"
 NAMES: re.Pattern = exactly(ITEMS, RESULT)
 
 
@@ -24,7 +28,7 @@ class Stored:
 
     Attributes:
         pairs: the answers to every item.
-        values: the rest, as `write_result` got it.
+        values: the rest, as `write_result` got it, without the settings.
     """
 
     pairs: list[Pair]
@@ -38,24 +42,42 @@ def write_result(root: Path, pairs: list[Pair], values: dict[str, Any]) -> None:
         OutputError: the directory cannot be written.
     """
     with staged_files(root, NAMES, RESULT) as files:
-        lines = "".join(json.dumps(pair.to_dict()) + "\n" for pair in pairs)
-        files.write(ITEMS, lines.encode())
-        files.write(RESULT, json_text(values).encode())
+        lines = "".join(json.dumps(pair.to_dict()) + "\n" for pair in pairs).encode()
+        files.write(ITEMS, lines)
+        files.write(RESULT, json_text({**values, DIGEST: hashlib.sha256(lines).hexdigest()}).encode())
         files.keep()
 
 
-def read_result(root: Path) -> Stored | None:
+def read_result(root: Path, settings: dict) -> Stored | None:
     """The finished results in a directory; None if there are none yet.
 
+    Args:
+        root: the directory.
+        settings: what the results must have been computed with.
+
     Raises:
-        EvaluationError: the files are damaged.
+        EvaluationError: the files are damaged, or were edited.
     """
     if not (root / RESULT).is_file():
         return None
+    with damaged_results(root):
+        values = json.loads((root / RESULT).read_text(encoding="utf-8"))
+        if values.pop("settings") != json.loads(json_text(settings)):
+            raise ValueError("its settings were edited")
+        if not (root / ITEMS).is_file():
+            raise ValueError(f"{ITEMS} is missing")
+        lines = (root / ITEMS).read_bytes()
+        if hashlib.sha256(lines).hexdigest() != values.pop(DIGEST):
+            raise ValueError(f"{ITEMS} was edited")
+        return Stored([Pair.from_dict(json.loads(line)) for line in lines.splitlines()], values)
+
+
+@contextmanager
+def damaged_results(root: Path) -> Iterator[None]:
+    """Turn whatever a damaged or edited file causes into one line that says what to do."""
     try:
-        lines = (root / ITEMS).read_text(encoding="utf-8").splitlines()
-        return Stored([Pair.from_dict(json.loads(line)) for line in lines], json.loads((root / RESULT).read_text()))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise EvaluationError(
             f"the results in {root} are damaged ({one_line(error)}); remove {RESULT}, and run the same command again"
         ) from None

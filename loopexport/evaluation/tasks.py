@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from loopexport.errors import EvaluationError, nearest, one_line
 from loopexport.files.digests import file_sha256
 
 ITEM_KEYS = "{prompt, choices, answer} or {prompt, answer}"
-OWN_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv")
+YAML_FILES = (".yaml", ".yml")
+OWN_FILES = (*YAML_FILES, ".py", ".json", ".jsonl", ".csv")
+SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_NEW_TOKENS = 64  # of an answer to an item without choices; it ends at the first line break
 
 
@@ -54,25 +57,75 @@ class TaskSource:
         """The tasks, as `TaskManager.load` of lm-evaluation-harness gives them: `tasks`, `groups` and `group_map`.
 
         Raises:
-            EvaluationError: a task cannot be loaded, as without the network that its data set needs.
+            EvaluationError: a task cannot be loaded, as without the network that its data set needs, or two have
+                one name.
         """
         manager = self._manager()
-        wanted: list[Any] = [*self.names, *([] if self.items is None else [items_task(self.items)])]
-        with _explained(self.names):
-            return dict(manager.load(wanted))
+        wanted: dict[str, Any] = {name: name for name in self.names}
+        if self.items is not None:
+            wanted[str(self.items)] = items_task(self.items)
+        loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "group_map": {}}
+        sources: dict[str, str] = {}
+        for source, task in wanted.items():
+            with _explained(source):
+                found = manager.load([task])
+            _check_new({*found["tasks"], *found["groups"]}, source, sources)
+            for kind, named in found.items():
+                loaded[kind] |= named
+        return loaded
 
     def digests(self) -> dict[str, str]:
-        """The sha256 of the user's own files, by name: items, task files, and the code and data beside them."""
-        files = [Path(name) for name in self.names if Path(name).is_file()]
-        files += [] if self.items is None else [self.items]
+        """The sha256 of the user's own files, by name: items, task files, and the code and data that these use."""
+        files = [] if self.items is None else [self.items]
+        for name in filter(_is_task_file, self.names):
+            files += _task_files(Path(name))
         if self.include_path is not None:
-            files += [path for path in self.include_path.rglob("*") if path.suffix in OWN_FILES and path.is_file()]
-        return {path.name: file_sha256(path) for path in sorted(files)}
+            own = [path for path in self.include_path.rglob("*") if path.suffix in OWN_FILES and path.is_file()]
+            files += [used for path in sorted(own) for used in _task_files(path)]
+        return _digests_by_name(files)
 
     def _manager(self):
         if self.include_path is not None and not self.include_path.is_dir():
             raise EvaluationError(f"no directory {self.include_path} of task files; give one with --include-path")
         return _index(self.include_path, include_defaults=bool(self.names))
+
+
+def _check_new(names: set[str], source: str, sources: dict[str, str]) -> None:
+    """Refuse a name that an earlier source gave a task, which lm-evaluation-harness would drop."""
+    for name in sorted(names & sources.keys()):
+        raise EvaluationError(
+            f"{sources[name]} and {source} both have a task or group {name}; give one of them, or rename one"
+        )
+    sources |= dict.fromkeys(names, source)
+
+
+def _is_task_file(name: str) -> bool:
+    return name.endswith(YAML_FILES) and _is_file(Path(name))
+
+
+def _task_files(path: Path) -> list[Path]:
+    """A file of a task, the files that its YAML names, and the code beside it, which its YAML may call."""
+    if path.suffix not in YAML_FILES:
+        return [path]
+    words = re.findall(r"[^\s'\"\[\]{},]+", path.read_text(encoding="utf-8", errors="replace"))
+    named = [place / word for word in dict.fromkeys(words) for place in (Path(), path.parent)]
+    return [path, *filter(_is_file, named), *sorted(path.parent.glob("*.py"))]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a word that is too long for a name
+        return False
+
+
+def _digests_by_name(files: Sequence[Path]) -> dict[str, str]:
+    """The digests, by the names without folders, which are the user's business; a second file of a name is numbered."""
+    digests: dict[str, str] = {}
+    for path in {path.resolve(): path for path in files}.values():
+        same = sum(name.split(" #")[0] == path.name for name in digests)
+        digests[f"{path.name} #{same + 1}" if same else path.name] = file_sha256(path)
+    return digests
 
 
 @lru_cache(maxsize=1)
@@ -123,7 +176,7 @@ def quiet_harness():
 
 
 def _check_name(name: str, index) -> None:
-    if name in index.all_tasks or (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
+    if name in index.all_tasks or _is_task_file(name):
         return
     near = nearest(name, tuple(index.all_tasks))
     hint = f"did you mean {near!r}?" if near else "list them with `lm_eval ls tasks`"
@@ -131,16 +184,20 @@ def _check_name(name: str, index) -> None:
 
 
 @contextmanager
-def _explained(names: Sequence[str]):
+def _explained(source: str):
     """Turn whatever a data set's loader raises into one line that says what to do."""
     try:
         yield
     except EvaluationError:
         raise
     except Exception as error:
+        remedy = (
+            "a task of the Hub needs the network once, and is then read from the cache of `datasets`"
+            if isinstance(error, OSError)
+            else "check its configuration and its data set, which may have no items"
+        )
         raise EvaluationError(
-            f"cannot load {', '.join(names) or 'the items'}: {type(error).__name__}: {one_line(error, 300)}; a task of "
-            "the Hub needs the network once, and is then read from the cache of `datasets`"
+            f"cannot load {source}: {type(error).__name__}: {one_line(error, 300)}; {remedy}"
         ) from error
 
 
@@ -199,7 +256,8 @@ def read_items(path: Path) -> list[dict]:
         EvaluationError: the file cannot be read, has no items, or a line is not an item.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # utf-8-sig: editors on Windows begin a file with a mark. Only a line break ends an item.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot read items from {path}: {one_line(error)}") from None
     items = [_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -217,23 +275,37 @@ def _item(line: str, place: str) -> dict:
         raise EvaluationError(f"{place} is not JSON; write one object in each line, {ITEM_KEYS}") from None
     if not isinstance(item, dict) or not isinstance(item.get("prompt"), str) or "answer" not in item:
         raise EvaluationError(f"{place} is not an item; an item is {ITEM_KEYS}")
-    if "choices" not in item:
-        if not isinstance(item["answer"], str):
-            raise EvaluationError(f"{place}: answer {item['answer']!r} must be text where there are no choices")
-        return {"prompt": item["prompt"], "answer": item["answer"].strip()}
-    choices = item["choices"]
-    if not _are_choices(choices):
+    if SURROGATE.search(json.dumps(item, ensure_ascii=False)):
+        raise EvaluationError(f"{place} has half of a character, such as \\ud800; write the whole character")
+    return _choice_item(item, place) if "choices" in item else _generation_item(item, place)
+
+
+def _generation_item(item: dict, place: str) -> dict:
+    prompt, answer = item["prompt"], item["answer"]
+    if not prompt:
+        raise EvaluationError(f"{place}: the prompt is empty; a model needs one to go on from")
+    if not isinstance(answer, str) or not answer.strip() or "\n" in answer.strip():
+        raise EvaluationError(
+            f"{place}: answer {answer!r} must be text of one line where there are no choices: the first line "
+            "that the model generates is compared with it"
+        )
+    return {"prompt": prompt, "answer": answer.strip()}
+
+
+def _choice_item(item: dict, place: str) -> dict:
+    prompt, choices = item["prompt"], item["choices"]
+    if not _are_choices(prompt, choices):
         raise EvaluationError(f"{place}: choices must be two or more different texts, none of them empty")
     return {
-        "prompt": item["prompt"],
-        "choices": [_spaced(item["prompt"], choice) for choice in choices],
+        "prompt": prompt,
+        "choices": [_spaced(prompt, choice) for choice in choices],
         "answer": _choice_index(item["answer"], choices, place),
     }
 
 
-def _are_choices(choices) -> bool:
+def _are_choices(prompt: str, choices) -> bool:
     texts = isinstance(choices, list) and all(isinstance(each, str) and each.strip() for each in choices)
-    return texts and len(set(choices)) == len(choices) > 1
+    return texts and len({_spaced(prompt, each) for each in choices}) == len(choices) > 1
 
 
 def _spaced(prompt: str, choice: str) -> str:

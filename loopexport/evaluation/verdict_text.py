@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from . import verdicts
 from .noise import Floor
 from .verdicts import BETTER, BOOTSTRAP, INCONCLUSIVE, TANGO, WORSE, Comparison
 
@@ -40,9 +41,11 @@ def sentence(row: Comparison) -> str:
             f"{row.verdict} by {size(row, row.difference)} "
             f"({100 * row.confidence:.0f} % interval {signed(row, row.low)} to {signed(row, row.high)})"
         )
+    if row.is_hopeless:
+        return f"{INCONCLUSIVE}: {_problems(row)} cannot show any difference, however large"
     if row.note:
         return f"{INCONCLUSIVE}: {row.note}"
-    shown = f"{_problems(row)} could have shown {size(row, row.smallest_difference)}"
+    shown = f"{_problems(row)} could have shown {can_show(row)}"
     if row.items_needed is None:
         return f"{INCONCLUSIVE}: {shown}; no difference was observed"
     observed = size(row, row.difference).split()[0]
@@ -66,9 +69,11 @@ def score(row: Comparison, value: float) -> str:
 
 
 def signed(row: Comparison, value: float) -> str:
-    """A difference with its sign; 0 has none."""
+    """A difference with its sign. Only 0 is shown as 0, so that an interval never seems to reach it."""
+    if value == 0:
+        return "0.0" if is_share(row) else "0"
     text = f"{100 * value:+.1f}" if is_share(row) else f"{value:+.3g}"
-    return text.lstrip("+-") if float(text) == 0 else text
+    return text if float(text) else f"{100 * value:+.1g}"
 
 
 def size(row: Comparison, value: float) -> str:
@@ -77,9 +82,14 @@ def size(row: Comparison, value: float) -> str:
     return f"{number} points" if is_share(row) else number
 
 
+def can_show(row: Comparison) -> str:
+    """The smallest difference that so many problems show."""
+    return "nothing" if row.is_hopeless else size(row, row.smallest_difference)
+
+
 def p_text(row: Comparison) -> str:
     """The p that the verdict uses."""
-    return f"{row.final_p:.3f}" if row.final_p >= 0.001 else "<0.001"
+    return verdicts.p_text(row.final_p)
 
 
 def holm_sentence(rows: Sequence[Comparison]) -> str:
@@ -130,6 +140,13 @@ def noise_sentence(row: Comparison) -> str:
     if row.flips_within_noise is None:
         return ""
     return f"{row.flips_within_noise} of {_count(row.gained + row.lost, 'flip')} within the base's own noise"
+
+
+def nan_sentence(row: Comparison) -> str:
+    """How many answers are NaN; empty if none is."""
+    counts = {"base": row.base_nan, "loop": row.loop_nan}
+    found = " and ".join(f"{_count(count, 'answer')} of the {name}" for name, count in counts.items() if count)
+    return f"NaN in place of {found}, counted as wrong: try dtype float32, or a milder loop" if found else ""
 
 
 def _listed(names: list[str]) -> str:

@@ -25,6 +25,7 @@ from .statistics import (
 
 BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
 TANGO, BOOTSTRAP = "tango", "bootstrap"
+FEWEST_BINARY, FEWEST_GRADED = 5, 6  # the least p of n problems is 0.5^n by mid-p, and 2 * 0.5^n by sign flips
 # Metrics where less is better: words in names of lm-evaluation-harness 0.4.13, and whole names.
 _LESS_IS_BETTER_WORDS = ("perplexity", "loss", "bits_per_byte", "brier", "nll", "bias")
 _LESS_IS_BETTER = ("ter", "wer", "cer", "mse", "mae", "rmse", "likelihood_diff", "pct_stereotype", "pct_male_preferred")
@@ -53,6 +54,7 @@ class Comparison:
         base_tokens, loop_tokens: mean number of generated tokens.
         base_truncated, loop_truncated: share of answers cut at the limit of tokens.
         flips_within_noise: problems that flipped by less than the noise of the base itself; None if not known.
+        base_nan, loop_nan: number of answers that are NaN, which count as wrong.
     """
 
     name: str
@@ -81,11 +83,18 @@ class Comparison:
     base_truncated: float
     loop_truncated: float
     flips_within_noise: int | None
+    base_nan: int = 0
+    loop_nan: int = 0
 
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval leaves out "no difference"."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether so few problems give p above 0.05 even if all of them favour one side."""
+        return self.n < (FEWEST_BINARY if self.method == TANGO else FEWEST_GRADED)
 
     @property
     def final_p(self) -> float:
@@ -125,7 +134,7 @@ def compare_pairs(
         for name, names in (groups or {}).items()
         for metric, members in _pool(name, names, tasks).items()
     ]
-    return [*_judge(rows), *_judge(totals)]
+    return [*judge(rows, "tasks"), *judge(totals, "groups")]
 
 
 def _pairs_by_task(pairs: Iterable[Pair]) -> dict[tuple[str, str], list[Pair]]:
@@ -217,6 +226,8 @@ def _compare(name: str, metric: str, is_group: bool, pairs: list[Pair], noise: f
         **_lengths("base", [pair.base for pair in pairs]),
         **_lengths("loop", [pair.loop for pair in pairs]),
         flips_within_noise=None if noise is None else flips_within_noise(pairs, noise),
+        base_nan=sum(pair.base.is_nan for pair in pairs),
+        loop_nan=sum(pair.loop.is_nan for pair in pairs),
     )
 
 
@@ -238,12 +249,17 @@ def _lengths(name: str, answers: list[Answer]) -> dict[str, float]:
     }
 
 
-def _judge(rows: list[Comparison]) -> list[Comparison]:
-    """Adjust p among the rows, and give each its verdict."""
+def judge(rows: list[Comparison], kind: str) -> list[Comparison]:
+    """Adjust p among the rows, and give each its verdict.
+
+    Args:
+        rows: all that were compared.
+        kind: of rows, for the note: "tasks", "groups" or "loops".
+    """
     if len(rows) > 1:
         adjusted = holm([row.p for row in rows])
         rows = [replace(row, p_holm=p) for row, p in zip(rows, adjusted, strict=True)]
-    return [replace(row, verdict=_verdict(row), note=_note(row, len(rows))) for row in rows]
+    return [replace(row, verdict=_verdict(row), note=_note(row, f"{len(rows)} {kind}")) for row in rows]
 
 
 def _verdict(row: Comparison) -> str:
@@ -252,13 +268,20 @@ def _verdict(row: Comparison) -> str:
     return BETTER if row.difference > 0 else WORSE
 
 
-def _note(row: Comparison, rows: int) -> str:
+def p_text(p: float) -> str:
+    """p with three digits, and more where these would put it on the other side of 0.05."""
+    if p < 0.001:
+        return "<0.001"
+    texts = (f"{p:.{digits}f}" for digits in range(3, 10))
+    return next((text for text in texts if (float(text) <= ALPHA) == (p <= ALPHA)), ">0.050")
+
+
+def _note(row: Comparison, rows: str) -> str:
     """Why the verdict does not follow the interval alone, or p alone."""
     if row.excludes_zero and row.p > ALPHA:
-        return f"the interval excludes 0, but p = {row.p:.3f} is above 0.05"
+        return f"the interval excludes 0, but p = {p_text(row.p)} is above 0.05"
     if row.excludes_zero and row.final_p > ALPHA:
-        kind = "groups" if row.is_group else "tasks"
-        return f"the interval excludes 0, but with {rows} {kind} compared p becomes {row.final_p:.3f} (Holm)"
+        return f"the interval excludes 0, but with {rows} compared p becomes {p_text(row.final_p)} (Holm)"
     if not row.excludes_zero and row.final_p <= ALPHA:
-        return f"p = {row.final_p:.3f}, but the interval includes 0"
+        return f"p = {p_text(row.final_p)}, but the interval includes 0"
     return ""

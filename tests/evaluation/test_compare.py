@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -151,6 +152,16 @@ def test_an_edited_file_of_items_is_another_setting(base, tmp_path):
         plan_compare(base, MILD, items=path, out=tmp_path / "out", **CPU)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+def test_an_edited_file_of_the_model_is_another_setting(base, items, tmp_path, name):
+    model = shutil.copytree(base, tmp_path / "base")
+    plan = plan_compare(model, MILD, items=items, **CPU)
+    file = model / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), "edited": True}) if file.exists() else "{}")
+    edited = plan_compare(model, MILD, items=items, **CPU)
+    assert {key for key in plan.settings if plan.settings[key] != edited.settings[key]} == {"model_files"}
+
+
 def test_batches_are_halved_when_memory_runs_out(base, items, monkeypatch):
     from lm_eval.models.huggingface import HFLM
 
@@ -176,6 +187,79 @@ def test_batches_are_halved_when_memory_runs_out(base, items, monkeypatch):
     model = arms.Model(base, "hf", {}, batch_size=1)
     with pytest.raises(EvaluationError, match="one item in a batch"):
         model.halve()
+
+
+def test_nan_is_said_and_never_a_gain(base, items, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    from loopexport.cli.comparison_text import comparison_lines
+
+    forward = HFLM._model_call
+
+    def overflowing(self, inputs, **kwargs):
+        return forward(self, inputs, **kwargs) * (float("nan") if self.model.config.loop_steps > 1 else 1)
+
+    monkeypatch.setattr(HFLM, "_model_call", overflowing)
+    result = plan_compare(base, MILD, items=items, **CPU).run()
+    [row] = result.comparisons
+    assert (row.loop, row.gained, row.base_nan, row.loop_nan) == (0, 0, 0, 30)
+    assert "NaN in place of 30 answers of the loop, counted as wrong" in "\n".join(comparison_lines([row], None))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": "f1"}, "has no metric 'f1'"),
+        ({"metric": "acc,strict"}, "with filter none"),
+        ({"seeds": (1, 2)}, "no task that samples"),
+        ({"chat_template": True}, "chat template"),
+    ],
+)
+def test_what_cannot_be_scored_shows_before_the_loop_answers(base, items, monkeypatch, change, message):
+    from loopexport.evaluation.arms import Model
+
+    asked = []
+    use = Model.use
+    monkeypatch.setattr(Model, "use", lambda self, arm: asked.append(arm.name) or use(self, arm))
+    with pytest.raises(EvaluationError, match=message):
+        plan_compare(base, MILD, items=items, **{**CPU, **change}).run()
+    assert "loop" not in asked
+
+
+def test_an_error_of_the_model_is_one_line_with_its_arm(base, items, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    def fail(self, inputs, **kwargs):
+        raise RuntimeError("probability tensor contains nan\nsecond line")
+
+    monkeypatch.setattr(HFLM, "_model_call", fail)
+    with pytest.raises(EvaluationError, match=r"base cannot answer: probability tensor.*float32") as error:
+        plan_compare(base, MILD, items=items, **CPU).run()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_args": {"pretrained": "another/model"}}, "cannot set 'pretrained'.*leave it out"),
+        ({"model_args": {"peft": "adapter"}}, "would load another model"),
+        ({"model_args": {"batch_size": 2}}, "--batch-size"),
+        ({"model_args": {"x": {1}}}, "must have only text, finite numbers"),
+        ({"generation": {"temperature": float("nan")}}, "must have only text, finite numbers"),
+        ({"batch_size": "\u00b2"}, "must be auto or a number"),
+    ],
+)
+def test_refuses_settings_of_another_model_or_without_a_record(base, items, change, message):
+    with pytest.raises(EvaluationError, match=message):
+        plan_compare(base, MILD, items=items, **{**CPU, **change})
+
+
+def test_only_what_samples_is_asked_with_several_seeds(base, tmp_path):
+    """lm-evaluation-harness generates greedily for do_sample=false, whatever the temperature."""
+    path = tmp_path / "generated.jsonl"
+    path.write_text(json.dumps({"prompt": "it is", "answer": "1"}) + "\n")
+    with pytest.raises(EvaluationError, match="no task that samples"):
+        plan_compare(base, MILD, items=path, seeds=(1, 2), generation={"temperature": 1.0}, **CPU).run()
 
 
 def test_generated_answers_count_tokens_and_truncation(base, tmp_path):

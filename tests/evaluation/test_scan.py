@@ -249,3 +249,32 @@ def test_damaged_result_is_refused(plan, tmp_path):
     (tmp_path / "scan.json").write_text('{"cells": 3}')
     with pytest.raises(EvaluationError, match=r"scan\.json is damaged"):
         ready.run()
+
+
+@pytest.mark.parametrize("change", [{"recommended": "8:12 K=3"}, {"cells": []}, {"shared": "x"}, {"settings": {}}])
+def test_edited_result_is_refused(plan, tmp_path, change):
+    scan = plan(out=tmp_path)
+    result = scan.run()
+    path = tmp_path / "scan.json"
+    values = json.loads(path.read_text())
+    assert plan(out=tmp_path).run().to_dict() == result.to_dict()
+    path.write_text(json.dumps({**values, **change}))
+    with pytest.raises(EvaluationError, match=r"scan\.json is damaged \(it was edited\)"):
+        plan(out=tmp_path).run()
+
+
+def test_a_loop_of_nan_is_said_and_not_recommended(plan, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    from loopexport.cli.scan_text import scan_lines
+
+    forward = HFLM._model_call
+
+    def overflowing(self, inputs, **kwargs):
+        return forward(self, inputs, **kwargs) * (float("nan") if self.model.config.loop_steps > 1 else 1)
+
+    monkeypatch.setattr(HFLM, "_model_call", overflowing)
+    result = plan().run()
+    assert result.recommended is None
+    assert all(each.selection.gained == 0 for each in result.cells)
+    assert any(line.startswith("NaN in place of answers, counted as wrong: ") for line in scan_lines(result))

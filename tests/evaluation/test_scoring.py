@@ -56,6 +56,16 @@ def test_loss_is_no_verdict():
         choose_metric(a_task("word_perplexity", higher=False), [a_sample(word_perplexity=3.0)], None)
 
 
+def test_nan_is_no_answer():
+    """The harness takes the first choice where all are NaN, so that a broken model would get points for it."""
+    nan = float("nan")
+    broken = a_sample(acc=1.0, filtered_resps=[(nan, False), (nan, False)])
+    answer = answer_of(a_task("acc"), broken, Metric("acc", "none"), len)
+    assert (answer.score, answer.is_nan) == (0.0, True)
+    assert "NaN" in answer.text
+    assert not answer_of(a_task("acc"), a_sample(), Metric("acc", "none"), len).is_nan
+
+
 def test_the_chosen_choice_is_the_metrics():
     assert answer_of(a_task("acc"), a_sample(), Metric("acc", "none"), len).text == "b"
     assert answer_of(a_task("acc"), a_sample(), Metric("acc_norm", "none"), len).text == "a long choice"

@@ -18,6 +18,7 @@ from loopexport.evaluation.selection import (
     recommended,
     split_items,
 )
+from loopexport.evaluation.verdict_text import sentence
 from loopexport.evaluation.verdicts import BETTER, INCONCLUSIVE, WORSE
 from support.answer_pairs import make_pair, make_task
 
@@ -96,8 +97,16 @@ def test_p_is_adjusted_for_all_finalists():
     alone = judge_finalists({"a": compared(8, 1, 21)})
     three = judge_finalists({"a": compared(8, 1, 21), "b": compared(5, 4, 21), "c": compared(4, 5, 21)})
     assert alone["a"].verdict == BETTER
-    assert three["a"].p_holm == pytest.approx(3 * alone["a"].p_holm)
+    assert three["a"].p_holm == pytest.approx(3 * alone["a"].p)
     assert (three["a"].verdict, recommended(three)) == (INCONCLUSIVE, None)
+
+
+def test_a_finalist_that_holm_rejects_says_so():
+    """Else it would ask for fewer items than it had."""
+    judged = judge_finalists({name: compared(14, 2, 84) for name in range(40)})
+    for each in judged.values():
+        assert each.items_needed <= each.n
+        assert sentence(each).startswith("inconclusive: the interval excludes 0, but with 40 loops compared p becomes")
 
 
 def test_best_of_the_better_is_recommended_and_a_worse_one_never():

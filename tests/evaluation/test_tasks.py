@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from loopexport import EvaluationError
+from loopexport.evaluation import tasks
 from loopexport.evaluation.tasks import TaskSource, read_items
 
 pytest.importorskip("lm_eval")
@@ -69,6 +71,11 @@ CHOICE = {"prompt": "p", "choices": ["a", "b"], "answer": 0}
         ([{"prompt": "p", "choices": ["a", "b"]}], "line 1 is not an item"),
         ([{"prompt": 3, "answer": "a"}], "line 1 is not an item"),
         ([{"prompt": "p", "answer": 3}], "answer 3 must be text"),
+        ([{"prompt": "p", "answer": " "}], "answer ' ' must be text of one line"),
+        ([{"prompt": "p", "answer": "a\nb"}], "must be text of one line"),
+        ([{"prompt": "", "answer": "a"}], "line 1: the prompt is empty"),
+        (['{"prompt": "\\ud800", "answer": "a"}'], "line 1 has half of a character"),
+        ([{**CHOICE, "choices": ["a", " a"]}], "two or more different texts"),
         ([{**CHOICE, "choices": ["a"]}], "two or more different texts"),
         ([{**CHOICE, "choices": ["a", "a"]}], "two or more different texts"),
         ([{**CHOICE, "choices": ["a", " "]}], "two or more different texts"),
@@ -126,7 +133,7 @@ def test_runs_the_users_own_yaml(tmp_path, monkeypatch):
     task_file.write_text(YAML.format(items=items))
     source = TaskSource((str(task_file),))
     source.check()
-    assert source.digests().keys() == {"own.yaml"}
+    assert source.digests().keys() == {"own.yaml", items.name}
     [task] = source.load()["tasks"].values()
     assert [metric["metric"] for metric in task.config.metric_list] == ["acc", "acc_norm"]
 
@@ -134,3 +141,47 @@ def test_runs_the_users_own_yaml(tmp_path, monkeypatch):
 def test_refuses_a_missing_directory_of_tasks(tmp_path):
     with pytest.raises(EvaluationError, match="no directory"):
         TaskSource(("arc_easy",), include_path=tmp_path / "missing").check()
+
+
+def test_a_line_break_ends_an_item_and_nothing_else_does(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(
+        '\ufeff{"prompt": "a\u2028b\x85c", "answer": "d"}\r\n\n{"prompt": "e", "answer": "f"}', encoding="utf-8"
+    )
+    assert [item["prompt"] for item in read_items(path)] == ["a\u2028b\x85c", "e"]
+
+
+def test_refuses_two_tasks_of_one_name(tmp_path, monkeypatch):
+    """lm-evaluation-harness would run the last one and say nothing."""
+    monkeypatch.setattr(TaskSource, "_manager", lambda self: tasks._index(None, include_defaults=False))
+    items = file_of(tmp_path, {**CHOICE, "answer": "a"})
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.yaml").write_text(YAML.format(items=items))
+    one, two = (str(tmp_path / folder / "own.yaml") for folder in ("one", "two"))
+    same = Path(shutil.copy(items, tmp_path / "sums.jsonl"))
+    assert TaskSource((one, one)).load()["tasks"].keys() == {"sums"}
+    for source in (TaskSource((one, two)), TaskSource((one,), items=same)):
+        with pytest.raises(EvaluationError, match="both have a task or group sums; give one of them, or rename one"):
+            source.load()
+
+
+def test_an_edit_of_any_file_of_a_task_is_another_digest(tmp_path):
+    """Also where two files have one name, or only the task's YAML names a file."""
+    files = ["own.yaml", "included.yaml", "utils.py", "data.jsonl", "sub/utils.py", "sub/own.yaml"]
+    (tmp_path / "sub").mkdir()
+    for name in files:
+        (tmp_path / name).write_text("1")
+    (tmp_path / "own.yaml").write_text(f"include: included.yaml\ndata_files: {{test: '{tmp_path}/data.jsonl'}}\n")
+    (tmp_path / "notes.txt").write_text("1")
+    by_path = TaskSource((str(tmp_path / "own.yaml"), str(tmp_path / "sub" / "own.yaml")))
+    by_folder = TaskSource(include_path=tmp_path)
+    before = by_path.digests(), by_folder.digests()
+    assert len(before[0]) == len(before[1]) == len(files)
+    for name in files:
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "# edited")
+        after = by_path.digests(), by_folder.digests()
+        assert all(ours != theirs for ours, theirs in zip(before, after, strict=True)), name
+        before = after
+    (tmp_path / "notes.txt").write_text("2")
+    assert (by_path.digests(), by_folder.digests()) == before

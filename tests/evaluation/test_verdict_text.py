@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loopexport.cli.comparison_text import comparison_lines
 from loopexport.evaluation.items import Answer
 from loopexport.evaluation.noise import Floor
 from loopexport.evaluation.verdict_text import headline, method_sentence, sentence, signed
-from loopexport.evaluation.verdicts import compare_pairs
+from loopexport.evaluation.verdicts import compare_pairs, p_text
 from support.answer_pairs import make_pair, make_task
 
 
@@ -27,6 +29,9 @@ def row_of(*counts):
         ),
         ((5, 5, 1000), "inconclusive: 1,000 items could have shown 0.9 points; no difference was observed"),
         ((4, 0, 200), "inconclusive: the interval excludes 0, but p = 0.062 is above 0.05"),
+        ((4, 0, 4), "inconclusive: 4 items cannot show any difference, however large"),
+        ((0, 1, 1), "inconclusive: 1 item cannot show any difference, however large"),
+        ((12, 4, 1000), "better by 0.8 points (95 % interval +0.02 to +1.7)"),
     ],
 )
 def test_sentence_of_a_row(counts, text):
@@ -62,6 +67,43 @@ def test_scores_beyond_1_are_not_points():
     row = compare_pairs([make_pair(40 + i % 3, 42 + i % 2, i, metric="bleu") for i in range(40)])[0]
     assert "points" not in sentence(row)
     assert signed(row, -0.0001234) == "-0.000123"
+    assert signed(row, 0) == "0"
+
+
+def test_as_few_items_as_can_show_anything():
+    for verdict, items in (("inconclusive", 4), ("better", 5)):
+        row = row_of(items, 0, items)
+        assert (row.verdict, row.is_hopeless) == (verdict, verdict == "inconclusive")
+        [graded] = compare_pairs([make_pair(0.25 + i / 100, 0.5, i) for i in range(items + 1)])
+        assert (graded.verdict, graded.is_hopeless) == (verdict, verdict == "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (0.0499, "0.050"),
+        (0.05, "0.050"),
+        (0.0504, "0.0504"),
+        (0.050003, "0.050003"),
+        (0.05 + 1e-12, ">0.050"),
+        (0.000999, "<0.001"),
+        (1.0, "1.000"),
+    ],
+)
+def test_p_is_shown_on_its_side_of_the_threshold(p, text):
+    assert p_text(p) == text
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 4000))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_what_is_shown_contradicts_no_verdict(gained, lost, others):
+    row = row_of(gained, lost, gained + lost + others)
+    low, high, difference = (float(signed(row, value)) for value in (row.low, row.high, row.difference))
+    assert (low > 0 or high < 0) == row.excludes_zero
+    assert (difference == 0) == (row.difference == 0)
+    assert low <= difference <= high
+    if row.verdict == "inconclusive" and row.items_needed is not None and not row.note and not row.is_hopeless:
+        assert row.items_needed > row.n
 
 
 def test_method_sentence_names_what_was_used():
