@@ -124,15 +124,15 @@ task_options = combine(
     ),
     option(TASKS, "--allow-code", is_flag=True, help="Run tasks that execute the code that the models write."),
 )
+backend_option = option(
+    ENGINE,
+    "--backend",
+    type=Words(get_args(Backend)),
+    default="hf",
+    show_default=True,
+    help="hf: base and loop are one model in memory. vllm: one engine after the other.",
+)
 engine_options = combine(
-    option(
-        ENGINE,
-        "--backend",
-        type=Words(get_args(Backend)),
-        default="hf",
-        show_default=True,
-        help="hf: base and loop are one model in memory. vllm: one engine after the other.",
-    ),
     option(ENGINE, "--device", help="Such as cuda:0, mps or cpu.  [default: an accelerator if there is one]"),
     option(ENGINE, "--dtype", default="auto", show_default=True, help="Such as bfloat16; auto is the checkpoint's."),
     option(
@@ -150,12 +150,12 @@ engine_options = combine(
         metavar="NAME=VALUE,...",
         help="More settings of lm-evaluation-harness's model, such as parallelize=true or tensor_parallel_size=2.",
     ),
-    option(
-        ENGINE,
-        "--trust-remote-code",
-        is_flag=True,
-        help="Run an export's code that differs from the installed LoopExport's.",
-    ),
+)
+trust_option = option(
+    ENGINE,
+    "--trust-remote-code",
+    is_flag=True,
+    help="Run an export's code that differs from the installed LoopExport's.",
 )
 results_option = option(
     OUTPUT,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loopexport.evaluation.comparison import ComparePlan
+from loopexport.evaluation.arms import BASE
+from loopexport.evaluation.comparison import LOOP, ComparePlan
 from loopexport.evaluation.subject import Subject
 from loopexport.evaluation.tasks import TaskSource
 from loopexport.loop.wording import describe_layers, describe_rule, describe_span
@@ -33,3 +34,8 @@ def tasks_line(tasks: TaskSource, limit: int | None) -> str:
     """The tasks by name, and how many items of each."""
     names = ", ".join([*tasks.names, *([] if tasks.items is None else [tasks.items.name])])
     return f"Tasks    {names}; {'all items' if limit is None else f'the first {limit} items of each'}"
+
+
+def time_line(seconds: dict[str, float]) -> str:
+    """How long base and loop took."""
+    return f"The base took {seconds[BASE]:.1f} s and the loop {seconds[LOOP]:.1f} s, without loading."

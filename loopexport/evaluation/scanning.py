@@ -9,7 +9,7 @@ from typing import Any
 
 from loopexport._keywords import suggest_keywords
 from loopexport.base.download import find_checkpoint
-from loopexport.choices import Backend, DecodeMode, KvPolicy, Mode, RuleName
+from loopexport.choices import DecodeMode, KvPolicy, Mode, RuleName
 from loopexport.errors import EvaluationError
 from loopexport.export.directory import is_export
 
@@ -50,7 +50,6 @@ def plan_scan(
     generation: Mapping[str, Any] | None = None,
     allow_code: bool = False,
     seeds: Sequence[int] = (1234,),
-    backend: Backend = "hf",
     batch_size: str | int = "auto",
     dtype: str = "auto",
     device: str | None = None,
@@ -92,7 +91,6 @@ def plan_scan(
         generation: settings of generation on top of each task's own, such as `{"do_sample": True}`.
         allow_code: run tasks that execute generated code.
         seeds: of sampled generation; several seeds of an item count as one problem.
-        backend: "hf"; a scan needs one load for all loops.
         batch_size: rows of a forward; "auto" starts large. It is halved whenever memory runs out.
         dtype: of the model, such as "bfloat16"; "auto" is the checkpoint's.
         device: such as "cuda:0"; None for an accelerator if there is one.
@@ -105,8 +103,6 @@ def plan_scan(
     Raises:
         LoopExportError: something is wrong; the message says what to do.
     """
-    if backend != "hf":
-        raise EvaluationError(f"backend {backend!r}: a scan needs one load for all loops, as hf has; use compare")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise EvaluationError("a scan runs in one process; start it without accelerate launch or torchrun")
     _check_numbers(test_share, finalists, max_evaluations, max_hours)
@@ -207,7 +203,6 @@ def scan(
     generation: Mapping[str, Any] | None = None,
     allow_code: bool = False,
     seeds: Sequence[int] = (1234,),
-    backend: Backend = "hf",
     batch_size: str | int = "auto",
     dtype: str = "auto",
     device: str | None = None,
@@ -250,7 +245,6 @@ def scan(
         generation: settings of generation on top of each task's own, such as `{"do_sample": True}`.
         allow_code: run tasks that execute generated code.
         seeds: of sampled generation; several seeds of an item count as one problem.
-        backend: "hf"; a scan needs one load for all loops.
         batch_size: rows of a forward; "auto" starts large. It is halved whenever memory runs out.
         dtype: of the model, such as "bfloat16"; "auto" is the checkpoint's.
         device: such as "cuda:0"; None for an accelerator if there is one.
@@ -291,7 +285,6 @@ def scan(
         generation=generation,
         allow_code=allow_code,
         seeds=seeds,
-        backend=backend,
         batch_size=batch_size,
         dtype=dtype,
         device=device,

@@ -217,7 +217,6 @@ def test_results_of_other_settings_are_refused(plan, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "vllm"}, "one load for all loops"),
         ({"test_share": 1.0}, "test share 1 must be between 0 and 1"),
         ({"finalists": 0}, "finalists 0 must be"),
         ({"max_evaluations": 0}, "too small for one loop"),

@@ -17,7 +17,9 @@ from loopexport.cli.progress import AnswerBar
 @click.argument("model", metavar="MODEL_OR_EXPORT", shell_complete=options.complete_directory)
 @options.loop_options
 @evaluation_options.task_options
+@evaluation_options.backend_option
 @evaluation_options.engine_options
+@evaluation_options.trust_option
 @options.adapter_option
 @options.base_revision_option
 @evaluation_options.results_option
@@ -33,7 +35,7 @@ def compare(model, spec_file, save, dry_run, as_json, **given) -> None:
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # of other libraries; ours is drawn all the same
     from loopexport.cli.comparison_text import comparison_lines
-    from loopexport.cli.evaluation_text import compare_plan_lines
+    from loopexport.cli.evaluation_text import compare_plan_lines, time_line
     from loopexport.evaluation.comparison import plan_compare
     from loopexport.evaluation.settings import process_rank
     from loopexport.export.directory import is_export
@@ -60,6 +62,6 @@ def compare(model, spec_file, save, dry_run, as_json, **given) -> None:
     if as_json:
         echo_json(result.to_dict())
         return
-    echo_lines(comparison_lines(result.comparisons, result.floor))
+    echo_lines([*comparison_lines(result.comparisons, result.floor), time_line(result.seconds)])
     if plan.out is not None:
         echo_line(f"Wrote {plan.out}/report.html")

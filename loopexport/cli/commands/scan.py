@@ -22,7 +22,7 @@ from loopexport.cli.progress import AnswerBar
 @evaluation_options.results_option
 @options.dry_run_option
 @options.json_option
-def scan(model, dry_run, as_json, trust_remote_code, **given) -> None:
+def scan(model, dry_run, as_json, **given) -> None:
     """Try every loop of a grid on MODEL, a base, and test the best on items of their own.
 
     The items are split once, by a hash of each. All loops are ranked on the selection part; the best few answer the
@@ -33,8 +33,6 @@ def scan(model, dry_run, as_json, trust_remote_code, **given) -> None:
     from loopexport.cli.scan_text import scan_lines, scan_plan_lines
     from loopexport.evaluation.scanning import plan_scan
 
-    if trust_remote_code:
-        raise click.UsageError("--trust-remote-code is for exports, and a scan takes a base; leave it out")
     plan = plan_scan(model, dry_run=dry_run, **given)
     if not as_json:
         echo_lines(scan_plan_lines(plan))
