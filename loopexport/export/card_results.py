@@ -6,7 +6,7 @@ import re
 
 from loopexport.loop.wording import describe_span
 
-from .foreign_text import markdown_code, markdown_text
+from .foreign_text import markdown_code, markdown_text, printable
 from .results_file import RESULTS, Measured, RecordedResult, TaskResult
 
 NOT_MEASURED = """\
@@ -38,7 +38,7 @@ def model_index(name: str, results: tuple[RecordedResult, ...]) -> dict:
     Source: the Hub accepts only word characters, dots and hyphens as the type of a dataset.
     """
     entries = [_index_entry(result, task) for result, task in _rows(results)]
-    return {MODEL_INDEX: [{"name": f"{name.rsplit('/', 1)[-1]}, looped", "results": entries}]} if entries else {}
+    return {MODEL_INDEX: [{"name": f"{printable(name.rsplit('/', 1)[-1])}, looped", "results": entries}]} if entries else {}
 
 
 def _rows(results: tuple[RecordedResult, ...]) -> list[tuple[RecordedResult, TaskResult]]:

@@ -9,9 +9,15 @@ import json
 import re
 
 MAX_CHARS = 200
+REPLACEMENT = "\ufffd"
 
 # Words joined by single marks, without any character or pattern (such as www.) that Markdown gives a meaning.
 _ORDINARY = re.compile(r"[A-Za-z0-9]+(([ _/+-]|\.(?=[0-9]))[A-Za-z0-9]+)*")
+
+
+def printable(text: str) -> str:
+    """The text on one line: each character that does not print becomes a replacement character."""
+    return "".join(char if char.isprintable() else REPLACEMENT for char in text)
 
 
 def markdown_text(text: str) -> str:
@@ -22,7 +28,7 @@ def markdown_text(text: str) -> str:
 def markdown_code(text: str) -> str:
     """Markdown for text as code, in a sentence or a cell of a table; at most `MAX_CHARS` characters of it."""
     # Markdown implementations do not agree on how to write a pipe in a cell.
-    line = "".join(char if char.isprintable() and char != "|" else "\ufffd" for char in text[:MAX_CHARS])
+    line = printable(text[:MAX_CHARS]).replace("|", REPLACEMENT)
     ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if not line.strip() or line[0] in "` " or line[-1] in "` " else ""
     return f"{ticks}{space}{line}{space}{ticks}"

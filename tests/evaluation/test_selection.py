@@ -117,6 +117,11 @@ def test_best_of_the_better_is_recommended_and_a_worse_one_never():
     assert recommended({}) is None
 
 
+@pytest.fixture(autouse=True)
+def _quick_statistics(monkeypatch):
+    monkeypatch.setattr("gc.collect", lambda: 0)  # statsmodels calls it for each p
+
+
 def simulated(dice: random.Random, gains: dict[int, float], count: int, cells) -> dict[str, object]:
     """Cells whose answers differ from the base's by chance; `gains` adds right answers to some."""
     base = [float(dice.random() < 0.5) for _ in range(count)]
@@ -138,8 +143,7 @@ def one_scan(dice, gains) -> tuple[str | None, bool]:
     return recommended(test), any(each.verdict == BETTER for each in selection.values())
 
 
-def test_scans_over_noise_recommend_nothing(monkeypatch):
-    monkeypatch.setattr("gc.collect", lambda: 0)  # statsmodels calls it for each p
+def test_scans_over_noise_recommend_nothing():
     outcomes = [one_scan(random.Random(seed), {}) for seed in range(100)]
     assert sum(name is None for name, _ in outcomes) >= 95
     assert sum(fooled for _, fooled in outcomes) > 5  # who chooses and tests on the same items is fooled

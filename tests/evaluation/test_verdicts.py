@@ -19,9 +19,10 @@ from support.answer_pairs import make_pair, make_task, swap
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _few_resamples():
+def _quick_statistics():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "RESAMPLES", 999)
+        patch.setattr("gc.collect", lambda: 0)  # statsmodels calls it for each p
         yield
 
 
