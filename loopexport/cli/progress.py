@@ -1,7 +1,8 @@
-"""A progress bar for bytes, on stderr."""
+"""Progress bars, on stderr."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -38,6 +39,19 @@ class ByteBar:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def silence_other_bars() -> None:
+    """Switch off the bars of other libraries: tqdm reads its environment once, when it is imported."""
+    given = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        import tqdm  # noqa: F401
+    finally:
+        if given is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = given
 
 
 class AnswerBar:

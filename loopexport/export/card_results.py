@@ -38,7 +38,11 @@ def model_index(name: str, results: tuple[RecordedResult, ...]) -> dict:
     Source: the Hub accepts only word characters, dots and hyphens as the type of a dataset.
     """
     entries = [_index_entry(result, task) for result, task in _rows(results)]
-    return {MODEL_INDEX: [{"name": f"{printable(name.rsplit('/', 1)[-1])}, looped", "results": entries}]} if entries else {}
+    return (
+        {MODEL_INDEX: [{"name": f"{printable(name.rsplit('/', 1)[-1])}, looped", "results": entries}]}
+        if entries
+        else {}
+    )
 
 
 def _rows(results: tuple[RecordedResult, ...]) -> list[tuple[RecordedResult, TaskResult]]:

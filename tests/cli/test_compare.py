@@ -116,3 +116,18 @@ def test_foreign_code_is_not_run(export, items):
     assert result.exit_code == 1
     assert "modeling_looped.py" in result.stderr
     assert "--trust-remote-code" in result.stderr
+
+
+def test_own_bar_alone_is_drawn_and_the_environment_stays(base, items):
+    import os
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "loopexport", "compare", base, *LOOP, "--items", items, *COMPUTE]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "answers:" in done.stderr
+    assert "Tokenizing" not in done.stderr
+    assert "Loading weights" not in done.stderr
+    run("compare", base, *LOOP, "--items", items, "--dry-run", *COMPUTE)
+    assert "TQDM_DISABLE" not in os.environ

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -10,7 +9,7 @@ import click
 from loopexport.cli import evaluation_options, options
 from loopexport.cli.groups import GroupedCommand
 from loopexport.cli.output import echo_json, echo_line, echo_lines, echo_note
-from loopexport.cli.progress import AnswerBar
+from loopexport.cli.progress import AnswerBar, silence_other_bars
 
 
 @click.command(cls=GroupedCommand, short_help="Measure on tasks whether a loop is better than its base.")
@@ -33,7 +32,7 @@ def compare(model, spec_file, save, dry_run, as_json, **given) -> None:
     those of lm-evaluation-harness (pip install 'loopexport[eval]'), or a file of your own items. The exit status is 0
     whatever the verdict.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # of other libraries; ours is drawn all the same
+    silence_other_bars()
     from loopexport.cli.comparison_text import comparison_lines
     from loopexport.cli.evaluation_text import compare_plan_lines, time_line
     from loopexport.evaluation.comparison import plan_compare

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from loopexport.cli import evaluation_options, options, scan_options
 from loopexport.cli.groups import GroupedCommand
 from loopexport.cli.output import echo_json, echo_line, echo_lines
-from loopexport.cli.progress import AnswerBar
+from loopexport.cli.progress import AnswerBar, silence_other_bars
 
 
 @click.command(cls=GroupedCommand, short_help="Try many loops of a base, and test the best.")
@@ -29,7 +27,7 @@ def scan(model, dry_run, as_json, **given) -> None:
     test part. A loop is recommended only if it is better there, with p adjusted by Holm for the number of loops tested.
     If none is, no loop is recommended, and the exit status is 0 all the same. Several tasks count as one pool of items.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # of other libraries; ours is drawn all the same
+    silence_other_bars()
     from loopexport.cli.scan_text import scan_lines, scan_plan_lines
     from loopexport.evaluation.scanning import plan_scan
 
