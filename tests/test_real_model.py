@@ -205,6 +205,20 @@ def test_several_steps_example_runs(small_looped):
     assert lines[-1].startswith("weights written: 0 bytes")
 
 
+CAPITALS = EXAMPLES / "items" / "capitals.jsonl"
+
+
+def test_loop_that_destroys_the_model_is_worse_and_one_step_is_nothing(base):
+    pytest.importorskip("lm_eval")
+    settings = {"items": CAPITALS, "limit": 40, "device": "cpu", "dtype": "float32", "batch_size": 16}
+    naive, one = loopexport.LoopSpec(span=(5, 25), steps=4, damping=1.0), loopexport.LoopSpec(span=(5, 25), steps=1)
+    [row] = loopexport.compare(base, naive, **settings).comparisons
+    assert (row.n, row.verdict) == (40, "worse")
+    assert row.base > 0.8
+    [row] = loopexport.compare(base, one, **settings).comparisons
+    assert (row.base > 0.8, row.difference, row.gained, row.lost) == (True, 0, 0, 0)
+
+
 def test_no_example_is_left_out():
     run_here = {"answer.py", "quickstart.sh", "loop_from_python.py", "change_steps.py", "lora.py"}
     run_here |= {"onnx_generate.py", "onnx_genai.py", "onnx_steps.py"}

@@ -35,7 +35,7 @@ class Arm:
     @property
     def key(self) -> str:
         """What distinguishes its answers from those of other arms of the same model."""
-        return BASE if self.spec.is_identity else json.dumps(self.spec.to_config_fields(), sort_keys=True)
+        return BASE if self.name == BASE else json.dumps(self.spec.to_config_fields(), sort_keys=True)
 
 
 def base_arm(spec: LoopSpec) -> Arm:

@@ -80,6 +80,8 @@ class ComparePlan:
     def warnings(self) -> tuple[str, ...]:
         """What the user should know, one line each."""
         notes = [] if self.subject.plan is None else list(self.subject.plan.warnings)
+        if self.subject.spec.is_identity:
+            notes.append("steps or anchor is 1, so this loop is its base: every difference has to be zero")
         if self.out is None:
             notes.append("without --out, no answer is kept: a run that is stopped has to begin again")
         return tuple(notes)
@@ -218,8 +220,6 @@ def plan_compare(
         trust_remote_code=trust_remote_code,
         dry_run=dry_run,
     )
-    if subject.spec.is_identity:
-        raise EvaluationError("steps or anchor is 1, so this loop is its base; there is nothing to compare")
     device = device or default_device()
     prompting = Prompting(limit, num_fewshot, bool(chat_template), dict(generation or {}), allow_code=allow_code)
     engine = {"dtype": dtype, **({"device": device} if backend == "hf" else {}), **(model_args or {})}

@@ -64,16 +64,24 @@ def test_base_and_export_give_one_result(base, items, tmp_path):
     assert of_base.pairs == of_export.pairs
 
 
-def test_nothing_differs_where_the_loop_does_nothing(base, items):
-    """An anchor next to 1 rounds to the base in every score, and no item flips."""
-    [row] = plan_compare(base, LoopSpec(span=(2, 4), steps=2, anchor=1 - 1e-9), items=items, **CPU).run().comparisons
-    assert (row.difference, row.gained, row.lost, row.verdict) == (0, 0, 0, "inconclusive")
-
-
 @pytest.mark.parametrize("same", [LoopSpec(span=(2, 4), steps=1), LoopSpec(span=(2, 4), steps=3, anchor=1.0)])
-def test_refuses_to_compare_the_base_with_itself(base, items, same):
-    with pytest.raises(EvaluationError, match="nothing to compare"):
-        plan_compare(base, same, items=items, **CPU)
+def test_the_base_against_itself_is_exactly_zero(base, items, same, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    calls = []
+    forward = HFLM._model_call
+    monkeypatch.setattr(
+        HFLM, "_model_call", lambda self, *args, **more: (calls.append(1), forward(self, *args, **more))[1]
+    )
+    plan = plan_compare(base, same, items=items, **CPU)
+    result = plan.run()
+    [row] = result.comparisons
+    assert (row.difference, row.gained, row.lost, row.verdict) == (0, 0, 0, "inconclusive")
+    assert all(pair.base == pair.loop for pair in result.pairs)
+    assert any("this loop is its base" in warning for warning in plan.warnings)
+    whole = len(calls)
+    plan_compare(base, MILD, items=items, **CPU).run()
+    assert whole == len(calls) - whole  # both were computed
 
 
 def test_measures_the_floor_with_another_batch_size(base, items):
