@@ -208,7 +208,7 @@ def plan_compare(
         num_fewshot = known.num_fewshot if num_fewshot is None else num_fewshot
         chat_template = known.chat_template if chat_template is None else chat_template
         generation = {**known.generation, **(generation or {})}
-    source = TaskSource(tuple(tasks), _path(include_path), _path(items), metric)
+    source = TaskSource(tuple(tasks), _path(include_path), _path(items), metric, bool(chat_template))
     source.check()
     _check_numbers(limit, num_fewshot, seeds)
     subject = find_subject(

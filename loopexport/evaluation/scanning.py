@@ -123,7 +123,7 @@ def plan_scan(
         },
     )
     grid.check()
-    if is_export(Path(model)):
+    if is_export(Path(model).expanduser()):
         raise EvaluationError(f"{model} is an export and has its own loop; scan its base")
     base = find_checkpoint(str(model), revision, headers_only=dry_run, without_adapter=without_adapter)
     all_cells, misfits = grid.cells(base)

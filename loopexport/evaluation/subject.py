@@ -72,7 +72,7 @@ def find_subject(
         LoopExportError: there is no such model, or the loop does not fit it.
     """
     values = _values(loop)
-    if not is_export(Path(model)):
+    if not is_export(Path(model).expanduser()):
         with tempfile.TemporaryDirectory() as folder:  # a place for the plan's output, which is never written
             plan = plan_convert(
                 model,

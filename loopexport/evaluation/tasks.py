@@ -31,12 +31,14 @@ class TaskSource:
         include_path: a directory of the user's own task YAMLs, or None.
         items: a file of items, one JSON object in each line, or None.
         metric: the metric to compare, such as "acc" or "exact_match,strict-match"; None for each task's first.
+        is_chat: whether prompts are chats, where no space goes between a turn's start and a choice.
     """
 
     names: tuple[str, ...] = ()
     include_path: Path | None = None
     items: Path | None = None
     metric: str | None = None
+    is_chat: bool = False
 
     def check(self) -> None:
         """Check names and items; this loads no data set.
@@ -63,7 +65,7 @@ class TaskSource:
         manager = self._manager()
         wanted: dict[str, Any] = {name: name for name in self.names}
         if self.items is not None:
-            wanted[str(self.items)] = items_task(self.items)
+            wanted[str(self.items)] = items_task(self.items, is_chat=self.is_chat)
         loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "group_map": {}}
         sources: dict[str, str] = {}
         for source, task in wanted.items():
@@ -201,7 +203,7 @@ def _explained(source: str):
         ) from error
 
 
-def items_task(path: Path) -> dict:
+def items_task(path: Path, *, is_chat: bool = False) -> dict:
     """The task of a file of items, as lm-evaluation-harness configures one.
 
     Items with choices are scored by log-likelihood (acc); others by exact match of the generated line.
@@ -210,7 +212,7 @@ def items_task(path: Path) -> dict:
         EvaluationError: the file is wrong.
     """
     items = read_items(path)
-    scored = _of_choices() if "choices" in items[0] else _of_generation()
+    scored = _of_choices(is_chat) if "choices" in items[0] else _of_generation()
     return {
         "task": path.stem,
         "custom_dataset": lambda **_: {"test": _dataset(items)},
@@ -229,10 +231,11 @@ def _dataset(items: list[dict]):
     return Dataset.from_list(items)
 
 
-def _of_choices() -> dict:
+def _of_choices(is_chat: bool) -> dict:
+    # lm-evaluation-harness too leaves its delimiter out in chats.
     return {
         "output_type": "multiple_choice",
-        "doc_to_choice": lambda item: item["choices"],
+        "doc_to_choice": lambda item: [each.removeprefix(" ") if is_chat else each for each in item["choices"]],
         "doc_to_target": lambda item: item["answer"],
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }

@@ -302,6 +302,20 @@ def test_chooses_few_shot_examples_once(base, items):
     assert all(pair.prompt.count("\n\n") == 2 for pair in result.pairs)
 
 
+def test_a_chat_has_no_space_in_front_of_a_choice(base, tmp_path):
+    """Like lm-evaluation-harness, which leaves its delimiter out there."""
+    chatty = shutil.copytree(base, tmp_path / "chatty")
+    template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}\n{% endfor %}<assistant>"
+    (chatty / "chat_template.jinja").write_text(template)
+    plan = plan_compare(
+        chatty, MILD, items=write_items(tmp_path / "mine.jsonl", 6), chat_template=True, num_fewshot=1, **CPU
+    )
+    [task] = plan.tasks.load()["tasks"].values()
+    assert task.doc_to_choice(task.eval_docs[0]) == ["12345", "67890", "it"]
+    pairs = plan.run().pairs
+    assert all("<assistant>" in pair.prompt and "<assistant> " not in pair.prompt for pair in pairs)
+
+
 def test_saves_into_an_export(base, items, tmp_path):
     from loopexport import open_export
     from loopexport.export.results_file import measured
