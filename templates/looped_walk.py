@@ -41,6 +41,8 @@ from .looped_spec import LoopSpec
 DECODE_STEPS = "loop_decode_steps"
 # Argument of layers that hand keys and values to later layers outside of the cache (Gemma 3n and 4): a mapping.
 HANDED_ON = "shared_kv_states"
+# Argument of layers that may read the positions that an earlier layer's indexer chose: what that layer returned second.
+CHOSEN = "prev_topk_indices"
 
 
 class LayerTraits(NamedTuple):
@@ -132,7 +134,7 @@ class Walk:
             self.loops = self._begin(call)
         if not (self.loops or self.spec.kv == "per_step"):
             return call.layer(*call.args, **call.kwargs)
-        start, stop = self._bounds(call.index)
+        start, stop = self.bounds(call.index)
         if call.index == start:
             self.handed_on = []
         output = call.run_natural()
@@ -143,7 +145,7 @@ class Walk:
             return output
         if self.loops:
             body = Body([self.calls[index] for index in range(start, stop)], _hidden_of(output))
-            output = _with_hidden(output, run_loop(body.calls[0].hidden, body, self.spec))
+            output = _with_hidden(output, run_loop(body.calls[0].hidden, body, self.spec), call.chosen)
         call.hand_on()
         return output
 
@@ -152,7 +154,7 @@ class Walk:
         layers = [layer for start, stop in self.spans for layer in range(start, stop)]
         return self.first_slot + (k - 1) * len(layers) + layers.index(index)
 
-    def _bounds(self, index: int) -> tuple[int, int]:
+    def bounds(self, index: int) -> tuple[int, int]:
         """The half-open range of layers of the body that a layer belongs to."""
         return next((start, stop) for start, stop in self.spec.bodies if start <= index < stop)
 
@@ -200,6 +202,7 @@ class LayerCall:
         cache: the cache of the call, or None.
         natural: the keys and values that the natural pass stored and read.
         routes: for each router of the layer, by path, its answers in the natural pass; used with frozen routing.
+        chosen: for each pass, the positions that the layer returned for the next layer, if it has the argument `CHOSEN`.
     """
 
     def __init__(self, walk: Walk, layer: Any, traits: LayerTraits, args, kwargs):
@@ -215,22 +218,33 @@ class LayerCall:
         self.hidden = args[0] if args else kwargs["hidden_states"]
         self.cache = self_attention(traits.cache_argument.value_in(args, kwargs))
         self.natural = NaturalPass(None)
+        self.chosen: dict[int, Any] = {}
 
     def run(self, hidden, cache, k: int = 0):
         """The layer's output for this input and cache in pass k (0: the natural one), all else as recorded."""
         args, kwargs = self._arguments(hidden, cache, k)
-        return self.layer(*args, **kwargs)
+        output = self.layer(*args, **kwargs)
+        if CHOSEN in kwargs:
+            self.chosen[k] = output[1]
+        return output
 
     def _arguments(self, hidden, cache, k: int) -> tuple[list, dict]:
         args, kwargs = list(self.args), dict(self.kwargs)
         if isinstance(kwargs.get(HANDED_ON), MutableMapping):
             kwargs[HANDED_ON] = self._handed_on(k)
+        if k and CHOSEN in kwargs:
+            kwargs[CHOSEN] = self._chosen_before(k)
         if args:
             args[0] = hidden
         else:
             kwargs["hidden_states"] = hidden
         self.cache_argument.put(cache, args, kwargs)
         return args, kwargs
+
+    def _chosen_before(self, k: int):
+        """The positions that the layer before this one returned in pass k; before the first, the last one's before."""
+        start, stop = self.walk.bounds(self.index)
+        return self.walk.calls[self.index - 1].chosen[k] if self.index > start else self.walk.calls[stop - 1].chosen[k - 1]
 
     def _handed_on(self, k: int) -> MutableMapping:
         """What the layers of pass k hand on to each other. Each pass has its own, since a backward pass that recomputes
@@ -262,7 +276,7 @@ class LayerCall:
         """The layer's output hidden states `(batch, seq, hidden)` in iteration k, counted from 1."""
         spec, vllm = self.walk.spec, self.walk.vllm
         if spec.kv == "shared" and self.natural.read and self._is_checkpointing():
-            return self.native._gradient_checkpointing_func(partial(self._run_shared, k), hidden, *self.natural.read)
+            return self.native._gradient_checkpointing_func(partial(self._run_shared, k), hidden, *self.natural.seen)
         if vllm is not None:
             slot = self.walk.slot(self.index, k) if spec.kv == "per_step" else None
             return _hidden_of(vllm.run(self.layer, self.index, slot, *self._arguments(hidden, self.cache, k)))
@@ -276,22 +290,19 @@ class LayerCall:
         return routing(self.native, route, self.routes if self.walk.spec.frozen_routing else {})
 
     def store_natural(self) -> None:
-        """Store the natural keys and values in the slots of all iterations, for tokens that do not loop."""
-        if not self.natural.new:
-            return
+        """Store what the natural pass stored in the slots of all iterations, for tokens that do not loop."""
         for k in range(1, self.walk.spec.evaluations):
-            args, kwargs = self.natural.rest
-            self.cache.update(*self.natural.new, self.walk.slot(self.index, k), *args, **kwargs)
+            self.natural.store_in(self.walk.slot(self.index, k))
 
     def _iteration_cache(self, k: int):
         """The cache stand-in for iteration k, by K/V policy."""
         if self.walk.spec.kv == "shared":
-            return SharedRead(self.cache, self.natural.read)
-        if self.cache is None or not self.natural.new:
+            return SharedRead(self.cache, self.natural.seen)
+        if self.cache is None or not self.natural.seen:
             return self.cache  # no cache: the layer attends to its own K/V; nothing stored: to another layer's
         if self.walk.spec.kv == "per_step":
-            return OwnSlot(self.cache, self.natural.read, self.walk.slot(self.index, k))
-        return OwnChunk(self.cache, self.natural.read, chunk_start(self.cache, self.index, self.natural))
+            return OwnSlot(self.cache, self.natural.seen, self.walk.slot(self.index, k))
+        return OwnChunk(self.cache, self.natural.seen, chunk_start(self.cache, self.index, self.natural))
 
     # With gradient checkpointing, the natural K/V are inputs and outputs of the checkpointed functions. So gradients
     # reach them, with reentrant and with non-reentrant checkpointing.
@@ -310,15 +321,15 @@ class LayerCall:
             with _checkpointing_paused(self.native):
                 output = self.run(hidden, natural)
             first_output.append(output)
-            return (_hidden_of(output), *natural.read)
+            return (_hidden_of(output), *natural.seen)
 
         hidden, *read = self.native._gradient_checkpointing_func(forward, self.hidden)
         self.natural.read = tuple(read)
         return _with_hidden(first_output[0], hidden)
 
-    def _run_shared(self, k: int, hidden, keys, values):
+    def _run_shared(self, k: int, hidden, *read):
         with _checkpointing_paused(self.native):
-            return _hidden_of(self.run(hidden, SharedRead(None, (keys, values)), k))
+            return _hidden_of(self.run(hidden, SharedRead(None, read), k))
 
 
 class Body:
@@ -396,5 +407,7 @@ def _hidden_of(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def _with_hidden(output, hidden):
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+def _with_hidden(output, hidden, chosen=None):
+    """The output of a layer with other hidden states and, if it returns chosen positions, those of the last pass."""
+    rest = (chosen[max(chosen)],) if chosen else output[1:] if isinstance(output, tuple) else ()
+    return (hidden, *rest) if isinstance(output, tuple) else hidden
