@@ -1,20 +1,22 @@
-"""The config of a looped causal language model: one class per base family, the native class plus the loop fields.
+"""The config of a looped language model: one class per base family, the native class plus the loop fields.
 
 Every export has a copy of this file. It needs only transformers. Exports differ only in `config.json`, which has the
-base's own fields, `model_type: looped_<base type>`, and the `loop_*` fields that `LoopSpec` defines.
+base's own fields, `model_type: looped_<base type>`, and the `loop_*` fields that `LoopSpec` defines. They are on top,
+also where the fields of the language model are in `text_config`.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import lru_cache
+from importlib import import_module
 
 _DIGEST_BEFORE = globals().get("CODE_DIGEST")  # not None if transformers runs this file again in the same module
 
 # Start of the sha256 of all other copied files. transformers 5 caches local code by directory name and the content of
 # this file: without the digest, two exports with one directory name but different code would, in one process, both run
 # the code that was loaded first.
-CODE_DIGEST = "39742891b28225ec"
+CODE_DIGEST = "b5f684b8a86948d8"
 
 if _DIGEST_BEFORE not in (None, CODE_DIGEST):
     # transformers 4 copies the code of all exports with one directory name to one place. It runs a changed file again,
@@ -27,8 +29,27 @@ from .looped_spec import FIELD_PREFIX, LoopSpec, as_json  # noqa: E402
 MODEL_TYPE_PREFIX = "looped_"
 CLASS_PREFIX = "Looped"
 
-# The ends of the names of model classes. A family may lack some of them in transformers, and then here too.
-HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+# The ends of the names of model classes, by Auto class. A family may lack some of them in transformers, and then here.
+HEADS = {
+    "AutoModel": "Model",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+}
+# The same for models that read images, video or sound too; transformers 4 lacks the second Auto class.
+MULTIMODAL_HEADS = {
+    "AutoModelForImageTextToText": "ForConditionalGeneration",
+    "AutoModelForMultimodalLM": "ForConditionalGeneration",
+}
+
+# The tables in which transformers looks up a processor if its files name no class: module and name.
+PROCESSOR_TABLES = {
+    "processing_auto": "PROCESSOR_MAPPING",
+    "image_processing_auto": "IMAGE_PROCESSOR_MAPPING",
+    "video_processing_auto": "VIDEO_PROCESSOR_MAPPING",
+    "feature_extraction_auto": "FEATURE_EXTRACTOR_MAPPING",
+}
 
 # Tables of other libraries that have an entry for each model type: their module, and the start of their names.
 TYPE_TABLES = {
@@ -39,7 +60,13 @@ TYPE_TABLES = {
 
 
 class LoopedConfigMixin:
-    """Adds the loop to a native config class: checks loop fields when they are set, and saves a complete `auto_map`."""
+    """Adds the loop to a native config class: checks loop fields when they are set, and saves a complete `auto_map`.
+
+    Attributes:
+        native_config_class: the native config class.
+    """
+
+    native_config_class: type
 
     def __setattr__(self, name, value):
         if name.startswith(FIELD_PREFIX):
@@ -50,7 +77,7 @@ class LoopedConfigMixin:
         """The native dict with our `auto_map`, which never names another repository, so a saved copy is complete."""
         values = super().to_dict()
         if any(name.startswith(FIELD_PREFIX) for name in values):
-            values["auto_map"] = auto_map(base_model_type(self.model_type))
+            values["auto_map"] = auto_map(base_model_type(self.model_type), is_multimodal(self.native_config_class))
         _list_as_native(self.model_type)  # libraries read a config before they look up its type
         return values
 
@@ -65,11 +92,25 @@ def family_name(model_type: str) -> str:
     return "".join(part[:1].upper() + part[1:] for part in model_type.replace("-", "_").split("_"))
 
 
-def auto_map(model_type: str) -> dict[str, str]:
+def auto_map(model_type: str, is_multimodal: bool = False) -> dict[str, str]:
     """The `auto_map` for a base `model_type`; transformers has no classes of these names, so it must load ours."""
     name = CLASS_PREFIX + family_name(model_type)
-    heads = {f"AutoModel{head.removeprefix('Model')}": f"modeling_looped.{name}{head}" for head in HEADS}
-    return {"AutoConfig": f"configuration_looped.{name}Config", **heads}
+    heads = {**HEADS, **(MULTIMODAL_HEADS if is_multimodal else {})}
+    models = {auto: f"modeling_looped.{name}{head}" for auto, head in heads.items()}
+    return {"AutoConfig": f"configuration_looped.{name}Config", **models}
+
+
+def is_multimodal(native: type) -> bool:
+    """Whether models of a native config class read images, video or sound too."""
+    return any(native in mapping for mapping in multimodal_mappings())
+
+
+def multimodal_mappings() -> list:
+    """The mappings of transformers from config classes to such models."""
+    from transformers.models.auto import modeling_auto as auto
+
+    names = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
+    return [getattr(auto, name) for name in names if hasattr(auto, name)]
 
 
 @lru_cache(maxsize=None)
@@ -94,6 +135,7 @@ def looped_config_class(family: str) -> type:
     }
     config_class = type(name, (LoopedConfigMixin, native), body)
     _keep_tokenizer(model_type, native, config_class)
+    _keep_processors(native, config_class)
     _list_as_native(MODEL_TYPE_PREFIX + model_type)
     return config_class
 
@@ -118,6 +160,14 @@ def _keep_tokenizer(model_type: str, native: type, config_class: type) -> None:
     distrusted: set = getattr(auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())  # transformers 5
     if model_type in distrusted:
         distrusted.add(looped_type)
+
+
+def _keep_processors(native: type, config_class: type) -> None:
+    """Let AutoProcessor and its parts choose as for the base, in the same way."""
+    for module, name in PROCESSOR_TABLES.items():
+        table = getattr(import_module(f"transformers.models.auto.{module}"), name)
+        if native in table:
+            table.register(config_class, table[native], exist_ok=True)
 
 
 def __getattr__(name: str) -> type:

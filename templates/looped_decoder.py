@@ -57,6 +57,7 @@ class DecoderLoop:
 
     Attributes:
         config: the model's config; each forward reads the loop from it, so `config.loop_steps = 6` works at any time.
+        text_config: the config that describes the layers: the same or, in a multimodal model, its language model's.
         list_name: the attribute of the decoder that holds the layer list.
         traits: what the walk needs to know about each layer.
         cache_argument: the decoder's argument for the K/V cache, or None.
@@ -65,6 +66,7 @@ class DecoderLoop:
 
     def __init__(self, config, decoder: nn.Module, list_name: str):
         self.config = config
+        self.text_config = config.get_text_config(decoder=True)
         self.list_name = list_name
         self.traits = [LayerTraits.of(index, layer) for index, layer in enumerate(self.layers_of(decoder))]
         self.cache_argument = find_cache_argument(decoder)
@@ -82,8 +84,8 @@ class DecoderLoop:
         """
         spec = LoopSpec.from_config(self.config)
         spec.check_depth(len(layers))
-        spec.check_layer_types(getattr(self.config, "layer_types", None))
-        spec.check_layer_types(getattr(self.config, "layers_block_type", None))
+        spec.check_layer_types(getattr(self.text_config, "layer_types", None))
+        spec.check_layer_types(getattr(self.text_config, "layers_block_type", None))
         for index in spec.layers:
             self._check_layer(index, layers, spec)
         return spec
@@ -103,7 +105,7 @@ class DecoderLoop:
 
     def num_layers(self, layers: nn.ModuleList) -> int:
         """How many layers a forward runs: fewer than there are while a model drafts for itself with early exit."""
-        return min(len(layers), self.config.num_hidden_layers)
+        return min(len(layers), self.text_config.num_hidden_layers)
 
     def begin(self, layers: nn.ModuleList, args, kwargs) -> Walk | None:
         """The walk of a forward with these arguments; None if the forward is the base model's."""

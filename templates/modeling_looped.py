@@ -1,8 +1,9 @@
-"""A causal language model whose middle layers are applied several times, in small damped steps, without training.
+"""A language model whose middle layers are applied several times, in small damped steps, without training.
 
 Every export has a copy of this file and of the files that it imports. They need only torch and transformers. The model
 class is a subclass of the native model of the base's family. It changes one thing: what the decoder's own forward finds
-in its layer list. Weights, parameter names, masks, position embeddings and the forward are the native model's.
+in its layer list. Weights, parameter names, masks, position embeddings and the forward are the native model's. In a
+multimodal model, that decoder is the one of its language model; vision and audio towers are the native ones.
 
 This file makes the model classes. `looped_decoder` lets the native forward walk over visits instead of layers,
 `looped_walk` runs such a forward, `looped_rules` computes the iterates, `looped_cache` decides what they attend to,
@@ -26,7 +27,15 @@ from transformers import (
     GenerationMixin,
 )
 
-from .configuration_looped import CLASS_PREFIX, base_model_type, family_name, looped_config_class
+from .configuration_looped import (
+    CLASS_PREFIX,
+    HEADS,
+    MULTIMODAL_HEADS,
+    base_model_type,
+    family_name,
+    looped_config_class,
+    multimodal_mappings,
+)
 from .looped_cache import CACHE_ARGUMENTS, add_slots, check_continuous_batching, self_attention
 from .looped_decoder import LOOP, loop_decoder
 from .looped_routing import ROUTERS  # noqa: F401  transformers 4 copies only files that this one imports
@@ -51,12 +60,14 @@ class LoopedModelMixin:
     native_class: type
 
     def __init__(self, config, *inputs, **kwargs):
-        count_layers(config)
+        text_config = config.get_text_config(decoder=True)
+        count_layers(text_config)
         if type(config) not in MODEL_MAPPING:  # a head may make its body by AutoModel
             body = f"{CLASS_PREFIX}{family_name(base_model_type(config.model_type))}Model"
             MODEL_MAPPING.register(type(config), getattr(sys.modules[__name__], body), exist_ok=True)
         super().__init__(config, *inputs, **kwargs)
-        decoder, list_name = find_layers(self.base_model, config.num_hidden_layers)
+        language_model = find_language_model(self.base_model, text_config)
+        decoder, list_name = find_layers(language_model, text_config.num_hidden_layers)
         if LOOP in vars(decoder):  # this head let AutoModel make its body, and that is looped already
             return
         loop = loop_decoder(decoder, list_name, config, self.native_class if decoder is self else None)
@@ -69,7 +80,7 @@ class LoopedModelMixin:
         if not spec.is_identity:
             self.loop_slots = nn.ModuleDict()
             loop.vllm = VllmSeam(layers, self.loop_slots, spec)
-            count_slots(config, spec)
+            count_slots(text_config, spec)
 
 
 class LoopedGenerationMixin:
@@ -81,7 +92,7 @@ class LoopedGenerationMixin:
         spec = LoopSpec.from_config(self.config)
         cache = next((model_kwargs[name] for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
         if cache is not None and spec.extra_kv_slots:
-            add_slots(self_attention(cache), spec, self.config.num_hidden_layers)
+            add_slots(self_attention(cache), spec, self.config.get_text_config(decoder=True).num_hidden_layers)
         return answer
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -92,6 +103,14 @@ class LoopedGenerationMixin:
         """
         check_continuous_batching(LoopSpec.from_config(self.config))
         return super().init_continuous_batching(*args, **kwargs)
+
+
+def find_language_model(model: nn.Module, text_config) -> nn.Module:
+    """The language model in a native model: the outermost module with a config of the type of `text_config`.
+
+    A vision or audio tower may have as many layers, so the number of layers alone would not do.
+    """
+    return next((each for each in model.modules() if type(getattr(each, "config", None)) is type(text_config)), model)
 
 
 def find_layers(model: nn.Module, num_layers: int) -> tuple[nn.Module, str]:
@@ -114,37 +133,51 @@ def find_layers(model: nn.Module, num_layers: int) -> tuple[nn.Module, str]:
     return model.get_submodule(owner), list_name
 
 
-# The native classes by config class, for each of `configuration_looped.HEADS`.
-MAPPINGS = {
-    "ForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "ForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "ForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    "ForQuestionAnswering": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    "Model": MODEL_MAPPING,
+# The native classes by config class, for each end of a name in `configuration_looped.HEADS` and `MULTIMODAL_HEADS`.
+MAPPINGS: dict[str, list] = {
+    "ForCausalLM": [MODEL_FOR_CAUSAL_LM_MAPPING],
+    "ForConditionalGeneration": multimodal_mappings(),
+    "ForSequenceClassification": [MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING],
+    "ForTokenClassification": [MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING],
+    "ForQuestionAnswering": [MODEL_FOR_QUESTION_ANSWERING_MAPPING],
+    "Model": [MODEL_MAPPING],
 }
 
 
 def __getattr__(name: str) -> type:
     """Make `Looped<Family><Head>` when `auto_map` or pickle first looks it up."""
-    for head, mapping in MAPPINGS.items():
+    for head in MAPPINGS:
         if name.startswith(CLASS_PREFIX) and name.endswith(head):
-            model_class = _looped_class(name, name[len(CLASS_PREFIX) : -len(head)], mapping)
+            model_class = _looped_class(name, name[len(CLASS_PREFIX) : -len(head)], head)
             globals()[name] = model_class
             return model_class
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _looped_class(name: str, family: str, mapping) -> type:
+def _looped_class(name: str, family: str, head: str) -> type:
     config_class = looped_config_class(family)
-    if config_class.native_config_class not in mapping:
-        raise AttributeError(f"{family} has no class of this kind in transformers, so there is no {name}")
-    native = mapping[config_class.native_config_class]
+    native = _native_class(config_class.native_config_class, head)
+    if native is None:
+        raise AttributeError(
+            f"{family} has no class of this kind in transformers, so there is no {name}; use "
+            f"{_auto_classes(config_class.native_config_class)}"
+        )
     mixins = (LoopedModelMixin, *([LoopedGenerationMixin] if issubclass(native, GenerationMixin) else []))
     body = {"native_class": native, "config_class": config_class, "__module__": __name__, "__qualname__": name}
     looped = type(name, (*mixins, native), body)
     _load_as_native(native, looped)
     _quantise_as_native(looped.config_class.model_type)
     return looped
+
+
+def _native_class(config_class: type, head: str) -> type | None:
+    return next((mapping[config_class] for mapping in MAPPINGS[head] if config_class in mapping), None)
+
+
+def _auto_classes(config_class: type) -> str:
+    """The Auto classes that a family has, for an error message."""
+    heads = {**HEADS, **MULTIMODAL_HEADS}
+    return " or ".join(auto for auto, head in heads.items() if _native_class(config_class, head) is not None)
 
 
 def _load_as_native(native: type, looped: type) -> None:

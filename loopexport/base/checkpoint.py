@@ -14,10 +14,10 @@ from loopexport.errors import CheckpointError
 from loopexport.files.links import check_link
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
-from .families import check_family, layer_count
+from .families import check_family, is_multimodal, layer_count, text_config
 from .loadable import check_index, check_loadable
 from .safetensors_header import Header, Tensor, read_header
-from .tensor_names import layer_of
+from .tensor_names import is_tower, layer_of
 from .tokenizer import FILES as TOKENIZER_FILES
 
 CONFIG = "config.json"
@@ -96,7 +96,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A decoder-only causal language model on disk that has passed all checks.
+    """A decoder-only language model, alone or in a multimodal model, on disk, that has passed all checks.
 
     Attributes:
         root: its directory.
@@ -120,8 +120,18 @@ class Checkpoint:
         return self.config["model_type"]
 
     @property
+    def text_config(self) -> dict:
+        """The config of the language model, which is the config itself unless the model is multimodal."""
+        return text_config(self.config)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the model reads more than text."""
+        return is_multimodal(self.config)
+
+    @property
     def num_layers(self) -> int:
-        """L, the number of decoder layers."""
+        """L, the number of decoder layers, of the language model alone."""
         count = layer_count(self.config)
         assert count is not None, "check_family refuses such a config"
         return count
@@ -150,13 +160,13 @@ class Checkpoint:
     def is_sparse(self) -> bool:
         """Whether the model has sparse layers, which send each token to a few of many experts."""
         return any(".experts." in name for name in self.tensors) or any(
-            isinstance(self.config.get(key), int) and self.config[key] > 1 for key in EXPERTS
+            isinstance(self.text_config.get(key), int) and self.text_config[key] > 1 for key in EXPERTS
         )
 
     @property
     def quantisation(self) -> str | None:
         """The quantisation method by its name in transformers, such as `gptq` or `fp8`; None for plain weights."""
-        values = self.config.get("quantization_config")
+        values = self.config.get("quantization_config") or self.text_config.get("quantization_config")
         if not values:
             return None
         method = values.get("quant_method") if isinstance(values, dict) else None
@@ -321,8 +331,9 @@ def _check_is_base(root: Path, config: dict) -> None:
 
 def _check_causal(config: dict, shards: tuple[Shard, ...]) -> None:
     """Refuse BERT-like encoders: they attend to later tokens too, unless the config sets `is_decoder`."""
-    has_encoder = any(".encoder.layer." in f".{tensor}" for shard in shards for tensor in shard.header.tensors)
-    if has_encoder and not config.get("is_decoder"):
+    names = (name for shard in shards for name in shard.header.tensors if not is_tower(name))
+    has_encoder = any(".encoder.layer." in f".{name}" for name in names)
+    if has_encoder and not text_config(config).get("is_decoder"):
         raise CheckpointError(
             f"{config['model_type']} is an encoder (is_decoder is not set); only decoders can be looped"
         )

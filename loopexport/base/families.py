@@ -19,6 +19,13 @@ from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 # Config keys for the number of decoder layers; the first one present counts.
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+# Config keys for the towers of a multimodal model: the parts that read images, video or sound.
+TOWER_CONFIGS = ("vision_config", "audio_config")
+
+# The ends of the names of classes that generate text: from text alone, and from text, images, video or sound.
+TEXT_CLASSES = ("ForCausalLM", "LMHeadModel")
+MULTIMODAL_CLASSES = (*TEXT_CLASSES, "ForConditionalGeneration", "ForVisionText2Text")
+
 # Reasons recorded in the words of code, and the same in plain words; the first pattern that matches counts.
 IN_WORDS = (
     (r"cannot loop a layer: \w+ takes no K/V cache.*", "one of its layers takes no K/V cache"),
@@ -117,7 +124,9 @@ def _short(reason: str) -> str:
 
 
 def check_family(config: dict) -> None:
-    """Check that a config describes a decoder-only causal language model that transformers has and that can be looped.
+    """Check that a config describes a decoder-only language model that transformers has and that can be looped.
+
+    It may be the language model of a multimodal model.
 
     Raises:
         CheckpointError: it does not; the message says what the model is and what to do.
@@ -133,21 +142,13 @@ def check_family(config: dict) -> None:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise CheckpointError(f"architectures {architectures!r} in config.json is not a list of class names")
-    if config.get("is_encoder_decoder"):
-        raise CheckpointError(f"{_names(architectures, model_type)} is an encoder-decoder; only decoders can be looped")
-    if "decoder_layers" in config or "num_decoder_layers" in config:
-        raise CheckpointError(
-            f"{_names(architectures, model_type)} is half of an encoder-decoder; only plain decoders can be looped"
-        )
-    if isinstance(config.get("text_config"), dict):
-        raise CheckpointError(
-            f"{_names(architectures, model_type)} is multimodal; take its language model out "
-            "(examples/language_model.py does) and convert that"
-        )
+    for each in (config, text_config(config)):
+        _check_decoder_only(each, _names(architectures, model_type))
     if not is_language_model(config) and not all(name.endswith("Model") for name in architectures):
         raise CheckpointError(
-            f"{_names(architectures, model_type)} is not a causal language model (architectures: ...ForCausalLM or "
-            "...LMHeadModel); convert a checkpoint with the head of one"
+            f"{_names(architectures, model_type)} is not a causal language model (architectures: ...ForCausalLM, "
+            "...LMHeadModel, or ...ForConditionalGeneration with a text_config); convert a checkpoint with the head of "
+            "one"
         )
     if not layer_count(config):
         raise CheckpointError(
@@ -158,6 +159,28 @@ def check_family(config: dict) -> None:
         raise CheckpointError(f"family {model_type!r} cannot be looped: {reason}")
     if not status:
         _check_native(model_type)
+        _check_generates(config)
+
+
+def _check_decoder_only(config: dict, names: str) -> None:
+    if config.get("is_encoder_decoder"):
+        raise CheckpointError(f"{names} is an encoder-decoder; only decoders can be looped")
+    if "decoder_layers" in config or "num_decoder_layers" in config:
+        raise CheckpointError(f"{names} is half of an encoder-decoder; only plain decoders can be looped")
+
+
+def _check_generates(config: dict) -> None:
+    """Refuse multimodal families without a class that generates text, such as CLIP."""
+    from transformers.models.auto import modeling_auto
+
+    if is_multimodal(config) and not any(
+        config["model_type"] in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {})
+        for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+    ):
+        raise CheckpointError(
+            f"transformers has no class of {config['model_type']} that generates text; only language models, alone or "
+            "in a multimodal model, can be looped"
+        )
 
 
 def _check_native(model_type: str) -> None:
@@ -171,9 +194,30 @@ def _check_native(model_type: str) -> None:
         )
 
 
+def text_config(config: dict) -> dict:
+    """The config of the language model: the `text_config` of a multimodal model, else the config itself.
+
+    Some published multimodal configs, such as Qwen2.5-VL's, have the fields of the language model on top.
+    """
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def is_multimodal(config: dict) -> bool:
+    """Whether a config is of a model that reads more than text."""
+    if isinstance(config.get("text_config"), dict):
+        return True
+    has_tower = any(isinstance(config.get(key), dict) for key in TOWER_CONFIGS)
+    return has_tower and not _names_class(config, TEXT_CLASSES)
+
+
 def is_language_model(config: dict) -> bool:
-    """Whether `architectures` names a causal language model; a bare model's name, or none, says nothing of the head."""
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or [])
+    """Whether `architectures` names a class that generates text; a bare model's name, or none, says nothing."""
+    return _names_class(config, MULTIMODAL_CLASSES if is_multimodal(config) else TEXT_CLASSES)
+
+
+def _names_class(config: dict, ends: tuple[str, ...]) -> bool:
+    return any(name.endswith(ends) for name in config.get("architectures") or [])
 
 
 def ties_by_default(model_type: str) -> bool:
@@ -190,15 +234,27 @@ def ties_by_default(model_type: str) -> bool:
 
 
 def layer_count(config: dict) -> int | None:
-    """L, the number of decoder layers; None if the config does not say."""
-    count = next((config[key] for key in LAYER_COUNT_KEYS if config.get(key) is not None), None)
-    types = layer_types(config)
-    return len(types) if count is None and types else count
+    """L, the number of decoder layers of the language model; None if the config does not say."""
+    text = text_config(config)
+    count = next((text[key] for key in LAYER_COUNT_KEYS if text.get(key) is not None), None)
+    if count is not None:
+        return count
+    return len(layer_types(config) or ()) or (_default_layer_count(text) if text is not config else None)
+
+
+def _default_layer_count(text: dict) -> int | None:
+    """The text family's own number of layers: a `text_config` leaves out what its family has by default."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = text.get("model_type")
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return getattr(CONFIG_MAPPING[model_type](), "num_hidden_layers", None) if is_known else None
 
 
 def layer_types(config: dict) -> list | None:
-    """The type of each layer, such as `full_attention`; None if the config does not say."""
-    types = config.get("layer_types") or config.get("layers_block_type")
+    """The type of each layer of the language model, such as `full_attention`; None if the config does not say."""
+    text = text_config(config)
+    types = text.get("layer_types") or text.get("layers_block_type")
     return types if isinstance(types, list) else None
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from loopexport.base.checkpoint import EXPERTS, Checkpoint
 from loopexport.base.families import layer_types
 from loopexport.base.safetensors_header import DTYPE_BITS, Tensor
-from loopexport.base.tensor_names import EMBEDDING, HEAD, layer_of
+from loopexport.base.tensor_names import EMBEDDING, HEAD, is_tower, layer_of
 from loopexport.templates.looped_spec import ATTENTION_TYPES
 
 from .spec import LoopSpec
@@ -55,7 +55,7 @@ class Cost:
     Attributes:
         layer_evaluations: decoder layers run for one token, `L + (E K - 1) w`.
         base_layer_evaluations: the same for the base, L.
-        params_read: parameters read to decode one token: each layer as often as it runs, of the routed experts only the
+        params_read: parameters of the language model read to decode one token: each layer as often as it runs, of the routed experts only the
             chosen ones, one row of an embedding table, and everything else once. None for quantised weights, which
             pack several parameters into one element.
         base_params_read: the same for the base.
@@ -113,9 +113,10 @@ def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
 
 def dtype_name(base: Checkpoint) -> str:
     """The checkpoint's dtype: its torch name from the config, or else the safetensors name of the largest tensor's."""
-    named = base.config.get("dtype") or base.config.get("torch_dtype")
-    if isinstance(named, str):
-        return named
+    named = (each.get(key) for each in (base.config, base.text_config) for key in ("dtype", "torch_dtype"))
+    given = next((name for name in named if name), None)
+    if isinstance(given, str):
+        return given
     return max(base.tensors.values(), key=lambda tensor: tensor.nbytes).dtype if base.tensors else "dtype unknown"
 
 
@@ -126,12 +127,12 @@ def dtype_name(base: Checkpoint) -> str:
 
 def _weights_read(base: Checkpoint, runs: dict[int, int]) -> tuple[int | None, int | None]:
     """Parameters and bytes read to decode one token; `runs` has the layers that run more than once, and how often."""
-    experts, active = _int(base.config, EXPERTS), _int(base.config, ACTIVE_EXPERTS)
-    tied = not any(layer_of(name) is None and HEAD.search(name) for name in base.tensors)
+    experts, active = _int(base.text_config, EXPERTS), _int(base.text_config, ACTIVE_EXPERTS)
+    tied = not any(layer_of(name) is None and not is_tower(name) and HEAD.search(name) for name in base.tensors)
     always, routed = [0, 0], [0, 0]
     for name, tensor in base.tensors.items():
         layer = layer_of(name)
-        if UNREAD.search(name) or (layer is not None and layer >= base.num_layers):
+        if UNREAD.search(name) or is_tower(name) or (layer is not None and layer >= base.num_layers):
             continue
         times = 1 if layer is None else runs.get(layer, 1)
         rows = _rows(tensor) if layer is None and _is_looked_up(name, tied) else 1
@@ -186,7 +187,7 @@ def _projected_numbers(base: Checkpoint) -> dict[int, int]:
 
 def _kv_numbers(base: Checkpoint, layer: int, projected: dict[int, int]) -> int | None:
     """Count the numbers that a layer caches for one token: 0 without keys and values, None if unknown."""
-    config, types = base.config, layer_types(base.config)
+    config, types = base.text_config, layer_types(base.config)
     kind = types[layer] if types and layer < len(types) else "attention"
     if kind in TYPES_WITHOUT_KV or layer >= base.num_layers - (_int(config, ("num_kv_shared_layers",)) or 0):
         return 0
