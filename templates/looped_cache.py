@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .looped_spec import FIELDS, LoopSpec
 
@@ -77,12 +79,23 @@ class CacheStandIn:
         cache: the real cache, or None.
         length: the cache length that the layer saw in the natural pass. Llama 4 computes positions from it, and by the
             time of an iteration the real cache already holds the chunk.
+        read: the keys and values that the layer reads, if they are known.
     """
 
     length: Any = None
+    read: tuple = ()
 
     def __init__(self, cache):
         self.cache = cache
+
+    @property
+    def layers(self):
+        """The real cache's layers; without a cache, one that holds what this layer reads, under any number."""
+        if self.cache is not None or not self.read:
+            return self.__getattr__("layers")
+        layer = DynamicLayer()
+        layer.update(*self.read[:2])
+        return defaultdict(lambda: layer)
 
     def get_seq_length(self, *args, **kwargs):
         return self._ask_length(*args, **kwargs) if self.length is None else self.length

@@ -244,7 +244,8 @@ class LayerCall:
     def _chosen_before(self, k: int):
         """The positions that the layer before this one returned in pass k; before the first, the last one's before."""
         start, stop = self.walk.bounds(self.index)
-        return self.walk.calls[self.index - 1].chosen[k] if self.index > start else self.walk.calls[stop - 1].chosen[k - 1]
+        before, k = (self.index - 1, k) if self.index > start else (stop - 1, k - 1)
+        return self.walk.calls[before].chosen[k]
 
     def _handed_on(self, k: int) -> MutableMapping:
         """What the layers of pass k hand on to each other. Each pass has its own, since a backward pass that recomputes
@@ -409,5 +410,6 @@ def _hidden_of(output):
 
 def _with_hidden(output, hidden, chosen=None):
     """The output of a layer with other hidden states and, if it returns chosen positions, those of the last pass."""
-    rest = (chosen[max(chosen)],) if chosen else output[1:] if isinstance(output, tuple) else ()
-    return (hidden, *rest) if isinstance(output, tuple) else hidden
+    if chosen:
+        return hidden, chosen[max(chosen)]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
