@@ -18,6 +18,9 @@ DECODE_MODES = ("full", "bypass", "first_n")
 # Names in `layer_types` of native configs for layers whose only memory is a K/V cache, of an indexer's keys too.
 ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
 
+# Names there for layers that pool several tokens into one key, and keep the tokens of an unfinished pool too.
+POOLING_TYPES = ("heavily_compressed_attention", "compressed_sparse_attention")
+
 MAX_COUNT = 2**31 - 1  # the limit for steps and other counts: far more than useful, and fits any integer type
 
 FIELD_PREFIX = "loop_"
@@ -205,6 +208,12 @@ class LoopSpec:
         if not isinstance(layer_types, (list, tuple)) or len(layer_types) <= self.layers[-1]:
             return
         for layer in self.layers:
+            if layer_types[layer] in POOLING_TYPES:
+                raise ValueError(
+                    f"layer {layer} is of type {layer_types[layer]}: it pools several tokens into one key and keeps "
+                    "unfinished pools beside its keys and values, and what another run does to a pool is not defined: "
+                    "choose a span of other layers"
+                )
             if layer_types[layer] not in ATTENTION_TYPES:
                 raise ValueError(
                     f"layer {layer} is of type {layer_types[layer]}; only layers whose memory is a K/V cache can be "
