@@ -102,10 +102,12 @@ class MixerReplay:
 
     Attributes:
         record: what it did in the natural pass.
+        count: how many scans it ran.
     """
 
     def __init__(self, record: MixerRecord):
         self.record = record
+        self.count = 0
 
     def convolve(self, name: str, kernel, args, kwargs):
         weight, bias = (_value(args, kwargs, *each) for each in (("weight", 1), ("bias", 2)))
@@ -114,7 +116,8 @@ class MixerReplay:
         return _convolve(self.record.inputs, args[0], weight, bias, kwargs.get("activation"))
 
     def scan(self, scan: Scan, kernel, args, kwargs):
-        natural = self.record.scans[0]
+        natural = self.record.scans[self.count]
+        self.count += 1
         args_natural, kwargs_natural = _with(args, kwargs, scan.natural, natural)
         output = kernel(*args_natural, **kwargs_natural)
         if not scan.skips:
@@ -301,13 +304,13 @@ class Mixers(NamedTuple):
             )
 
     def check_recorded(self, states: NaturalStates) -> None:
-        """Raise ValueError unless each mixer ran each of its kernels once in the natural pass."""
+        """Raise ValueError unless each mixer ran its kernels in the natural pass: one convolution, and scans if any."""
         for path, scans in self.known.items():
             record = states.mixers.get(path, MixerRecord())
-            if (record.convolutions, len(record.scans)) != (1, int(scans)):
+            if record.convolutions != 1 or bool(record.scans) != scans:
                 raise ValueError(
-                    f"kv shared found {record.convolutions} convolutions and {len(record.scans)} scans in {path}, not "
-                    f"1 and {int(scans)}, so something else computes them; use kv per_step"
+                    f"kv shared saw {record.convolutions} convolutions and {len(record.scans)} scans in {path}, so "
+                    "something else than the native code computes them; use kv per_step"
                 )
 
     def check_not_checkpointed(self) -> None:

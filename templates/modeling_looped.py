@@ -85,6 +85,12 @@ class LoopedModelMixin:
             loop.vllm = VllmSeam(layers, self.loop_slots, spec)
             count_slots(text_config, spec)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: the native class initialises what a checkpoint lacks. For custom code, transformers 5 would skip modules
+        without parameters, such as the decoder of Falcon-H1, which initialises buffers of its layers."""
+        return False
+
 
 class LoopedGenerationMixin:
     """What `generate` needs to know, for models that generate."""
