@@ -111,6 +111,7 @@ class DecoderLoop:
                 f"cannot loop layer {index}: {type(layers[index]).__name__} takes no K/V cache "
                 f"(none of {', '.join(CACHE_ARGUMENTS)}); choose another span"
             )
+        self.traits[index].mixers.check(index, spec.kv)
         missing = self.traits[index].routers.missing
         if spec.frozen_routing and missing:
             raise ValueError(
