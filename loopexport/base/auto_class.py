@@ -1,0 +1,26 @@
+"""Which Auto class of transformers loads a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .families import is_multimodal
+
+# The Auto classes of multimodal models and the tables of the families that they have, the first that fits counts.
+MULTIMODAL = {
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",  # transformers 4 lacks it
+}
+
+
+def auto_class(config: dict) -> Any:
+    """The Auto class that loads the whole model of a base's `config.json`, and an export of it.
+
+    A class for text alone would leave out the vision tower of some multimodal families, and does not load others.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    names = MULTIMODAL if is_multimodal(config) else {}
+    fitting = (name for name, table in names.items() if config["model_type"] in getattr(modeling_auto, table, {}))
+    return getattr(transformers, next(fitting, "AutoModelForCausalLM"))
