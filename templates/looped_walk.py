@@ -14,6 +14,7 @@ import threading
 from collections.abc import MutableMapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +137,7 @@ class Walk:
         if call.index == start:
             self.handed_on = []
         output = call.run_natural()
+        call.output = _hidden_of(output)
         self.calls[call.index] = call
         if not self.loops and call.cache is not None:
             call.store_natural()
@@ -197,6 +199,7 @@ class LayerCall:
         layer, native: the decoder layer as the list holds it, maybe in a wrapper, and the layer itself.
         index, cache_argument: its number in the decoder, and its argument for the K/V cache.
         hidden: the hidden states of the call, `(batch, seq, hidden)`.
+        output: what it returned in the natural pass, of the same shape.
         cache: the cache of the call, or None.
         natural: the keys and values that the natural pass stored and read.
         routes: for each router of the layer, by path, its answers in the natural pass; used with frozen routing.
@@ -215,6 +218,7 @@ class LayerCall:
         self.hidden = args[0] if args else kwargs["hidden_states"]
         self.cache = self_attention(traits.cache_argument.value_in(args, kwargs))
         self.natural = NaturalPass(None)
+        self.output: Any = None
 
     def run(self, hidden, cache, k: int = 0):
         """The layer's output for this input and cache in pass k (0: the natural one), all else as recorded."""
@@ -330,16 +334,17 @@ class Body:
         calls: the recorded calls of the layers, in order.
         natural_outputs: each layer's output in the natural pass, `(batch, seq, hidden)`.
 
-    It raises ValueError if the model changed the shape of the hidden states inside the span.
+    It raises ValueError if the model changed the hidden states between two layers: iterations would miss that.
     """
 
     def __init__(self, calls: list[LayerCall], natural):
-        if any(call.hidden.shape != natural.shape for call in calls):  # no set: a compiled graph may leave sizes open
-            raise ValueError(
-                f"the model changes the shape of the hidden states inside span {calls[0].index}:{calls[-1].index + 1} "
-                f"({tuple(calls[0].hidden.shape)} to {tuple(natural.shape)}); choose a span on one side of the change, "
-                "or mode layer"
-            )
+        for before, after in pairwise(calls):
+            if not _is_same(after.hidden, before.output):
+                raise ValueError(
+                    f"the model changes the hidden states between layers {before.index} and {after.index}, inside a "
+                    "span (it adds features of an image, or drops tokens); choose a span on one side of the change, "
+                    "or mode layer"
+                )
         self.calls = calls
         self.natural_outputs = [call.hidden for call in calls[1:]] + [natural]
         self.count = 0
@@ -390,6 +395,13 @@ def _checkpointing_paused(layer):
         yield
     finally:
         _THREAD.is_paused = before
+
+
+def _is_same(hidden, output) -> bool:
+    """Whether hidden states are a layer's output, untouched; a compiled graph knows no more than that shapes agree."""
+    if hidden is output or hidden.shape != output.shape:
+        return hidden is output
+    return torch.compiler.is_compiling() or hidden.data_ptr() == output.data_ptr()  # a slice of all tokens is the same
 
 
 def _hidden_of(output):

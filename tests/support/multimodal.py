@@ -61,6 +61,17 @@ KINDS: dict[str, dict] = {
         "vision_config": {**QWEN_VISION, "patch_size": 4, "fullatt_block_indexes": [1]},
         **QWEN_IDS,
     },
+    # Image features are also added to the outputs of the first two decoder layers.
+    "qwen3_vl": {
+        "text_config": {**TEXT, "rope_scaling": MROPE, "rope_parameters": MROPE},
+        "vision_config": {
+            **QWEN_VISION,
+            "patch_size": 4,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [1, 3],
+        },
+        **QWEN_IDS,
+    },
     # Image features replace the embeddings, nothing else.
     "mistral3": {
         "text_config": {"model_type": "mistral", **TEXT},
@@ -91,7 +102,7 @@ KINDS: dict[str, dict] = {
 }
 
 # Image tokens of one picture.
-IMAGE_TOKENS = {"gemma3": 4, "qwen2_5_vl": 4, "mistral3": 16, "llava": 16, "qwen3_5": 4}
+IMAGE_TOKENS = {"gemma3": 4, "qwen2_5_vl": 4, "qwen3_vl": 4, "mistral3": 16, "llava": 16, "qwen3_5": 4}
 
 
 def multimodal_config(kind: str, **text_overrides):
@@ -169,7 +180,7 @@ def _model_class(kind: str) -> type:
 
 def _pixels(kind: str, pictures: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    if kind in ("qwen2_5_vl", "qwen3_5"):  # 4 x 4 patches of 2 frames, 3 colours and 4 x 4 pixels, merged 2 x 2
+    if kind.startswith("qwen"):  # 4 x 4 patches of 2 frames, 3 colours and 4 x 4 pixels, merged 2 x 2
         return {
             "pixel_values": torch.randn(16 * pictures, 3 * 2 * 4 * 4, generator=generator),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * pictures),

@@ -26,6 +26,7 @@ class Oracle:
         model: a plain decoder in eval mode.
         span, steps, anchor, mode, kv, decode, first_n, frozen_routing: the loop; several spans as a list.
         rule: name of the update rule in `UPDATES`.
+        inputs: returns what a forward of these tokens takes beside them, such as a picture; None for nothing.
         **values: fields of the rule, such as `damping`.
     """
 
@@ -41,10 +42,13 @@ class Oracle:
         first_n=0,
         rule="euler",
         frozen_routing=False,
+        inputs=None,
         **values,
     ):
         self.model = model
+        self.inputs = inputs or (lambda tokens: {})
         inner = model.base_model if model.base_model is not model else model.model  # Gemma 3 on transformers 4
+        inner = getattr(inner, "language_model", inner)
         self.layers = list(inner.h if hasattr(inner, "h") else inner.layers)
         self.final_norm = next(
             getattr(inner, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(inner, name)
@@ -135,6 +139,10 @@ class Oracle:
     def _append(pass_kv, key, new):
         pass_kv[key] = [torch.cat([old, rows], dim=1) for old, rows in zip(pass_kv[key], new, strict=True)]
 
+    def _forward(self, tokens, mask):
+        """A plain forward without a cache."""
+        return self.model(**{"input_ids": tokens, "attention_mask": mask, "use_cache": False, **self.inputs(tokens)})
+
     def _inputs(self, tokens, mask, first):
         """The input of layer `first` and the arguments of all layers, in a plain forward."""
         calls = {}
@@ -146,7 +154,7 @@ class Oracle:
             for number, layer in enumerate(self.layers)
         ]
         try:
-            self.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            self._forward(tokens, mask)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -171,7 +179,7 @@ class Oracle:
         module = self.layers[stop] if stop < len(self.layers) else self.final_norm
         hook = module.register_forward_pre_hook(lambda module, args, kwargs: ((h, *args[1:]), kwargs), with_kwargs=True)
         try:
-            return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+            return self._forward(tokens, mask).logits
         finally:
             hook.remove()
 
