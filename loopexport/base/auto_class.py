@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
+
 from .families import is_multimodal
 
 # The Auto classes of multimodal models and the tables of the families that they have, the first that fits counts.
@@ -14,7 +16,7 @@ MULTIMODAL = {
 
 
 def auto_class(config: dict) -> Any:
-    """The Auto class that loads the whole model of a base's `config.json`, and an export of it.
+    """The Auto class that loads the whole model of the `config.json` of a base or an export.
 
     A class for text alone would leave out the vision tower of some multimodal families, and does not load others.
     """
@@ -22,5 +24,6 @@ def auto_class(config: dict) -> Any:
     from transformers.models.auto import modeling_auto
 
     names = MULTIMODAL if is_multimodal(config) else {}
-    fitting = (name for name, table in names.items() if config["model_type"] in getattr(modeling_auto, table, {}))
+    family = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
+    fitting = (name for name, table in names.items() if family in getattr(modeling_auto, table, {}))
     return getattr(transformers, next(fitting, "AutoModelForCausalLM"))
