@@ -76,10 +76,8 @@ def in_steps(model, inputs, tokens):
     cache, logits, start = DynamicCache(config=model.config), [], inputs["input_ids"].shape[1]
     with torch.no_grad():
         logits.append(model(**inputs, past_key_values=cache, use_cache=True).logits)
-        for end in range(start + 1, tokens.shape[1] + 1):
-            mask = torch.ones(len(tokens), end, dtype=torch.long)
-            mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
-            step = model(tokens[:, end - 1 : end], attention_mask=mask, past_key_values=cache, use_cache=True)
+        for position in range(start, tokens.shape[1]):  # no mask: Qwen-VL would take its positions from it
+            step = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
             logits.append(step.logits)
     return torch.cat(logits, dim=1)
 
