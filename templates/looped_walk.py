@@ -206,7 +206,7 @@ class LayerCall:
         cache: the cache of the call, or None.
         natural: the keys, values and states that the natural pass stored and read.
         routes: for each router of the layer, by path, its answers in the natural pass; used with frozen routing.
-        chosen: for each pass, the positions that the layer returned for the next layer, if it has the argument `CHOSEN`.
+        chosen: for each pass, the positions that the layer returned for the next one, if it has the argument `CHOSEN`.
     """
 
     def __init__(self, walk: Walk, layer: Any, traits: LayerTraits, args, kwargs):
