@@ -16,6 +16,7 @@ from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
 from .families import check_family, is_multimodal, layer_count, text_config
 from .loadable import check_index, check_loadable
+from .processor import FILES as PROCESSOR_FILES
 from .safetensors_header import Header, Tensor, read_header
 from .tensor_names import is_tower, layer_of
 from .tokenizer import FILES as TOKENIZER_FILES
@@ -33,7 +34,7 @@ LICENCE_TEXT = re.compile(r"(?i:(licen[cs]e|notice|copying|use_policy|usage_poli
 CARRIED = re.compile(
     rf"""
       generation_config\.json
-    | {TOKENIZER_FILES.pattern}
+    | {TOKENIZER_FILES.pattern} | {PROCESSOR_FILES.pattern}
     | (quantize_config|quant_config|hf_quant_config)\.json | recipe\.yaml
     | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja
     | {LICENCE_TEXT.pattern}
@@ -153,8 +154,8 @@ class Checkpoint:
 
     @property
     def num_params(self) -> int:
-        """Total number of tensor elements; quantised weights pack several parameters into one element."""
-        return sum(tensor.num_elements for tensor in self.tensors.values())
+        """Number of tensor elements, without towers; quantised weights pack several parameters into one element."""
+        return sum(tensor.num_elements for name, tensor in self.tensors.items() if not is_tower(name))
 
     @property
     def is_sparse(self) -> bool:
