@@ -15,8 +15,8 @@ MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")
 DECODE_MODES = ("full", "bypass", "first_n")
 
-# Names in `layer_types` of native configs for layers whose only memory is a K/V cache.
-ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+# Names in `layer_types` of native configs for layers whose only memory is a K/V cache, of an indexer's keys too.
+ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
 
 # The same for layers that keep a recurrent state, alone or beside keys and values; and for layers without a memory.
 RECURRENT_TYPES = ("linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding")
