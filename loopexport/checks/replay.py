@@ -33,6 +33,9 @@ from .replay_states import Slots, keeps_index, keeps_state
 # A layer called twice with the same arguments has to give the same result, up to this fraction of its largest value.
 SAME = 1e-5
 
+# Argument of layers that may attend to the positions that the layer before them chose, and returned after its output.
+CHOSEN = "prev_topk_indices"
+
 Pair = tuple  # keys and values, each `(batch, heads, seq, head_dim)`
 
 
@@ -75,6 +78,7 @@ class _Replay:
         decode_steps: number of decode steps since the latest longer chunk.
         is_looping: whether the current forward loops.
         is_iterating: whether a layer runs by hand.
+        chosen: the positions that the layer that ran last chose, for layers with the argument `CHOSEN`.
     """
 
     def __init__(self, layers: list, spec: LoopSpec):
@@ -90,6 +94,7 @@ class _Replay:
         self.decode_steps = 0
         self.is_looping = True
         self.is_iterating = False
+        self.chosen: Any = None
 
     def hook(self) -> Iterator[Any]:
         """Set the hooks; yields their handles."""
@@ -106,6 +111,7 @@ class _Replay:
         call = self.calls[number] = _Call(number, args, kwargs)
         if number == self.spec.layers[0]:
             self._begin(call.hidden.shape[-2])
+        self.chosen = call.kwargs.get(CHOSEN)
         if call.keeps_more:
             self.memories.setdefault(number, Slots(number)).begin(call.cache)
         return call.arguments(call.hidden, call.tape)
@@ -124,11 +130,18 @@ class _Replay:
         call = self.calls[number]
         call.output = _hidden_of(output)
         self._check_repeatable(number, call)
+        self.chosen = output[1] if CHOSEN in call.kwargs else None
         if not self.is_looping:
             self._skip(number)
             return None
         body = self.bodies.get(number)
-        return None if body is None else _with_hidden(output, self._loop(body))
+        return None if body is None else self._with_result(output, self._loop(body))
+
+    def _with_result(self, output, hidden):
+        """The output of a layer with other hidden states, and the positions that were chosen last."""
+        if not isinstance(output, tuple):
+            return hidden
+        return (hidden, *output[1:]) if self.chosen is None else (hidden, self.chosen, *output[2:])
 
     def _skip(self, number: int) -> None:
         """Let all iterations remember what the natural pass of a layer remembers."""
@@ -189,11 +202,16 @@ class _Replay:
     def _run(self, number: int, h, cache):
         """A layer's output for other hidden states and another cache."""
         args, kwargs = self.calls[number].arguments(h, cache)
+        if CHOSEN in kwargs:
+            kwargs[CHOSEN] = self.chosen
         self.is_iterating = True
         try:
-            return _hidden_of(self.layers[number](*args, **kwargs))
+            output = self.layers[number](*args, **kwargs)
         finally:
             self.is_iterating = False
+        if CHOSEN in kwargs:
+            self.chosen = output[1]
+        return _hidden_of(output)
 
     def _attended(self, number: int, k: int, keys, values) -> Pair:
         tape = self.calls[number].tape
@@ -353,7 +371,3 @@ def _name(path: str) -> str:
 
 def _hidden_of(output):
     return output[0] if isinstance(output, tuple) else output
-
-
-def _with_hidden(output, hidden):
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -65,6 +65,9 @@ RUNS = "the looped model loads and runs"
 # Largest |a - b| allowed, relative to the largest |b|, between two orders of the same fp32 sums.
 TOLERANCE = 1e-5
 
+# How much larger than in the base the differences from rounding may be in a loop, which repeats layers.
+GROWTH = 100
+
 
 @suggest_keywords
 def verify(
@@ -166,13 +169,13 @@ class _LoopedRun:
         runs: how often each decoder layer ran in a full forward.
         full: the logits of a full forward.
         decoded: the logits of `probe.steps`.
-        cached: the logits of `probe.chunks`; None if there is nothing to compare them with.
+        cached: the logits of `probe.chunks`.
     """
 
     runs: list[int]
     full: torch.Tensor
     decoded: torch.Tensor
-    cached: torch.Tensor | None
+    cached: torch.Tensor
 
 
 def _check_model(export: Export) -> list[Check]:
@@ -194,7 +197,7 @@ def _check_model(export: Export) -> list[Check]:
 
 
 def _check_against(base: _BaseRun, model, probe: Probe, spec: LoopSpec) -> list[Check]:
-    looped = _run_looped(model, probe, base)
+    looped = _run_looped(model, probe)
     return [
         _check_identity(ONE_STEP_IS_BASE, model, probe, base.logits, loop_steps=1),
         _check_identity(FULL_ANCHOR_IS_BASE, model, probe, base.logits, loop_anchor=1.0),
@@ -202,7 +205,7 @@ def _check_against(base: _BaseRun, model, probe: Probe, spec: LoopSpec) -> list[
         check_effect(looped.full, base.logits, base.by_hand.logits, spec),
         _check_by_hand(FULL_IS_BY_HAND, looped.full, base.by_hand, base.decode_difference),
         _check_by_hand(CACHED_IS_BY_HAND, looped.cached, base.cached_by_hand, base.decode_difference),
-        _check_cached_decode(looped.decoded, looped.full, spec, base.decode_difference),
+        _check_cached_decode(looped, spec, base.decode_difference),
         *check_image(model, probe, looped.full, base.image_effect),
     ]
 
@@ -231,11 +234,14 @@ def _run_base(export: Export, probe: Probe) -> _BaseRun:
 
 
 def _run_loaded(export: Export, probe: Probe, dtype) -> _BaseRun:
+    import torch
+
     model = _load_base(export, dtype)
     logits = full_logits(model, probe)
     difference = 0.0
     if _may_decode_otherwise(export):
-        difference = (cached_logits(model, probe, probe.steps) - logits).abs().max().item()
+        cached = torch.stack([cached_logits(model, probe, lengths) for lengths in (probe.steps, probe.chunks)])
+        difference = (cached - logits).abs().max().item()
     return _BaseRun(
         dtype,
         logits,
@@ -272,11 +278,10 @@ def _run_by_hand(model, probe: Probe, spec: LoopSpec) -> tuple[_ByHand, _ByHand]
     return attempt(probe.whole), attempt(probe.chunks)
 
 
-def _run_looped(model, probe: Probe, base: _BaseRun) -> _LoopedRun:
+def _run_looped(model, probe: Probe) -> _LoopedRun:
     with counted_runs(model) as runs:
         full = full_logits(model, probe)
-    cached = None if base.cached_by_hand.logits is None else cached_logits(model, probe, probe.chunks)
-    return _LoopedRun(runs, full, cached_logits(model, probe, probe.steps), cached)
+    return _LoopedRun(runs, full, *(cached_logits(model, probe, lengths) for lengths in (probe.steps, probe.chunks)))
 
 
 def _load(export: Export, dtype) -> tuple[Any, dict]:
@@ -310,17 +315,17 @@ def _check_identity(name: str, model, probe: Probe, base_logits: torch.Tensor, *
     return Check(name, torch.equal(logits, base_logits), f"largest difference {difference:.3g}", difference)
 
 
-def _check_by_hand(name: str, looped: torch.Tensor | None, by_hand: _ByHand, base_difference: float) -> Check:
+def _check_by_hand(name: str, looped: torch.Tensor, by_hand: _ByHand, base_difference: float) -> Check:
     """Compare logits of the looped model with those of the loop by hand over the native model."""
     import torch
 
-    if looped is None or by_hand.logits is None:
+    if by_hand.logits is None:
         return Check(name, None, f"not checked: the loop cannot be computed by hand here ({by_hand.reason})")
     difference, scale, detail = _measure(looped, by_hand.logits)
-    holds = difference <= TOLERANCE * scale
-    if not holds and math.isfinite(difference) and looped.dtype != torch.float32:
+    is_near = difference <= TOLERANCE * scale
+    if not is_near and math.isfinite(difference) and looped.dtype != torch.float32:
         return Check(name, None, f"{detail}; not checked: {looped.dtype} rounds too coarsely", difference)
-    return _unless_base_violates_it(name, holds, difference, detail, base_difference)
+    return _unless_base_violates_it(name, difference, scale, detail, base_difference)
 
 
 def _measure(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float, str]:
@@ -330,21 +335,23 @@ def _measure(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float, st
     return difference, scale, f"largest difference {difference:.3g}, {difference / scale:.3g} of the logits' scale"
 
 
-def _unless_base_violates_it(name: str, holds: bool, difference: float, detail: str, base_difference: float) -> Check:
-    if not holds and math.isfinite(difference) and base_difference > TOLERANCE:
-        why = f"the base itself violates it, by {base_difference:.3g} of the logits' scale"
-        return Check(name, None, f"{detail}; {why}", difference)
+def _unless_base_violates_it(name: str, difference: float, scale: float, detail: str, base_difference: float) -> Check:
+    holds = difference <= TOLERANCE * scale
+    if not holds and math.isfinite(difference) and difference <= GROWTH * base_difference * scale:
+        why = f"the base's own cached decoding is off by {base_difference:.3g} of the logits' scale"
+        return Check(name, None, f"{detail}; not proved: {why}", difference)
     return Check(name, holds, detail, difference)
 
 
-def _check_cached_decode(decoded: torch.Tensor, full: torch.Tensor, spec: LoopSpec, base_difference: float) -> Check:
-    """Compare prefill and single decode steps with one forward over all tokens."""
-    difference, scale, detail = _measure(decoded, full)
+def _check_cached_decode(looped: _LoopedRun, spec: LoopSpec, base_difference: float) -> Check:
+    """Compare a prefill with decode steps, and chunks of several sizes, with one forward over all tokens."""
+    import torch
+
+    difference, scale, detail = _measure(torch.stack([looped.decoded, looped.cached]), looped.full)
     reason = _why_decode_differs(spec)
     if reason and math.isfinite(difference):
         return Check(CACHED_DECODE_IS_FULL, None, f"{detail}; does not hold by design: {reason}", difference)
-    holds = difference <= TOLERANCE * scale
-    return _unless_base_violates_it(CACHED_DECODE_IS_FULL, holds, difference, detail, base_difference)
+    return _unless_base_violates_it(CACHED_DECODE_IS_FULL, difference, scale, detail, base_difference)
 
 
 def _check_graphs(export: Export, model) -> list[Check]:
