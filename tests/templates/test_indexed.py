@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from loopexport.loop.spec import KV_POLICIES, MODES
 from support.compare import assert_close, assert_differs
@@ -13,6 +13,8 @@ from support.routing import run_without_ties
 from support.structure import by_class
 from support.tiny import INDEXED, SPAN, tiny_tokens
 from support.unrolled_copy import unrolled_copy
+
+pytestmark = pytest.mark.skipif(not hasattr(Cache, "update_indexer"), reason="this release has no indexed attention")
 
 # `glm_moe_dsa` has layers that read the choice of the layer before; `qwen4_exp_text` indexes blocks of keys.
 SAMPLE = ("deepseek_v32", "glm_moe_dsa", "qwen4_exp_text")
@@ -123,3 +125,9 @@ def _gradients(model):
     model(tokens, labels=tokens, use_cache=False).loss.backward()
     found = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
     return {name: each for name, each in found.items() if each.abs().max() > 1e-4}
+
+
+def test_a_release_without_index_keys_in_the_cache_is_refused(looped, monkeypatch):
+    monkeypatch.delattr(Cache, "update_indexer")
+    with pytest.raises(ValueError, match="its indexer keeps keys outside of the cache"):
+        full_forward(looped("deepseek_v32", kv="shared"), tiny_tokens(1, 4))
