@@ -30,7 +30,7 @@ from .looped_cache import (
 from .looped_routing import ROUTERS, own_routing
 from .looped_spec import LoopSpec
 from .looped_vllm import VllmSeam
-from .looped_walk import LayerTraits, Walk
+from .looped_walk import HANDED_OVER, LayerTraits, Walk
 
 LOOP = "_loop"  # the attribute of a looped decoder that holds its `DecoderLoop`
 FIRST_REUSER = "first_kv_shared_layer_idx"  # attribute of decoders whose late layers reuse the keys of earlier ones
@@ -95,6 +95,11 @@ class DecoderLoop:
             raise ValueError(
                 f"cannot loop layer {index}: {type(layers[index]).__name__} takes no K/V cache "
                 f"(none of {', '.join(CACHE_ARGUMENTS)}); choose another span"
+            )
+        if self.traits[index].is_handed_over:
+            raise ValueError(
+                f"cannot loop layer {index}: {type(layers[index]).__name__} also takes {HANDED_OVER} from the layer "
+                "before it, which an iteration would not renew; choose another span"
             )
         self.traits[index].mixers.check(index, spec.kv)
         missing = self.traits[index].routers.missing
