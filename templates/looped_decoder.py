@@ -31,7 +31,7 @@ from .looped_cache import (
 from .looped_routing import ROUTERS, own_routing
 from .looped_spec import LoopSpec
 from .looped_vllm import VllmSeam
-from .looped_walk import LayerTraits, Walk
+from .looped_walk import HANDED_OVER, LayerTraits, Walk
 
 LOOP = "_loop"  # the attribute of a looped decoder that holds its `DecoderLoop`
 ADDED_FEATURES = "deepstack_visual_indexes"  # in a vision config: as many of the first decoder layers add features
@@ -111,6 +111,11 @@ class DecoderLoop:
             raise ValueError(
                 f"cannot loop layer {index}: {type(layers[index]).__name__} takes no K/V cache "
                 f"(none of {', '.join(CACHE_ARGUMENTS)}); choose another span"
+            )
+        if self.traits[index].is_handed_over:
+            raise ValueError(
+                f"cannot loop layer {index}: {type(layers[index]).__name__} also takes {HANDED_OVER} from the layer "
+                "before it, which an iteration would not renew; choose another span"
             )
         self.traits[index].mixers.check(index, spec.kv)
         if not hasattr(Cache, "update_indexer") and _has_indexer(layers[index]):
