@@ -31,7 +31,7 @@ from .looped_cache import (
 from .looped_routing import ROUTERS, own_routing
 from .looped_spec import LoopSpec
 from .looped_vllm import VllmSeam
-from .looped_walk import LayerTraits, Walk
+from .looped_walk import HANDED_OVER, LayerTraits, Walk
 
 LOOP = "_loop"  # the attribute of a looped decoder that holds its `DecoderLoop`
 ADDED_FEATURES = "deepstack_visual_indexes"  # in a vision config: as many of the first decoder layers add features
@@ -112,6 +112,12 @@ class DecoderLoop:
                 f"cannot loop layer {index}: {type(layers[index]).__name__} takes no K/V cache "
                 f"(none of {', '.join(CACHE_ARGUMENTS)}); choose another span"
             )
+        if self.traits[index].is_handed_over:
+            raise ValueError(
+                f"cannot loop layer {index}: {type(layers[index]).__name__} also takes {HANDED_OVER} from the layer "
+                "before it, which an iteration would not renew; choose another span"
+            )
+        self.traits[index].mixers.check(index, spec.kv)
         if not hasattr(Cache, "update_indexer") and _has_indexer(layers[index]):
             raise ValueError(
                 f"cannot loop layer {index}: in this release of transformers, its indexer keeps keys outside of the "
@@ -156,7 +162,7 @@ def loop_decoder(decoder: nn.Module, list_name: str, config, native: type | None
         decoder: the module that owns the layer list.
         list_name: its attribute for the list.
         config: the model's config.
-        native: the native class of the decoder if its class is ours already, else None.
+        native: the native class of the decoder if its own class is to be changed; None for a subclass of it.
     """
     loop = DecoderLoop(config, decoder, list_name)
     setattr(decoder, LOOP, loop)
@@ -165,8 +171,8 @@ def loop_decoder(decoder: nn.Module, list_name: str, config, native: type | None
     cls: Any = type(decoder)
     if native is None:
         decoder.__class__ = looped_decoder_class(cls, list_name)
-    elif list_name not in vars(cls):  # not another class: vLLM wraps the constructor of the class that it finds
-        for name, member in _members(native, list_name).items():
+    elif list_name not in vars(cls):
+        for name, member in _members(native.forward, list_name).items():
             setattr(cls, name, member)
     return loop
 
@@ -185,18 +191,18 @@ def looped_decoder_class(native: type, list_name: str) -> type:
         "__doc__": native.__doc__,
         "__reduce_ex__": reduce,  # pickle finds a class by its name, and this name is the native class's
     }
-    return type(native.__name__, (native,), body | _members(native, list_name))
+    return type(native.__name__, (native,), body | _members(native.forward, list_name))
 
 
-def _members(native: Any, list_name: str) -> dict[str, Any]:
-    """What the class of a looped decoder has in place of the native layer list and the native forward."""
+def _members(native_forward: Any, list_name: str) -> dict[str, Any]:
+    """What the class of a looped decoder has in place of the native layer list and forward."""
 
     def layers(self):
         return _layers_for(self, sys._getframe(1) if not torch.compiler.is_compiling() else None)
 
-    @functools.wraps(native.forward)
+    @functools.wraps(native_forward)
     def forward(self, *args, **kwargs):
-        return _run(self, native, args, kwargs)
+        return _run(self, native_forward, args, kwargs)
 
     return {list_name: property(layers), "forward": forward}
 
@@ -205,7 +211,7 @@ def _new_decoder(native: type, list_name: str):
     return object.__new__(looped_decoder_class(native, list_name))
 
 
-def _run(decoder: nn.Module, native: Any, args, kwargs):
+def _run(decoder: nn.Module, native_forward: Any, args, kwargs):
     """The decoder's forward.
 
     Raises:
@@ -214,16 +220,16 @@ def _run(decoder: nn.Module, native: Any, args, kwargs):
     loop = vars(decoder)[LOOP]
     walk = loop.begin(loop.layers_of(decoder), args, kwargs)
     if walk is None and _THREAD.decoder is None:
-        return native.forward(decoder, *args, **kwargs)
+        return native_forward(decoder, *args, **kwargs)
     # A hook may run a forward, of this decoder or another one, in the middle of a forward.
     outer, _THREAD.decoder, _THREAD.walk = (_THREAD.decoder, _THREAD.walk), decoder, walk
     try:
         with own_routing():
-            output = native.forward(decoder, *args, **_all_tokens(decoder, walk, kwargs))
+            output = native_forward(decoder, *args, **_all_tokens(decoder, walk, kwargs))
     finally:
         _THREAD.decoder, _THREAD.walk = outer
     if walk is not None:
-        walk.check_complete(native.__name__)
+        walk.check_complete(type(decoder).__name__)
     return output
 
 

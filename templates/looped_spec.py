@@ -20,6 +20,10 @@ ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_
 
 # Names there for layers that pool several tokens into one key, and keep the tokens of an unfinished pool too.
 POOLING_TYPES = ("heavily_compressed_attention", "compressed_sparse_attention")
+# The same for layers that keep a recurrent state, alone or beside keys and values; and for layers without a memory.
+RECURRENT_TYPES = ("linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding")
+MEMORYLESS_TYPES = ("mlp", "moe")
+LOOPABLE_TYPES = ATTENTION_TYPES + RECURRENT_TYPES + MEMORYLESS_TYPES
 
 MAX_COUNT = 2**31 - 1  # the limit for steps and other counts: far more than useful, and fits any integer type
 
@@ -200,7 +204,7 @@ class LoopSpec:
             )
 
     def check_layer_types(self, layer_types) -> None:
-        """Raise ValueError if a looped layer remembers more of the past than keys and values.
+        """Raise ValueError if a looped layer has a memory of unknown kind.
 
         Args:
             layer_types: the config's `layer_types` or `layers_block_type`, one name per layer; None if it has none.
@@ -214,10 +218,10 @@ class LoopSpec:
                     "unfinished pools beside its keys and values, and what another run does to a pool is not defined: "
                     "choose a span of other layers"
                 )
-            if layer_types[layer] not in ATTENTION_TYPES:
+            if layer_types[layer] not in LOOPABLE_TYPES:
                 raise ValueError(
-                    f"layer {layer} is of type {layer_types[layer]}; only layers whose memory is a K/V cache can be "
-                    f"run again ({', '.join(ATTENTION_TYPES)}): choose a span of those"
+                    f"layer {layer} is of type {layer_types[layer]}; only layers of types {', '.join(LOOPABLE_TYPES)} "
+                    "can be run again: choose a span of those"
                 )
 
     @classmethod

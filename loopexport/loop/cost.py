@@ -58,9 +58,9 @@ class Cost:
     Attributes:
         layer_evaluations: decoder layers run for one token, `L + (E K - 1) w`.
         base_layer_evaluations: the same for the base, L.
-        params_read: parameters of the language model read to decode one token: each layer as often as it runs, of the routed experts only the
-            chosen ones, one row of an embedding table, and everything else once. None for quantised weights, which
-            pack several parameters into one element.
+        params_read: parameters of the language model read to decode one token: each layer as often as it runs, of the
+            routed experts only the chosen ones, one row of an embedding table, and everything else once. None for
+            quantised weights, which pack several parameters into one element.
         base_params_read: the same for the base.
         bytes_read: the same count in bytes of the tensors in the files, quantised or not.
         base_bytes_read: the same for the base.

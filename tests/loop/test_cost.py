@@ -13,6 +13,7 @@ import loopexport
 from loopexport.base import families
 from support.commands import run
 from support.family_walk import RELEASE, save_tiny_family
+from support.multimodal import save_multimodal
 from support.structure import by_class
 from support.tiny import FAMILIES, INDEXED, MOE_FAMILIES, NUM_LAYERS, SPAN, tiny_tokens
 
@@ -44,6 +45,17 @@ def test_dense_layers_are_read_as_often_as_they_run(tiny_base):
     assert found.base_params_read == 6 * layer + outside
     assert found.params_read == 12 * layer + outside
     assert (found.base_bytes_read, found.bytes_read) == (FP32 * found.base_params_read, FP32 * found.params_read)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_multimodal_models_cost_what_their_language_models_cost(kind, tmp_path):
+    """Neither the towers nor their layers count, however many there are."""
+    found = cost(save_multimodal(kind, tmp_path / "base"))
+    layer = ATTENTION_WITH_GQA + 3 * 64 * 96 + 2 * 64
+    more = {"llava": 64 + 131 * 64 + 64, "gemma3": 131 * 64 + 64 + 6 * (2 * 64 + 2 * 16)}[kind]  # gemma3 is tied
+    assert found.base_params_read == 6 * layer + more
+    assert (found.base_layer_evaluations, found.layer_evaluations) == (6, 12)
+    assert found.kv_bytes == found.base_kv_bytes == 6 * 2 * 2 * 16 * FP32
 
 
 @pytest.mark.parametrize(("rule", "per_step"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])

@@ -187,3 +187,46 @@ def _pixels(kind: str, pictures: int, seed: int) -> dict[str, torch.Tensor]:
         }
     pixels = {"pixel_values": torch.randn(pictures, 3, 28, 28, generator=generator)}
     return pixels | ({"image_sizes": torch.tensor([[28, 28]] * pictures)} if kind == "mistral3" else {})
+
+
+def save_processor(kind: str, directory: Path) -> Path:
+    """Save the processor of "gemma3" or "llava", with a tokenizer of one token for each word; needs Pillow.
+
+    transformers makes the other processors only where torchvision is installed.
+    """
+    from transformers import Gemma3Processor, LlavaProcessor
+    from transformers.models.clip import CLIPImageProcessorPil
+    from transformers.models.gemma3 import Gemma3ImageProcessorPil
+
+    side = {"height": 28, "width": 28}
+    if kind == "gemma3":
+        tokenizer = _tokenizer(boi_token="<start>", eoi_token="<end>", image_token="<image>")
+        processor = Gemma3Processor(Gemma3ImageProcessorPil(size=side), tokenizer, image_seq_length=4)
+    else:
+        processor = LlavaProcessor(
+            CLIPImageProcessorPil(size=side, crop_size=side),
+            _tokenizer(image_token="<image>"),
+            patch_size=7,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+    processor.save_pretrained(directory)
+    return directory
+
+
+def _tokenizer(**special: str):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    named = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = [*named, *(f"word{n}" for n in range(VIDEO_TOKEN - len(named))), "<video>", "<start>", "<end>", "<image>"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=special,
+    )
