@@ -9,6 +9,7 @@ FILES = (
     "looped_cache.py",
     "looped_checkpointing.py",
     "looped_decoder.py",
+    "looped_pools.py",
     "looped_recurrent.py",
     "looped_routing.py",
     "looped_rules.py",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .looped_pools import NaturalSlots, OneSlot, ReplayedPools
 from .looped_spec import FIELDS, LoopSpec
 from .looped_states import (
     HAS_STATE,
@@ -75,6 +75,9 @@ def find_cache_argument(module: nn.Module) -> CacheArgument | None:
     """The argument of a decoder layer or model that takes the K/V cache; None if it has none."""
     names = list(inspect.signature(module.forward).parameters)
     found = next((name for name in CACHE_ARGUMENTS if name in names), None)
+    if found is None and "kwargs" in names and hasattr(module, "self_attn"):  # it hands all keywords to its attention
+        inner = find_cache_argument(module.self_attn)
+        return None if inner is None else CacheArgument(inner.name, len(names))
     return None if found is None else CacheArgument(found, names.index(found))
 
 
@@ -92,9 +95,11 @@ class CacheStandIn:
             time of an iteration the real cache already holds the chunk.
         states: the recurrent states that the layer saw in the natural pass.
         read: the keys and values that the layer reads, if they are known.
+        pools: for a layer that pools tokens, its slot in the natural pass as recorded, or as replayed; else None.
     """
 
     length: Any = None
+    pools: Any = None
     read: tuple = ()
 
     def __init__(self, cache):
@@ -103,7 +108,7 @@ class CacheStandIn:
 
     def see(self, natural: NaturalPass):
         """Let an iteration find the length and the states that the natural pass found; returns this stand-in."""
-        self.length, self.states = natural.length, natural.states
+        self.length, self.states, self.pools = natural.length, natural.states, natural.pools
         return self
 
     def ask(self, name: str, *args, **kwargs):
@@ -117,7 +122,7 @@ class CacheStandIn:
             return self.__getattr__("layers")
         layer = DynamicLayer()
         layer.update(*self.read[:2])
-        return defaultdict(lambda: layer)
+        return OneSlot(layer)
 
     def get_seq_length(self, *args, **kwargs):
         return self.ask("get_seq_length", *args, **kwargs) if self.length is None else self.length
@@ -148,6 +153,10 @@ class NaturalPass(RecordStates, CacheStandIn):
     rest: tuple = ((), {})
     new_index: tuple = ()
     read_index: tuple = ()
+
+    @property
+    def layers(self):
+        return NaturalSlots(self, super().layers)
 
     @property
     def seen(self) -> tuple:
@@ -189,6 +198,14 @@ class SharedRead(NaturalPresent, CacheStandIn):
     def __init__(self, cache, read):
         super().__init__(cache)
         self.read = read
+
+    @property
+    def layers(self):
+        return super().layers if self.pools is None else OneSlot(self.pools)
+
+    def see(self, natural: NaturalPass):
+        super().see(natural).pools = natural.pools and ReplayedPools(natural.pools.answers)
+        return self
 
     def update(self, keys, values, *args, **kwargs):
         return self.read[:2]
@@ -236,6 +253,10 @@ class OwnSlot(OwnStates, CacheStandIn):
         super().__init__(cache)
         self.read = read
         self.slot = slot
+
+    @property
+    def layers(self):
+        return OneSlot(super().layers[self.slot])
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         own = self.cache.update(keys, values, self.slot, *args, **kwargs)

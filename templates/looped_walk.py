@@ -33,6 +33,7 @@ from .looped_cache import (
     self_attention,
 )
 from .looped_checkpointing import checkpointing_paused, is_checkpointing
+from .looped_pools import check_not_pooling, natural_cache
 from .looped_recurrent import Mixers
 from .looped_routing import RecordRoute, ReplayRoute, Routers, routing
 from .looped_rules import run_loop
@@ -277,7 +278,7 @@ class LayerCall:
         """The layer's output for the call as recorded; also records what iterations need."""
         spec = self.walk.spec
         if not is_checkpointing(self.native):
-            self.natural = NaturalPass(self.cache)
+            self.natural = NaturalPass(natural_cache(self.native, self.cache))
             # Without a cache, an iteration of another policy needs nothing of the natural pass.
             has_memory = self.cache is not None or spec.kv == "shared"
             with self._frozen(RecordRoute):
@@ -287,6 +288,7 @@ class LayerCall:
             return output
         if spec.kv == "shared":
             self.traits.mixers.check_not_checkpointed()
+            check_not_pooling(self.native)
         if spec.frozen_routing and self.routes:
             raise ValueError("frozen routing does not work with gradient checkpointing; switch one of them off")
         # Gradient checkpointing runs layers without a cache. Then only `shared` needs the natural K/V.
@@ -311,11 +313,11 @@ class LayerCall:
     def store_natural(self) -> None:
         """Store what the natural pass stored in the slots of all iterations, for tokens that do not loop.
 
-        The states of recurrent layers cannot be copied, since each slot has a past of its own. Each slot takes up the
-        natural input of the layer instead, for which the layer has to run.
+        Recurrent states and pools of tokens cannot be copied, since each slot has a past of its own. Each slot takes up
+        the natural input of the layer instead, for which the layer has to run.
         """
         for k in range(1, self.walk.spec.evaluations):
-            if self.natural.states:
+            if self.natural.states or self.natural.pools is not None:
                 self.run(self.hidden, self._iteration_cache(k), k)
             else:
                 self.natural.store_in(self.walk.slot(self.index, k))

@@ -39,6 +39,7 @@ from .configuration_looped import (
 from .looped_cache import CACHE_ARGUMENTS, add_slots, check_continuous_batching, self_attention
 from .looped_checkpointing import CHECKPOINTS  # noqa: F401  transformers 4 copies only files that this one imports
 from .looped_decoder import LOOP, loop_decoder
+from .looped_pools import POOLS  # noqa: F401  as above
 from .looped_recurrent import SCANS  # noqa: F401  as above
 from .looped_routing import ROUTERS  # noqa: F401  as above
 from .looped_rules import run_loop  # noqa: F401  as above

@@ -45,7 +45,10 @@ SPECIAL_PARTS: dict[str, dict] = {
     "paligemma": {"projection_dim": 64},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "llama4_vision_model": {
-        "intermediate_size": 128, "projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64,
+        "intermediate_size": 128,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+        "vision_output_dim": 64,
     },
     "ovis2": {"hidden_size": 64, "vocab_size": VOCABULARY, "visual_indicator_token_ids": [121, 122, 123, 124, 125]},
     "ovis2_vision": {"vocab_size": 40},
@@ -116,7 +119,9 @@ def _known(config, values: dict) -> dict:
 
 def _is_placeholder(config, key: str) -> bool:
     value = vars(config)[key]
-    return key.endswith(("token_id", "token_index")) and isinstance(value, int) and key[:4] not in ("pad_", "bos_", "eos_")
+    return (
+        key.endswith(("token_id", "token_index")) and isinstance(value, int) and key[:4] not in ("pad_", "bos_", "eos_")
+    )
 
 
 def _rope(config, values: dict) -> dict:

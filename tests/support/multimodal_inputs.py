@@ -208,7 +208,10 @@ def _medium(model, kind: str, name: str, recipe: Recipe) -> Medium:
 def _takes(model, medium: Medium) -> bool:
     """Whether the model has arguments of these names."""
     features = _features(model, medium.kind)
-    known = {*inspect.signature(model.forward).parameters, *(inspect.signature(features).parameters if features else ())}
+    known = {
+        *inspect.signature(model.forward).parameters,
+        *(inspect.signature(features).parameters if features else ()),
+    }
     return medium.make(1).keys() <= known
 
 
