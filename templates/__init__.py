@@ -6,6 +6,8 @@ the other files through them.
 
 FILES = (
     "configuration_looped.py",
+    "looped_arguments.py",
+    "looped_body.py",
     "looped_cache.py",
     "looped_checkpointing.py",
     "looped_decoder.py",
