@@ -55,8 +55,8 @@ FOREIGN_WEIGHTS = {
     ".h5": "load it with transformers and `save_pretrained` it",
 }
 
-# Parameters of layers that remember more than a K/V cache: state spaces, linear attention, convolutions, indexers.
-RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|indexer)\b")
+# Parameters of layers that remember more than a K/V cache: state spaces, linear attention, convolutions, compressors.
+RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|compressor)\b")
 
 # Config keys for the number of experts in a sparse layer.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

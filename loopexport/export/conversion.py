@@ -340,13 +340,6 @@ def check_layers(base: Checkpoint, loop: LoopSpec) -> None:
         loop.check_layer_types(layer_types(base.config))
     except ValueError as error:
         raise SpecError(str(error)) from None
-    recurrent = [layer for layer in loop.layers if layer in base.recurrent_tensors]
-    if recurrent:  # the weights show it where the config does not
-        layer = recurrent[0]
-        raise SpecError(
-            f"layer {layer} keeps more of the past than keys and values ({base.recurrent_tensors[layer]}), and cannot "
-            "be run again: choose a span of attention layers"
-        )
 
 
 def _write(path: Path, content: bytes) -> FileRecord:
