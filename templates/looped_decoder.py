@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from .looped_cache import (
     CACHE_ARGUMENTS,
@@ -30,7 +31,7 @@ from .looped_cache import (
 from .looped_routing import ROUTERS, own_routing
 from .looped_spec import LoopSpec
 from .looped_vllm import VllmSeam
-from .looped_walk import LayerTraits, Walk
+from .looped_walk import HANDED_OVER, LayerTraits, Walk
 
 LOOP = "_loop"  # the attribute of a looped decoder that holds its `DecoderLoop`
 ADDED_FEATURES = "deepstack_visual_indexes"  # in a vision config: as many of the first decoder layers add features
@@ -111,7 +112,17 @@ class DecoderLoop:
                 f"cannot loop layer {index}: {type(layers[index]).__name__} takes no K/V cache "
                 f"(none of {', '.join(CACHE_ARGUMENTS)}); choose another span"
             )
+        if self.traits[index].is_handed_over:
+            raise ValueError(
+                f"cannot loop layer {index}: {type(layers[index]).__name__} also takes {HANDED_OVER} from the layer "
+                "before it, which an iteration would not renew; choose another span"
+            )
         self.traits[index].mixers.check(index, spec.kv)
+        if not hasattr(Cache, "update_indexer") and _has_indexer(layers[index]):
+            raise ValueError(
+                f"cannot loop layer {index}: in this release of transformers, its indexer keeps keys outside of the "
+                "cache; use a newer release, or choose another span"
+            )
         missing = self.traits[index].routers.missing
         if spec.frozen_routing and missing:
             raise ValueError(
@@ -250,6 +261,11 @@ def _all_tokens(decoder: nn.Module, walk: Walk | None, kwargs: dict) -> dict:
     if walk is None or first is None or not any(start < first < stop for start, stop in walk.spec.bodies):
         return kwargs
     return {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
+
+
+def _has_indexer(layer: nn.Module) -> bool:
+    """Whether a layer chooses the positions that it attends to by keys of an indexer."""
+    return any(name.rpartition(".")[2] == "indexer" for name, _ in layer.named_modules())
 
 
 def _num_tokens(args, kwargs) -> int | None:

@@ -292,8 +292,8 @@ class Mixers(NamedTuple):
         """Raise ValueError if a layer, by its number, cannot be looped under a K/V policy."""
         if self.foreign:
             raise ValueError(
-                f"cannot loop layer {layer}: {self.foreign[0]} keeps a recurrent state outside of the cache of "
-                "transformers 5; choose another span, or a newer transformers"
+                f"cannot loop layer {layer}: {self.foreign[0]} keeps a recurrent state where the passes of a loop would "
+                "overwrite each other's; choose another span, or a newer transformers"
             )
         if kv == "shared" and self.unknown:
             raise ValueError(

@@ -10,6 +10,7 @@ since threads share them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import MutableMapping
 from functools import partial
 from itertools import pairwise
@@ -43,6 +44,8 @@ DECODE_STEPS = "loop_decode_steps"
 HANDED_ON = "shared_kv_states"
 # Argument of layers that may read the positions that an earlier layer's indexer chose: what that layer returned second.
 CHOSEN = "prev_topk_indices"
+# Argument of layers for what the layer before returned beside its hidden states (Zaya): iterations would not get it.
+HANDED_OVER = "prev_router_hidden_states"
 
 
 class LayerTraits(NamedTuple):
@@ -53,6 +56,7 @@ class LayerTraits(NamedTuple):
         cache_argument: its argument for the K/V cache; None if it has none.
         routers: the modules that choose its experts.
         mixers: the modules that keep a recurrent state.
+        is_handed_over: whether it takes more from the layer before than hidden states.
     """
 
     number: int
@@ -60,11 +64,14 @@ class LayerTraits(NamedTuple):
     cache_argument: CacheArgument | None
     routers: Routers
     mixers: Mixers
+    is_handed_over: bool
 
     @classmethod
     def of(cls, number: int, layer: nn.Module) -> LayerTraits:
         """The traits of a layer that the native model has just built."""
-        return cls(number, type(layer), find_cache_argument(layer), Routers.of(layer), Mixers.prepared(layer))
+        is_handed_over = HANDED_OVER in inspect.signature(layer.forward).parameters
+        mixers = Mixers.prepared(layer)
+        return cls(number, type(layer), find_cache_argument(layer), Routers.of(layer), mixers, is_handed_over)
 
     def native_in(self, layer: nn.Module) -> nn.Module:
         """The native layer in what the layer list holds now: itself, or inside a wrapper."""
@@ -206,7 +213,7 @@ class LayerCall:
         cache: the cache of the call, or None.
         natural: the keys, values and states that the natural pass stored and read.
         routes: for each router of the layer, by path, its answers in the natural pass; used with frozen routing.
-        chosen: for each pass, the positions that the layer returned for the next layer, if it has the argument `CHOSEN`.
+        chosen: for each pass, the positions that the layer returned for the next one, if it has the argument `CHOSEN`.
     """
 
     def __init__(self, walk: Walk, layer: Any, traits: LayerTraits, args, kwargs):

@@ -73,6 +73,7 @@ class CardFacts:
         config: the base's config.
         measured: the results of `loopexport compare --save`.
         processor: whether the export has the processor of a multimodal model.
+        text_only: whether the base was multimodal, and only its language model is here.
     """
 
     base: Origin
@@ -90,6 +91,7 @@ class CardFacts:
     config: dict = field(default_factory=dict)
     measured: Measured = field(default_factory=Measured)
     processor: bool = True
+    text_only: bool = False
 
     @property
     def is_multimodal(self) -> bool:
@@ -284,7 +286,8 @@ def _intro(facts: CardFacts) -> str:
     text = _TRAINED_INTRO if facts.trained else _INTRO
     values = _table(facts)
     intro = text.format(base=_base_link(facts), **{name: values[name] for name in ("layers", "num_layers", "steps")})
-    return f"{intro}\n\n{_LANGUAGE_MODEL.format(**values)}" if facts.is_multimodal else intro
+    more = _LANGUAGE_MODEL.format(**values) if facts.is_multimodal else _TEXT_ONLY if facts.text_only else ""
+    return f"{intro}\n\n{more}" if more else intro
 
 
 def _base_link(facts: CardFacts) -> str:
@@ -308,6 +311,9 @@ the base model's.** They are stored once."""
 _LANGUAGE_MODEL = """\
 The model reads more than text. The loop runs in its language model alone: the span counts the {num_layers} decoder
 layers there. The vision and audio towers are the base's and run once."""
+
+_TEXT_ONLY = """\
+The base reads more than text. Only its language model is here; its vision and audio towers were left out."""
 
 _NO_PROCESSOR = "The base's directory had no processor: AutoProcessor will not load from here.\n"
 

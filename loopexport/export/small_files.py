@@ -34,8 +34,8 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
         CheckpointError: a file of the base cannot be read.
     """
     _check_distinct(base.carried)
-    files = {name: read_file(base.root / name) for name in base.carried}
-    originals = {name: read_file(base.root / name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
+    files = {name: _content(base, name) for name in base.carried}
+    originals = {name: _content(base, name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
     files[CONFIG] = _looped_config(base, spec)
     home = tokenizer.tokenizer_home(_tokenizer_config(base), base.carried)
     facts = _card_facts(base, spec, cost, originals.get(CARD, b""), home, has_weights)
@@ -44,6 +44,10 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
     originals |= without_foreign_code(files)
     files |= {name: template_bytes(name) for name in TEMPLATES} | licence_notice_file(base)
     return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
+
+
+def _content(base: Checkpoint, name: str) -> bytes:
+    return base.edited[name] if name in base.edited else read_file(base.root / name)
 
 
 def without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -67,7 +71,7 @@ def export_card(export: Export) -> str:
     base_card = _original(export, CARD)
     facts = _card_facts(export.base, export.spec, export.cost, base_card, home, not export.lacking)
     facts = replace(facts, onnx=export.manifest.onnx, measured=measured(export))
-    facts = replace(facts, processor=processor.has_processor(_base_names(export)))
+    facts = replace(facts, processor=processor.has_processor(_base_names(export)), text_only=export.manifest.text_only)
     if export.manifest.trained:  # results were published for the base's weights
         facts = replace(facts, trained=True, published=None)
     return make_card(facts)
@@ -151,6 +155,7 @@ def _card_facts(
         tokenizer=home,
         has_weights=has_weights,
         config=base.config,
+        text_only=bool(base.edited),
     )
 
 

@@ -88,9 +88,9 @@ FAMILIES: dict[str, dict] = {
     "deepseek_v3": {**DEEP_MOE, **MLA},
 }
 # Layers that attend to the positions that an indexer chooses: 4 of up to 20. The span 1:4 has a layer that runs its
-# indexer and two that read the choice of an earlier layer, where the family has such layers.
+# indexer and two that read the choice of the layer before, as does the layer after it, where a family has such layers.
 INDEXER = {**DEEP_MOE, **MLA, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 16, "initializer_range": 0.2}
-BORROWED = {"indexer_types": ["full", "shared", "full", "shared", "full", "shared"]}
+BORROWED = {"indexer_types": ["full", "shared", "full", "shared", "shared", "full"]}
 INDEXED: dict[str, dict] = {
     "deepseek_v32": INDEXER,
     "axk2": {**INDEXER, "gated_norm_rank": 8},
@@ -101,7 +101,10 @@ INDEXED: dict[str, dict] = {
         "layer_types": ["indexed_attention", "sliding_attention"] * (NUM_LAYERS // 2),
         "sliding_window": SLIDING_WINDOW,
         "shared_experts_intermediate_size": 48,
-        "hidden_act": "silu",
+        **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
+        **{f"swa_{name}": MLA[name] for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")},
+        "swa_head_dim": MLA["qk_nope_head_dim"] + MLA["qk_rope_head_dim"],
+        "swa_qk_rope_head_dim": MLA["qk_rope_head_dim"],
     },
     "qwen4_exp_text": {
         **MOE,

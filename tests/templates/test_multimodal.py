@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 import loopexport
@@ -19,6 +20,7 @@ from support.tiny import SPAN, tiny_tokens
 # One for each way in which a picture reaches the layers: masks, positions, embeddings.
 KINDS = ("gemma3", "qwen2_5_vl", "mistral3")
 STEPS = 3  # decode steps after the prompt
+IS_VERSION_4 = int(transformers.__version__.partition(".")[0]) < 5
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +78,9 @@ def in_steps(model, inputs, tokens):
     cache, logits, start = DynamicCache(config=model.config), [], inputs["input_ids"].shape[1]
     with torch.no_grad():
         logits.append(model(**inputs, past_key_values=cache, use_cache=True).logits)
-        for end in range(start + 1, tokens.shape[1] + 1):
-            mask = torch.ones(len(tokens), end, dtype=torch.long)
-            mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
-            step = model(tokens[:, end - 1 : end], attention_mask=mask, past_key_values=cache, use_cache=True)
+        for position in range(start, tokens.shape[1]):  # no mask: Qwen-VL would take its positions from it
+            place = {"cache_position": torch.tensor([position])} if IS_VERSION_4 else {}
+            step = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True, **place)
             logits.append(step.logits)
     return torch.cat(logits, dim=1)
 
@@ -236,6 +237,7 @@ def test_block_mode_refuses_features_inside_a_span(looped, span):
         looped("qwen3_vl", span=span)
 
 
+@pytest.mark.skipif(IS_VERSION_4, reason="transformers 4 adds them in place, which leaves no sign")
 def test_features_that_the_config_does_not_announce_are_refused(looped, monkeypatch):
     model = looped("qwen3_vl", span=[2, 5])
     monkeypatch.setattr(code_beside(model, "looped_decoder"), "ADDED_FEATURES", "unknown to us")
