@@ -112,8 +112,33 @@ def _merged_patches(tower, count):
     return _flat_patches(tower, count) | {"image_merge_sizes": torch.tensor([2] * count)}
 
 
+def _tiles_by_row(tower, count):
+    size = _size(tower)
+    return {
+        "pixel_values": _noise(1, count, 3, size, size),
+        "pixel_attention_mask": torch.ones(1, count, dtype=torch.bool),
+    }
+
+
+def _images_by_row(tower, count):
+    return {"pixel_values": _noise(1, count, 3, _size(tower), _size(tower))}
+
+
+def _patches_by_row(tower, count):
+    return {"pixel_values": _noise(count, PATCHES, 3 * _patch(tower) ** 2)}
+
+
+def _crossed_tiles(tower, count, tiles=4):
+    size = _size(tower)
+    return {
+        "pixel_values": _noise(1, count, tiles, 3, size, size),
+        "aspect_ratio_ids": torch.ones(1, count, dtype=torch.long),
+        "aspect_ratio_mask": torch.tensor([1] + [0] * (tiles - 1)).repeat(1, count, 1),
+    }
+
+
 def _high_and_low(tower, count):
-    return _plain(tower, count) | {"high_res_pixel_values": _noise(count, 3, 64, 64)}
+    return _plain(tower, count) | {"high_res_pixel_values": _noise(count, 3, _size(tower), _size(tower))}
 
 
 def _sound(tower, count):
@@ -141,11 +166,15 @@ IMAGES: dict[str, Recipe] = {
     "patches with positions": Recipe(_positioned_patches),
     "patches with a mask": Recipe(_masked_patches),
     "images by row": Recipe(_rows_of_images, by_row=True),
+    "tiles by row": Recipe(_tiles_by_row, by_row=True),
+    "tiles to attend to": Recipe(_crossed_tiles, by_row=True),
     "tiles": Recipe(_tiles),
     "five tiles": Recipe(_five_tiles),
     "images with sizes": Recipe(_with_sizes),
     "images in two resolutions": Recipe(_high_and_low),
     "images": Recipe(_plain),
+    "rows of images": Recipe(_images_by_row, by_row=True),
+    "rows of patches": Recipe(_patches_by_row),
 }
 SOUNDS: dict[str, Recipe] = {
     "masked sounds": Recipe(_masked_sound),
@@ -228,8 +257,11 @@ def _length(model, medium: Medium) -> int:
 def _searched(model, medium: Medium) -> int:
     """The smallest number of placeholders for which the model's forward does not raise."""
     for length in range(1, 70):
+        arguments = prompt(model, replace(medium, length=length), [1])
         try:
-            model(**prompt(model, replace(medium, length=length), [1]), use_cache=False)
+            logits = model(**arguments, use_cache=False).logits
+            if logits.shape[1] != arguments["input_ids"].shape[1]:
+                raise ValueError(f"{logits.shape[1]} logits for {arguments['input_ids'].shape[1]} tokens")
         except Exception as raised:  # noqa: PERF203
             error = raised
         else:
@@ -295,7 +327,7 @@ def prompt(model, medium: Medium, rows: list[int], *, seed: int = 1, text: int =
             ids[row, at] = medium.start
             ids[row, at + 1 : at + 1 + medium.length] = medium.placeholder
             ids[row, at + 1 + medium.length] = medium.end
-    given = medium.make(sum(rows)) if not medium.by_row else _by_row(medium, rows)
+    given = {} if not most else _by_row(medium, rows) if medium.by_row else medium.make(sum(rows))
     return with_types(model, medium, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given})
 
 
@@ -313,7 +345,16 @@ def with_types(model, medium: Medium, arguments: dict) -> dict:
     """The arguments with the token types that the model's forward takes, which mark placeholders."""
     known = inspect.signature(model.forward).parameters
     types = (arguments["input_ids"] == medium.placeholder).long()
-    return arguments | {name: types for name in TYPES if name in known}
+    arguments = arguments | {name: types for name in TYPES if name in known}
+    return arguments | (_cross_mask(arguments) if "cross_attention_mask" in known else {})
+
+
+def _cross_mask(arguments: dict) -> dict:
+    """Each token attends to all tiles of its row: `(batch, tokens, images, tiles)`."""
+    if "aspect_ratio_mask" not in arguments:
+        return {}
+    tiles = arguments["aspect_ratio_mask"]
+    return {"cross_attention_mask": tiles[:, None].repeat(1, arguments["input_ids"].shape[1], 1, 1)}
 
 
 def for_longer(model, medium: Medium, arguments: dict, ids: torch.Tensor) -> dict:
