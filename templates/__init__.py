@@ -7,10 +7,13 @@ the other files through them.
 FILES = (
     "configuration_looped.py",
     "looped_cache.py",
+    "looped_checkpointing.py",
     "looped_decoder.py",
+    "looped_recurrent.py",
     "looped_routing.py",
     "looped_rules.py",
     "looped_spec.py",
+    "looped_states.py",
     "looped_vllm.py",
     "looped_vllm_limits.py",
     "looped_walk.py",

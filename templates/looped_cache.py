@@ -6,19 +6,34 @@ those break when transformers is upgraded. A new K/V policy needs a stand-in her
 
 Keys and values are `(batch, heads, seq, head_dim)`. `update()` takes the keys and values of the current chunk and
 returns those that attention may read: the past and the chunk. Multi-head latent attention passes latents instead.
+Indexed attention chooses the positions that it reads. It stores one key more for each token, `(batch, seq, dim)`, by
+`update_indexer()`, which answers like `update()`.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .looped_spec import FIELDS, LoopSpec
+from .looped_states import (
+    HAS_STATE,
+    STATE_CALLS,
+    NaturalPast,
+    NaturalPresent,
+    NaturalStates,
+    NoPast,
+    OwnStates,
+    RecordStates,
+    has_past,
+)
 
 # Names of the K/V cache argument in native layers, newest first.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -75,20 +90,41 @@ class CacheStandIn:
         cache: the real cache, or None.
         length: the cache length that the layer saw in the natural pass. Llama 4 computes positions from it, and by the
             time of an iteration the real cache already holds the chunk.
+        states: the recurrent states that the layer saw in the natural pass.
+        read: the keys and values that the layer reads, if they are known.
     """
 
     length: Any = None
+    read: tuple = ()
 
     def __init__(self, cache):
         self.cache = cache
+        self.states = NaturalStates()
+
+    def see(self, natural: NaturalPass):
+        """Let an iteration find the length and the states that the natural pass found; returns this stand-in."""
+        self.length, self.states = natural.length, natural.states
+        return self
+
+    def ask(self, name: str, *args, **kwargs):
+        """What the real cache answers to a call."""
+        return CacheStandIn.__getattr__(self, name)(*args, **kwargs)
+
+    @property
+    def layers(self):
+        """The real cache's layers; without a cache, one that holds what this layer reads, under any number."""
+        if self.cache is not None or not self.read:
+            return self.__getattr__("layers")
+        layer = DynamicLayer()
+        layer.update(*self.read[:2])
+        return defaultdict(lambda: layer)
 
     def get_seq_length(self, *args, **kwargs):
-        return self._ask_length(*args, **kwargs) if self.length is None else self.length
-
-    def _ask_length(self, *args, **kwargs):
-        return self.__getattr__("get_seq_length")(*args, **kwargs)
+        return self.ask("get_seq_length", *args, **kwargs) if self.length is None else self.length
 
     def __getattr__(self, name):
+        if name in STATE_CALLS:
+            return getattr(NoPast() if self.cache is None else self.cache, name)
         if "conv" in name or "recurrent" in name or "ssm" in name or "linear" in name or "indexer" in name:
             raise ValueError(
                 f"cannot loop a layer that keeps more than keys and values in its cache ({name}); choose another span"
@@ -96,21 +132,30 @@ class CacheStandIn:
         return getattr(DynamicCache() if self.cache is None else self.cache, name)
 
 
-class NaturalPass(CacheStandIn):
+class NaturalPass(RecordStates, CacheStandIn):
     """For the natural pass: stores in the real cache, and records what iterations need.
 
     Attributes:
         new: the chunk's keys and values, each `(batch, heads, chunk, head_dim)`; empty until the layer stores them.
         read: the keys and values that attention reads, each `(batch, heads, past + chunk, head_dim)`.
         rest: the other arguments of `update`, as `(args, kwargs)`.
+        states: the states of recurrent layers from before this chunk.
+        new_index, read_index: the same of the index keys, each a tuple of one; empty for a layer without an indexer.
     """
 
     new: tuple = ()
     read: tuple = ()
     rest: tuple = ((), {})
+    new_index: tuple = ()
+    read_index: tuple = ()
+
+    @property
+    def seen(self) -> tuple:
+        """All that the layer read: keys, values and, if it has an indexer, index keys."""
+        return (*self.read, *self.read_index)
 
     def get_seq_length(self, *args, **kwargs):
-        length = self._ask_length(*args, **kwargs)
+        length = self.ask("get_seq_length", *args, **kwargs)
         if self.length is None:  # a static cache updates its count in place
             self.length = length.clone() if isinstance(length, torch.Tensor) else length
         return length
@@ -120,12 +165,25 @@ class NaturalPass(CacheStandIn):
         self.read = self.new if self.cache is None else self.cache.update(keys, values, layer_idx, *args, **kwargs)
         return self.read
 
+    def update_indexer(self, keys, layer_idx):
+        self.new_index = (keys,)
+        self.read_index = self.new_index if self.cache is None else (self.cache.update_indexer(keys, layer_idx),)
+        return self.read_index[0]
 
-class SharedRead(CacheStandIn):
+    def store_in(self, slot: int) -> None:
+        """Store all that the layer stored in another cache slot too."""
+        args, kwargs = self.rest
+        if self.new:
+            self.cache.update(*self.new, slot, *args, **kwargs)
+        if self.new_index:
+            self.cache.update_indexer(*self.new_index, slot)
+
+
+class SharedRead(NaturalPresent, CacheStandIn):
     """Policy `shared`: stores nothing, and returns the keys and values of the natural pass.
 
     Attributes:
-        read: `NaturalPass.read`, each `(batch, heads, past + chunk, head_dim)`.
+        read: `NaturalPass.seen`, of `past + chunk` tokens.
     """
 
     def __init__(self, cache, read):
@@ -133,14 +191,17 @@ class SharedRead(CacheStandIn):
         self.read = read
 
     def update(self, keys, values, *args, **kwargs):
-        return self.read
+        return self.read[:2]
+
+    def update_indexer(self, keys, layer_idx):
+        return self.read[-1]
 
 
-class OwnChunk(CacheStandIn):
+class OwnChunk(NaturalPast, CacheStandIn):
     """Policy `reference`: stores nothing, and returns the natural past joined with the iterate's own chunk.
 
     Attributes:
-        read: `NaturalPass.read`, each `(batch, heads, past + chunk, head_dim)`.
+        read: `NaturalPass.seen`, of `past + chunk` tokens.
         start: position of the chunk in `read`; None if it is at the end.
     """
 
@@ -152,6 +213,9 @@ class OwnChunk(CacheStandIn):
     def update(self, keys, values, *args, **kwargs):
         return self._replace_chunk(self.read[0], keys), self._replace_chunk(self.read[1], values)
 
+    def update_indexer(self, keys, layer_idx):
+        return self._replace_chunk(self.read[-1], keys)
+
     def _replace_chunk(self, read, own):
         length = own.shape[-2]
         if self.start is None:
@@ -160,11 +224,11 @@ class OwnChunk(CacheStandIn):
         return read.index_copy(-2, positions, own)
 
 
-class OwnSlot(CacheStandIn):
+class OwnSlot(OwnStates, CacheStandIn):
     """Policy `per_step`: stores in the cache slot of this layer and iteration, and returns the contents of that slot.
 
     Attributes:
-        read: `NaturalPass.read`; the slot must have the same length.
+        read: `NaturalPass.seen`; the slot must have the same length.
         slot: number of the slot in the cache.
     """
 
@@ -179,13 +243,18 @@ class OwnSlot(CacheStandIn):
             raise ValueError(_foreign_cache(f"slot {self.slot} and layer {layer_idx} differ in length"))
         return own
 
+    def update_indexer(self, keys, layer_idx):
+        return self.cache.update_indexer(keys, self.slot)
+
 
 def chunk_start(cache, layer_idx: int, natural: NaturalPass):
-    """The position in `natural.read` where the chunk of the natural pass starts; None if the chunk is at the end.
+    """The position in `natural.seen` where the chunk of the natural pass starts; None if the chunk is at the end.
 
     Only a static cache layer can have it elsewhere: it returns a buffer longer than its contents.
     """
-    length, read_length = natural.new[0].shape[-2], natural.read[0].shape[-2]
+    if not natural.seen:
+        return None
+    length, read_length = (*natural.new, *natural.new_index)[0].shape[-2], natural.seen[0].shape[-2]
     layer = cache.layers[layer_idx] if hasattr(cache, "layers") else None
     if layer is None or not layer.is_compileable or read_length != layer.max_cache_len:
         return None
@@ -208,7 +277,13 @@ def is_empty(cache, layer_idx: int, num_tokens: int = 0) -> bool:
     """
     if not hasattr(cache, "layers"):  # a family's own cache class, transformers 4
         return int(cache.get_seq_length(layer_idx)) == 0
-    if layer_idx >= len(cache.layers) or not cache.layers[layer_idx].is_initialized:
+    # Layers without a memory of their own know nothing; a later one has stored nothing of this forward either.
+    layer_idx = next((i for i in range(layer_idx, len(cache.layers)) if _remembers(cache.layers[i])), layer_idx)
+    if layer_idx >= len(cache.layers):
+        return True
+    if hasattr(cache.layers[layer_idx], HAS_STATE):
+        return not has_past(cache.layers[layer_idx])
+    if not cache.layers[layer_idx].is_initialized:
         return True
     # A static cache has its length only as a tensor, and a compiled graph cannot branch on a tensor.
     if torch.compiler.is_compiling():
@@ -217,6 +292,15 @@ def is_empty(cache, layer_idx: int, num_tokens: int = 0) -> bool:
     owners = (index for index in range(layer_idx, -1, -1) if getattr(cache.layers[index], "keys", None) is not None)
     owner = next(owners, None)
     return owner is None or int(cache.get_seq_length(owner)) == (0 if owner == layer_idx else num_tokens)
+
+
+def _remembers(slot) -> bool:
+    """Whether a cache slot is for a memory: keys and values, or a state."""
+    return (
+        hasattr(slot, HAS_STATE)
+        or not getattr(slot, "is_initialized", False)
+        or getattr(slot, "keys", None) is not None
+    )
 
 
 def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> int:

@@ -15,8 +15,13 @@ MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")
 DECODE_MODES = ("full", "bypass", "first_n")
 
-# Names in `layer_types` of native configs for layers whose only memory is a K/V cache.
-ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+# Names in `layer_types` of native configs for layers whose only memory is a K/V cache, of an indexer's keys too.
+ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
+
+# The same for layers that keep a recurrent state, alone or beside keys and values; and for layers without a memory.
+RECURRENT_TYPES = ("linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding")
+MEMORYLESS_TYPES = ("mlp", "moe")
+LOOPABLE_TYPES = ATTENTION_TYPES + RECURRENT_TYPES + MEMORYLESS_TYPES
 
 MAX_COUNT = 2**31 - 1  # the limit for steps and other counts: far more than useful, and fits any integer type
 
@@ -197,7 +202,7 @@ class LoopSpec:
             )
 
     def check_layer_types(self, layer_types) -> None:
-        """Raise ValueError if a looped layer remembers more of the past than keys and values.
+        """Raise ValueError if a looped layer has a memory of unknown kind.
 
         Args:
             layer_types: the config's `layer_types` or `layers_block_type`, one name per layer; None if it has none.
@@ -205,10 +210,10 @@ class LoopSpec:
         if not isinstance(layer_types, (list, tuple)) or len(layer_types) <= self.layers[-1]:
             return
         for layer in self.layers:
-            if layer_types[layer] not in ATTENTION_TYPES:
+            if layer_types[layer] not in LOOPABLE_TYPES:
                 raise ValueError(
-                    f"layer {layer} is of type {layer_types[layer]}; only layers whose memory is a K/V cache can be "
-                    f"run again ({', '.join(ATTENTION_TYPES)}): choose a span of those"
+                    f"layer {layer} is of type {layer_types[layer]}; only layers of types {', '.join(LOOPABLE_TYPES)} "
+                    "can be run again: choose a span of those"
                 )
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,9 @@ from loopexport.files.links import check_link
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
 from .families import check_family, is_multimodal, layer_count, text_config
+from .language_model import language_model_config
 from .loadable import check_index, check_loadable
+from .processor import FILES as PROCESSOR_FILES
 from .safetensors_header import Header, Tensor, read_header
 from .tensor_names import is_tower, layer_of
 from .tokenizer import FILES as TOKENIZER_FILES
@@ -33,7 +35,7 @@ LICENCE_TEXT = re.compile(r"(?i:(licen[cs]e|notice|copying|use_policy|usage_poli
 CARRIED = re.compile(
     rf"""
       generation_config\.json
-    | {TOKENIZER_FILES.pattern}
+    | {TOKENIZER_FILES.pattern} | {PROCESSOR_FILES.pattern}
     | (quantize_config|quant_config|hf_quant_config)\.json | recipe\.yaml
     | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja
     | {LICENCE_TEXT.pattern}
@@ -53,8 +55,8 @@ FOREIGN_WEIGHTS = {
     ".h5": "load it with transformers and `save_pretrained` it",
 }
 
-# Parameters of layers that remember more than a K/V cache: state spaces, linear attention, convolutions, indexers.
-RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|indexer)\b")
+# Parameters of layers that remember more than a K/V cache: state spaces, linear attention, convolutions, compressors.
+RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|compressor)\b")
 
 # Config keys for the number of experts in a sparse layer.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -105,6 +107,8 @@ class Checkpoint:
         shards: its weights files, in the index's order.
         carried: names of the small files that an export copies, sorted.
         left_behind: names of the files that an export does not copy, sorted.
+        edited: contents of the small files that differ from those in `root`, by name; empty but for a language model
+            that is taken out of a multimodal checkpoint.
     """
 
     root: Path
@@ -113,6 +117,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     carried: tuple[str, ...]
     left_behind: tuple[str, ...] = field(default=())
+    edited: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -153,8 +158,8 @@ class Checkpoint:
 
     @property
     def num_params(self) -> int:
-        """Total number of tensor elements; quantised weights pack several parameters into one element."""
-        return sum(tensor.num_elements for tensor in self.tensors.values())
+        """Number of tensor elements, without towers; quantised weights pack several parameters into one element."""
+        return sum(tensor.num_elements for name, tensor in self.tensors.items() if not is_tower(name))
 
     @property
     def is_sparse(self) -> bool:
@@ -189,6 +194,7 @@ def open_checkpoint(
     names: set[str] | None = None,
     read_shard: Callable[[Path, str], Shard] | None = None,
     config: dict | None = None,
+    text_only: bool = False,
 ) -> Checkpoint:
     """Read and check the checkpoint in a directory; it writes nothing.
 
@@ -198,6 +204,7 @@ def open_checkpoint(
         names: all files of the checkpoint, if `root` does not hold them all yet; None lists `root`.
         read_shard: called with `root` and a file name, returns the shard; None reads it from `root`.
         config: its config; None reads `config.json` in `root`.
+        text_only: check only that the language model in it can be looped; `text_checkpoint` takes it out.
 
     Raises:
         CheckpointError: a file cannot be read, or the model cannot be looped; the message names the file or the reason.
@@ -206,10 +213,11 @@ def open_checkpoint(
     _check_links(root, names)
     config = read_config(root / CONFIG) if config is None else config
     _check_is_base(root, config)
-    check_family(config)
+    check_family(language_model_config(config) if text_only else config)
     shards = _read_shards(root, names, read_shard or read_local_shard)
-    _check_causal(config, shards)
-    check_loadable(config, [tensor for shard in shards for tensor in shard.header.tensors])
+    if not text_only:
+        _check_causal(config, shards)
+        check_loadable(config, [tensor for shard in shards for tensor in shard.header.tensors])
     weights = {shard.name for shard in shards}
     carried = {name for name in names if CARRIED.fullmatch(name)}
     if SINGLE_FILE not in weights:

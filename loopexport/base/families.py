@@ -246,9 +246,8 @@ def _default_layer_count(text: dict) -> int | None:
     """The text family's own number of layers: a `text_config` leaves out what its family has by default."""
     from transformers import CONFIG_MAPPING
 
-    model_type = text.get("model_type")
-    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    return getattr(CONFIG_MAPPING[model_type](), "num_hidden_layers", None) if is_known else None
+    model_type = str(text.get("model_type"))
+    return getattr(CONFIG_MAPPING[model_type](), "num_hidden_layers", None) if model_type in CONFIG_MAPPING else None
 
 
 def layer_types(config: dict) -> list | None:

@@ -37,6 +37,9 @@ ROUTED = re.compile(r"\.experts\.")
 # Separate projections to keys and to values.
 KV_PROJECTION = re.compile(r"\.(k|v)_proj\.weight$")
 
+# Parameters of an indexer, which chooses the positions that a layer attends to.
+INDEXER = re.compile(r"\.indexer\.")
+
 # A config with one of these keys has K/V heads that differ in number or width by layer.
 NUMBERS_BY_LAYER = ("per_layer_config", "global_head_dim", "swa_head_dim", "swa_num_key_value_heads")
 
@@ -55,9 +58,9 @@ class Cost:
     Attributes:
         layer_evaluations: decoder layers run for one token, `L + (E K - 1) w`.
         base_layer_evaluations: the same for the base, L.
-        params_read: parameters of the language model read to decode one token: each layer as often as it runs, of the routed experts only the
-            chosen ones, one row of an embedding table, and everything else once. None for quantised weights, which
-            pack several parameters into one element.
+        params_read: parameters of the language model read to decode one token: each layer as often as it runs, of the
+            routed experts only the chosen ones, one row of an embedding table, and everything else once. None for
+            quantised weights, which pack several parameters into one element.
         base_params_read: the same for the base.
         bytes_read: the same count in bytes of the tensors in the files, quantised or not.
         base_bytes_read: the same for the base.
@@ -187,16 +190,32 @@ def _projected_numbers(base: Checkpoint) -> dict[int, int]:
 
 def _kv_numbers(base: Checkpoint, layer: int, projected: dict[int, int]) -> int | None:
     """Count the numbers that a layer caches for one token: 0 without keys and values, None if unknown."""
-    config, types = base.text_config, layer_types(base.config)
+    config, types = _layer_config(base.text_config, layer), layer_types(base.config)
     kind = types[layer] if types and layer < len(types) else "attention"
     if kind in TYPES_WITHOUT_KV or layer >= base.num_layers - (_int(config, ("num_kv_shared_layers",)) or 0):
         return 0
     if kind not in ATTENTION_TYPES or layer in base.recurrent_tensors:
         return None
     latent = _int(config, ("kv_lora_rank",))
-    if latent:
-        return _latent_numbers(config, latent)
-    return projected.get(layer) or _attention_numbers(config)
+    numbers = _latent_numbers(config, latent) if latent else projected.get(layer) or _attention_numbers(config)
+    index = _index_numbers(base, layer)
+    return None if numbers is None or index is None else numbers + index
+
+
+def _layer_config(config: dict, layer: int) -> dict:
+    """The config with the fields that differ in one layer, where `per_layer_config` has them."""
+    by_layer = config.get("per_layer_config")
+    own = by_layer.get(str(layer)) if isinstance(by_layer, dict) else None
+    return {**config, **own} if isinstance(own, dict) else config
+
+
+def _index_numbers(base: Checkpoint, layer: int) -> int | None:
+    """Count the numbers that a layer's indexer caches for one token, 0 without an indexer: a key and, for keys that are
+    pooled later, their gate and whether the token is real."""
+    if not any(layer_of(name) == layer and INDEXER.search(name) for name in base.tensors):
+        return 0
+    width = _int(base.text_config, ("index_head_dim", "indexer_head_dim"))
+    return 2 * width + 1 if width and "index_kpool" in base.text_config else width
 
 
 def _latent_numbers(config: dict, latent: int) -> int | None:

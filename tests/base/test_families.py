@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import loopexport
 from loopexport.base import families
 from support.family_walk import RELEASE, check_exact, save_tiny_family, walk
-from support.paths import EXAMPLES
 from support.structure import REPRESENTATIVES, by_class
 
 # The classes of structure, and what is refused, or works in part.
@@ -95,22 +92,3 @@ def test_reasons_are_plain_sentences():
     for record in families.worded_outcomes().values():  # what --json prints, for every release
         for outcome in record.values():
             assert not RAW_WORDS.search(outcome), outcome
-
-
-def test_language_model_of_a_multimodal_checkpoint_is_refused_then_taken_out(tmp_path):
-    text = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    vision |= {"image_size": 32, "patch_size": 8}
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    whole = Gemma3ForConditionalGeneration(config).eval()
-    whole.save_pretrained(tmp_path / "whole")
-    with pytest.raises(loopexport.LoopExportError, match=r"multimodal; take its language model out \(examples/"):
-        loopexport.plan_convert(str(tmp_path / "whole"), span=(1, 3), steps=2)
-    command = [sys.executable, str(EXAMPLES / "language_model.py"), str(tmp_path / "whole"), str(tmp_path / "text")]
-    subprocess.run(command, check=True, capture_output=True)
-    out = loopexport.convert(str(tmp_path / "text"), tmp_path / "out", span=(1, 3), steps=2).root
-    looped = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, loop_steps=1).eval()
-    tokens = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        assert torch.equal(looped(tokens).logits, whole(input_ids=tokens).logits)

@@ -18,6 +18,7 @@ from .push import push_export
 @options.loop_options
 @options.convert_weights_option
 @options.adapter_option
+@options.text_only_option
 @options.overwrite_option
 @options.base_revision_option
 @options.push_option
