@@ -20,6 +20,8 @@ TOWER = {
     "encoder_ffn_dim": 48, "projection_dim": 64, "output_dim": 64, "out_hidden_size": 64, "encoder_hidden_size": 32,
 }  # fmt: skip
 TEXT_CONFIGS = ("text_config", "decoder")
+INTERLEAVED = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 # Further values of a config, nested or not, that it needs to exist at this size.
 SPECIAL_PARTS: dict[str, dict] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
@@ -32,13 +34,13 @@ SPECIAL_PARTS: dict[str, dict] = {
     },
     "gemma3": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4},
-    "glm4v_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+    "glm4v_text": {"rope_scaling": MROPE},
     "glm4v_moe_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
-    "glm_ocr_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-    "paddleocr_vl_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-    "qwen2_5_vl_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-    "qwen2_vl_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-    "qwen2_5_omni_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+    "glm_ocr_text": {"rope_scaling": MROPE},
+    "paddleocr_vl_text": {"rope_scaling": MROPE},
+    "qwen2_5_vl_text": {"rope_scaling": MROPE},
+    "qwen2_vl_text": {"rope_scaling": MROPE},
+    "qwen2_5_omni_text": {"rope_scaling": MROPE},
     "qwen2_vl_vision": {"hidden_size": 64},
     "qwen3_vl_vision": {"deepstack_visual_indexes": [0, 1]},
     "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0, 1]},
@@ -62,7 +64,11 @@ SPECIAL_PARTS: dict[str, dict] = {
     "glm5_next_text": {
         "qk_rope_head_dim": 0, "linear_head_dim": 16, "linear_num_heads": 4, "index_head_dim": 16, "index_n_heads": 2,
     },
-    "mllama_text_model": {"cross_attention_layers": [1, 4]},
+    "mllama_text_model": {
+        "cross_attention_layers": [1, 4], "rope_scaling": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "qwen3_vl_text": {"rope_scaling": INTERLEAVED},
+    "qwen3_vl_moe_text": {"rope_scaling": INTERLEAVED},
     "mllama_vision_model": {
         "intermediate_layers_indices": [0], "num_global_layers": 1, "vision_output_dim": 64, "attention_heads": 2,
     },

@@ -221,7 +221,9 @@ def find_medium(model) -> Medium:
             if not _takes(model, medium):
                 continue
             try:
-                return replace(medium, length=_length(model, medium))
+                medium = replace(medium, length=_length(model, medium))
+                _run(model, prompt(model, medium, [1]))
+                return medium
             except Exception as error:  # a recipe of other families: a tower may raise anything
                 errors.append(f"{name}: {type(error).__name__} {str(error)[:80]}")
     raise ValueError("; ".join(errors) or "no recipe")
@@ -250,28 +252,33 @@ def _features(model, kind: str):
 def _length(model, medium: Medium) -> int:
     """How many placeholders one image needs."""
     features = _features(model, medium.kind)
-    return _searched(model, medium) if features is None else _counted(model, features, medium)
-
-
-@torch.no_grad()
-def _searched(model, medium: Medium) -> int:
-    """The smallest number of placeholders for which the model's forward does not raise."""
-    for length in range(1, 70):
-        arguments = prompt(model, replace(medium, length=length), [1])
+    if features is not None:
         try:
-            logits = model(**arguments, use_cache=False).logits
-            if logits.shape[1] != arguments["input_ids"].shape[1]:
-                raise ValueError(f"{logits.shape[1]} logits for {arguments['input_ids'].shape[1]} tokens")
-        except Exception as raised:  # noqa: PERF203
-            error = raised
+            return _counted(model, features, medium)
+        except Exception as error:  # transformers 4 wants further arguments, or returns more than the embeddings
+            return _searched(model, medium, error)
+    return _searched(model, medium)
+
+
+def _searched(model, medium: Medium, error: Exception | None = None) -> int:
+    """The smallest number of placeholders for which the model's forward does not raise; else the error is raised."""
+    for length in range(1, 70):
+        try:
+            _run(model, prompt(model, replace(medium, length=length), [1]))
+        except Exception as raised:
+            error = error or raised
         else:
             return length
+    assert error is not None
     raise error
 
 
-def _tower(config, kind: str):
-    names = ("vision_config", "vq_config") if kind == "image" else ("audio_config", "encoder_config")
-    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), config)
+@torch.no_grad()
+def _run(model, arguments: dict) -> None:
+    """One forward. ValueError if it does not give one row of logits for each token."""
+    count = model(**arguments, use_cache=False).logits.shape[1]
+    if count != arguments["input_ids"].shape[1]:
+        raise ValueError(f"{count} logits for {arguments['input_ids'].shape[1]} tokens")
 
 
 @torch.no_grad()
@@ -341,10 +348,12 @@ def _by_row(medium: Medium, rows: list[int]) -> dict:
     return given
 
 
-def with_types(model, medium: Medium, arguments: dict) -> dict:
+def with_types(model, medium: Medium, arguments: dict, prompt_length: int | None = None) -> dict:
     """The arguments with the token types that the model's forward takes, which mark placeholders."""
     known = inspect.signature(model.forward).parameters
     types = (arguments["input_ids"] == medium.placeholder).long()
+    if model.config.model_type == "paligemma":  # 0: attends in both directions, as all of a prompt does
+        types = (torch.arange(types.shape[1]) >= (prompt_length or types.shape[1])).long().repeat(len(types), 1)
     arguments = arguments | {name: types for name in TYPES if name in known}
     return arguments | (_cross_mask(arguments) if "cross_attention_mask" in known else {})
 
@@ -359,9 +368,10 @@ def _cross_mask(arguments: dict) -> dict:
 
 def for_longer(model, medium: Medium, arguments: dict, ids: torch.Tensor) -> dict:
     """The same prompt with more text behind it: `ids` has all tokens."""
-    more = ids.shape[1] - arguments["input_ids"].shape[1]
+    length = arguments["input_ids"].shape[1]
+    more = ids.shape[1] - length
     mask = torch.cat([arguments["attention_mask"], torch.ones(len(ids), more, dtype=torch.long)], dim=1)
-    return with_types(model, medium, {**arguments, "input_ids": ids, "attention_mask": mask})
+    return with_types(model, medium, {**arguments, "input_ids": ids, "attention_mask": mask}, length)
 
 
 def behind_padding(model, medium: Medium, arguments: dict, padding: int = 3) -> dict:

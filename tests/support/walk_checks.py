@@ -237,7 +237,7 @@ def _recorded_calls(case: TextCase, model, layers, prompt: dict) -> tuple[dict[i
 
     def record(index):
         def hook(_, args, kwargs, output):
-            calls[index], outputs[index] = (args, dict(kwargs)), _hidden(output)
+            calls[index], outputs[index] = (args, dict(kwargs)), _hidden(output).clone()
 
         return hook
 
