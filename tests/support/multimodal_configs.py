@@ -18,6 +18,7 @@ TOWER = {
     "depth": 2, "num_layers": 2, "encoder_layers": 2, "num_attention_heads": 2, "num_heads": 2, "attention_heads": 2,
     "encoder_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "image_size": 32, "patch_size": 8,
     "encoder_ffn_dim": 48, "projection_dim": 64, "output_dim": 64, "out_hidden_size": 64, "encoder_hidden_size": 32,
+    "deepstack_visual_indexes": [0, 1],
 }  # fmt: skip
 TEXT_CONFIGS = ("text_config", "decoder")
 INTERLEAVED = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
@@ -42,9 +43,6 @@ SPECIAL_PARTS: dict[str, dict] = {
     "qwen2_vl_text": {"rope_scaling": MROPE},
     "qwen2_5_omni_text": {"rope_scaling": MROPE},
     "qwen2_vl_vision": {"hidden_size": 64},
-    "qwen3_vl_vision": {"deepstack_visual_indexes": [0, 1]},
-    "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0, 1]},
-    "qwen3_omni_moe_vision_encoder": {"deepstack_visual_indexes": [0, 1]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 120, "vision_end_token_id": 121},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 120, "vision_end_token_id": 121},
     "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
@@ -60,7 +58,9 @@ SPECIAL_PARTS: dict[str, dict] = {
     "kimi_k25": {"projection_hidden_size": 32},
     "gemma4_unified_vision": {"patch_size": 4, "mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64},
     "inkling2_vision": {"text_hidden_size": 64},
-    "hunyuan_vl_text": {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0, "xdrope_section": [2] * 4}},
+    "hunyuan_vl_text": {
+        "rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0, "xdrope_section": [2, 2, 2, 2]},
+    },
     "glm5_next_text": {
         "qk_rope_head_dim": 0, "linear_head_dim": 16, "linear_num_heads": 4, "index_head_dim": 16, "index_n_heads": 2,
     },
@@ -75,6 +75,7 @@ SPECIAL_PARTS: dict[str, dict] = {
     "granite4_vision": {
         "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]], "deepstack_layer_map": [[0, 1], [1, 2]],
         "spatial_target_layers": [3], "downsample_rate": "2/4",
+        "vision_config": {"hidden_size": 64, "num_attention_heads": 4},
     },
     "muse_glimmer": {"vision_adapter_dim": 64},
     "step3p5": {"sliding_window": 8},
@@ -115,8 +116,9 @@ def _tiny_values(config, name: str, tokens: _Tokens) -> dict:
     if is_text:
         values |= _rope(config, values)
     values |= {key: tokens[key] for key in vars(config) if _is_placeholder(config, key)}
-    values |= SPECIAL.get(config.model_type, {}) | SPECIAL_PARTS.get(config.model_type, {})
-    values |= {key: _tiny_values(value, key, tokens) for key, value in nested.items()}
+    special = SPECIAL.get(config.model_type, {}) | SPECIAL_PARTS.get(config.model_type, {})
+    values |= special
+    values |= {key: _tiny_values(value, key, tokens) | special.get(key, {}) for key, value in nested.items()}
     return ({"model_type": config.model_type} if name else {}) | values
 
 
@@ -140,7 +142,8 @@ def _known(config, values: dict) -> dict:
 
 def _is_placeholder(config, key: str) -> bool:
     value = vars(config)[key]
-    return key.endswith(("token_id", "token_index")) and isinstance(value, int) and key[:4] not in ("pad_", "bos_", "eos_")
+    is_text = key.startswith(("pad_", "bos_", "eos_"))
+    return key.endswith(("token_id", "token_index")) and isinstance(value, int) and not is_text
 
 
 def _rope(config, values: dict) -> dict:

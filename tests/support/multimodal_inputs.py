@@ -239,8 +239,8 @@ def _medium(model, kind: str, name: str, recipe: Recipe) -> Medium:
 def _takes(model, medium: Medium) -> bool:
     """Whether the model has arguments of these names."""
     features = _features(model, medium.kind)
-    known = {*inspect.signature(model.forward).parameters, *(inspect.signature(features).parameters if features else ())}
-    return medium.make(1).keys() <= known
+    functions = [model.forward, *([features] if features else [])]
+    return medium.make(1).keys() <= {name for each in functions for name in inspect.signature(each).parameters}
 
 
 def _features(model, kind: str):
@@ -291,6 +291,11 @@ def _counted(model, features, medium: Medium) -> int:
     if not single or double != 2 * single:
         raise ValueError(f"{single} embeddings for one, {double} for two")
     return single
+
+
+def _tower(config, kind: str):
+    names = ("vision_config", "vq_config") if kind == "image" else ("audio_config", "encoder_config")
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), config)
 
 
 def _elements(output) -> int:

@@ -145,8 +145,10 @@ def _case(auto, base: Path) -> MultimodalCase:
     medium = find_medium(model)
     case = MultimodalCase(auto, medium, model)
     case.check_medium_matters(model)
-    for each in case.prompts():
-        case.full(model, each)
+    try:
+        case.full(model, case.prompts()[-1])
+    except ValueError:  # Idefics takes no prompts without an image
+        case.rows = ROWS[:-1]
     return case
 
 
