@@ -6,7 +6,7 @@ Every export has a copy of this file. It needs only torch.
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 
@@ -42,7 +42,7 @@ def find_cache_argument(module: nn.Module) -> CacheArgument | None:
     names = list(inspect.signature(module.forward).parameters)
     found = next((name for name in CACHE_ARGUMENTS if name in names), None)
     if found is None and "kwargs" in names and hasattr(module, "self_attn"):  # it hands all keywords to its attention
-        inner = find_cache_argument(module.self_attn)
+        inner = find_cache_argument(cast(nn.Module, module.self_attn))
         return None if inner is None else CacheArgument(inner.name, len(names))
     return None if found is None else CacheArgument(found, names.index(found))
 
