@@ -18,24 +18,30 @@ TOWER = {
     "depth": 2, "num_layers": 2, "encoder_layers": 2, "num_attention_heads": 2, "num_heads": 2, "attention_heads": 2,
     "encoder_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "image_size": 32, "patch_size": 8,
     "encoder_ffn_dim": 48, "projection_dim": 64, "output_dim": 64, "out_hidden_size": 64, "encoder_hidden_size": 32,
+    "deepstack_visual_indexes": [0, 1],
 }  # fmt: skip
 TEXT_CONFIGS = ("text_config", "decoder")
+INTERLEAVED = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 # Further values of a config, nested or not, that it needs to exist at this size.
 SPECIAL_PARTS: dict[str, dict] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "blip-2": {"image_token_index": 100, "num_query_tokens": 4, "image_text_hidden_size": 32},
     "instructblip": {"image_token_index": 100, "num_query_tokens": 4},
     "wavtokenizer_encoder": {"codebook_dim": 32},
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [32, 32], "moe_num_experts": 4, "moe_k": 2, "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+        "rope_scaling": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+    },
     "gemma3": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4},
-    "glm4v_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+    "glm4v_text": {"rope_scaling": MROPE},
     "glm4v_moe_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
-    "glm_ocr_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-    "paddleocr_vl_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-    "qwen2_5_vl_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-    "qwen2_vl_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-    "qwen2_5_omni_text": {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+    "glm_ocr_text": {"rope_scaling": MROPE},
+    "paddleocr_vl_text": {"rope_scaling": MROPE},
+    "qwen2_5_vl_text": {"rope_scaling": MROPE},
+    "qwen2_vl_text": {"rope_scaling": MROPE},
+    "qwen2_5_omni_text": {"rope_scaling": MROPE},
     "qwen2_vl_vision": {"hidden_size": 64},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 120, "vision_end_token_id": 121},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 120, "vision_end_token_id": 121},
@@ -50,13 +56,32 @@ SPECIAL_PARTS: dict[str, dict] = {
     "ovis2": {"hidden_size": 64, "vocab_size": VOCABULARY, "visual_indicator_token_ids": [121, 122, 123, 124, 125]},
     "ovis2_vision": {"vocab_size": 40},
     "kimi_k25": {"projection_hidden_size": 32},
-    "gemma4_unified_vision": {"patch_size": 4, "mm_embed_dim": 64, "mm_posemb_size": 16},
+    "gemma4_unified_vision": {"patch_size": 4, "mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64},
     "inkling2_vision": {"text_hidden_size": 64},
-    "hunyuan_vl_text": {"rope_scaling": {"rope_type": "xdrope", "xdrope_section": [2, 2, 2, 2], "alpha": 1.0}},
-    "glm5_next_text": {"qk_rope_head_dim": 0},
+    "hunyuan_vl_text": {
+        "rope_scaling": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0, "xdrope_section": [2, 2, 2, 2]},
+    },
+    "glm5_next_text": {
+        "qk_rope_head_dim": 0, "linear_head_dim": 16, "linear_num_heads": 4, "index_head_dim": 16, "index_n_heads": 2,
+    },
+    "mllama_text_model": {
+        "cross_attention_layers": [1, 4], "rope_scaling": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "qwen3_vl_text": {"rope_scaling": INTERLEAVED},
+    "qwen3_vl_moe_text": {"rope_scaling": INTERLEAVED},
+    "mllama_vision_model": {
+        "intermediate_layers_indices": [0], "num_global_layers": 1, "vision_output_dim": 64, "attention_heads": 2,
+    },
+    "granite4_vision": {
+        "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]], "deepstack_layer_map": [[0, 1], [1, 2]],
+        "spatial_target_layers": [3], "downsample_rate": "2/4",
+        "vision_config": {"hidden_size": 64, "num_attention_heads": 4},
+    },
+    "muse_glimmer": {"vision_adapter_dim": 64},
+    "step3p5": {"sliding_window": 8},
     "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1},
     "voxtral": {"audio_token_id": 100},
-    "voxtral_encoder": {"intermediate_size": 128, "max_source_positions": 32},
+    "voxtral_encoder": {"intermediate_size": 128, "encoder_ffn_dim": 128, "max_source_positions": 32},
     "voxtral_realtime": {"audio_token_id": 100},
     "glmasr_encoder": {"intermediate_size": 128},
     "qwen2_audio_encoder": {"max_source_positions": 32},
@@ -91,8 +116,9 @@ def _tiny_values(config, name: str, tokens: _Tokens) -> dict:
     if is_text:
         values |= _rope(config, values)
     values |= {key: tokens[key] for key in vars(config) if _is_placeholder(config, key)}
-    values |= SPECIAL.get(config.model_type, {}) | SPECIAL_PARTS.get(config.model_type, {})
-    values |= {key: _tiny_values(value, key, tokens) for key, value in nested.items()}
+    special = SPECIAL.get(config.model_type, {}) | SPECIAL_PARTS.get(config.model_type, {})
+    values |= special
+    values |= {key: _tiny_values(value, key, tokens) | special.get(key, {}) for key, value in nested.items()}
     return ({"model_type": config.model_type} if name else {}) | values
 
 
@@ -116,7 +142,8 @@ def _known(config, values: dict) -> dict:
 
 def _is_placeholder(config, key: str) -> bool:
     value = vars(config)[key]
-    return key.endswith(("token_id", "token_index")) and isinstance(value, int) and key[:4] not in ("pad_", "bos_", "eos_")
+    is_text = key.startswith(("pad_", "bos_", "eos_"))
+    return key.endswith(("token_id", "token_index")) and isinstance(value, int) and not is_text
 
 
 def _rope(config, values: dict) -> dict:

@@ -112,8 +112,33 @@ def _merged_patches(tower, count):
     return _flat_patches(tower, count) | {"image_merge_sizes": torch.tensor([2] * count)}
 
 
+def _tiles_by_row(tower, count):
+    size = _size(tower)
+    return {
+        "pixel_values": _noise(1, count, 3, size, size),
+        "pixel_attention_mask": torch.ones(1, count, dtype=torch.bool),
+    }
+
+
+def _images_by_row(tower, count):
+    return {"pixel_values": _noise(1, count, 3, _size(tower), _size(tower))}
+
+
+def _patches_by_row(tower, count):
+    return {"pixel_values": _noise(count, PATCHES, 3 * _patch(tower) ** 2)}
+
+
+def _crossed_tiles(tower, count, tiles=4):
+    size = _size(tower)
+    return {
+        "pixel_values": _noise(1, count, tiles, 3, size, size),
+        "aspect_ratio_ids": torch.ones(1, count, dtype=torch.long),
+        "aspect_ratio_mask": torch.tensor([1] + [0] * (tiles - 1)).repeat(1, count, 1),
+    }
+
+
 def _high_and_low(tower, count):
-    return _plain(tower, count) | {"high_res_pixel_values": _noise(count, 3, 64, 64)}
+    return _plain(tower, count) | {"high_res_pixel_values": _noise(count, 3, _size(tower), _size(tower))}
 
 
 def _sound(tower, count):
@@ -141,11 +166,15 @@ IMAGES: dict[str, Recipe] = {
     "patches with positions": Recipe(_positioned_patches),
     "patches with a mask": Recipe(_masked_patches),
     "images by row": Recipe(_rows_of_images, by_row=True),
+    "tiles by row": Recipe(_tiles_by_row, by_row=True),
+    "tiles to attend to": Recipe(_crossed_tiles, by_row=True),
     "tiles": Recipe(_tiles),
     "five tiles": Recipe(_five_tiles),
     "images with sizes": Recipe(_with_sizes),
     "images in two resolutions": Recipe(_high_and_low),
     "images": Recipe(_plain),
+    "rows of images": Recipe(_images_by_row, by_row=True),
+    "rows of patches": Recipe(_patches_by_row),
 }
 SOUNDS: dict[str, Recipe] = {
     "masked sounds": Recipe(_masked_sound),
@@ -192,7 +221,9 @@ def find_medium(model) -> Medium:
             if not _takes(model, medium):
                 continue
             try:
-                return replace(medium, length=_length(model, medium))
+                medium = replace(medium, length=_length(model, medium))
+                _run(model, prompt(model, medium, [1]))
+                return medium
             except Exception as error:  # a recipe of other families: a tower may raise anything
                 errors.append(f"{name}: {type(error).__name__} {str(error)[:80]}")
     raise ValueError("; ".join(errors) or "no recipe")
@@ -208,8 +239,8 @@ def _medium(model, kind: str, name: str, recipe: Recipe) -> Medium:
 def _takes(model, medium: Medium) -> bool:
     """Whether the model has arguments of these names."""
     features = _features(model, medium.kind)
-    known = {*inspect.signature(model.forward).parameters, *(inspect.signature(features).parameters if features else ())}
-    return medium.make(1).keys() <= known
+    functions = [model.forward, *([features] if features else [])]
+    return medium.make(1).keys() <= {name for each in functions for name in inspect.signature(each).parameters}
 
 
 def _features(model, kind: str):
@@ -221,25 +252,33 @@ def _features(model, kind: str):
 def _length(model, medium: Medium) -> int:
     """How many placeholders one image needs."""
     features = _features(model, medium.kind)
-    return _searched(model, medium) if features is None else _counted(model, features, medium)
+    if features is not None:
+        try:
+            return _counted(model, features, medium)
+        except Exception as error:  # transformers 4 wants further arguments, or returns more than the embeddings
+            return _searched(model, medium, error)
+    return _searched(model, medium)
 
 
-@torch.no_grad()
-def _searched(model, medium: Medium) -> int:
-    """The smallest number of placeholders for which the model's forward does not raise."""
+def _searched(model, medium: Medium, error: Exception | None = None) -> int:
+    """The smallest number of placeholders for which the model's forward does not raise; else the error is raised."""
     for length in range(1, 70):
         try:
-            model(**prompt(model, replace(medium, length=length), [1]), use_cache=False)
-        except Exception as raised:  # noqa: PERF203
-            error = raised
+            _run(model, prompt(model, replace(medium, length=length), [1]))
+        except Exception as raised:
+            error = error or raised
         else:
             return length
+    assert error is not None
     raise error
 
 
-def _tower(config, kind: str):
-    names = ("vision_config", "vq_config") if kind == "image" else ("audio_config", "encoder_config")
-    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), config)
+@torch.no_grad()
+def _run(model, arguments: dict) -> None:
+    """One forward. ValueError if it does not give one row of logits for each token."""
+    count = model(**arguments, use_cache=False).logits.shape[1]
+    if count != arguments["input_ids"].shape[1]:
+        raise ValueError(f"{count} logits for {arguments['input_ids'].shape[1]} tokens")
 
 
 @torch.no_grad()
@@ -252,6 +291,11 @@ def _counted(model, features, medium: Medium) -> int:
     if not single or double != 2 * single:
         raise ValueError(f"{single} embeddings for one, {double} for two")
     return single
+
+
+def _tower(config, kind: str):
+    names = ("vision_config", "vq_config") if kind == "image" else ("audio_config", "encoder_config")
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), config)
 
 
 def _elements(output) -> int:
@@ -295,7 +339,7 @@ def prompt(model, medium: Medium, rows: list[int], *, seed: int = 1, text: int =
             ids[row, at] = medium.start
             ids[row, at + 1 : at + 1 + medium.length] = medium.placeholder
             ids[row, at + 1 + medium.length] = medium.end
-    given = medium.make(sum(rows)) if not medium.by_row else _by_row(medium, rows)
+    given = {} if not most else _by_row(medium, rows) if medium.by_row else medium.make(sum(rows))
     return with_types(model, medium, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **given})
 
 
@@ -309,18 +353,30 @@ def _by_row(medium: Medium, rows: list[int]) -> dict:
     return given
 
 
-def with_types(model, medium: Medium, arguments: dict) -> dict:
+def with_types(model, medium: Medium, arguments: dict, prompt_length: int | None = None) -> dict:
     """The arguments with the token types that the model's forward takes, which mark placeholders."""
     known = inspect.signature(model.forward).parameters
     types = (arguments["input_ids"] == medium.placeholder).long()
-    return arguments | {name: types for name in TYPES if name in known}
+    if model.config.model_type == "paligemma":  # 0: attends in both directions, as all of a prompt does
+        types = (torch.arange(types.shape[1]) >= (prompt_length or types.shape[1])).long().repeat(len(types), 1)
+    arguments = arguments | {name: types for name in TYPES if name in known}
+    return arguments | (_cross_mask(arguments) if "cross_attention_mask" in known else {})
+
+
+def _cross_mask(arguments: dict) -> dict:
+    """Each token attends to all tiles of its row: `(batch, tokens, images, tiles)`."""
+    if "aspect_ratio_mask" not in arguments:
+        return {}
+    tiles = arguments["aspect_ratio_mask"]
+    return {"cross_attention_mask": tiles[:, None].repeat(1, arguments["input_ids"].shape[1], 1, 1)}
 
 
 def for_longer(model, medium: Medium, arguments: dict, ids: torch.Tensor) -> dict:
     """The same prompt with more text behind it: `ids` has all tokens."""
-    more = ids.shape[1] - arguments["input_ids"].shape[1]
+    length = arguments["input_ids"].shape[1]
+    more = ids.shape[1] - length
     mask = torch.cat([arguments["attention_mask"], torch.ones(len(ids), more, dtype=torch.long)], dim=1)
-    return with_types(model, medium, {**arguments, "input_ids": ids, "attention_mask": mask})
+    return with_types(model, medium, {**arguments, "input_ids": ids, "attention_mask": mask}, length)
 
 
 def behind_padding(model, medium: Medium, arguments: dict, padding: int = 3) -> dict:

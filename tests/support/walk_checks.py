@@ -207,20 +207,22 @@ def looped_by_hand(case: TextCase, model, prompt: dict, span: tuple[int, int]) -
     """
     layers = layers_of(model)
     calls, outputs = _recorded_calls(case, model, layers, prompt)
-    added = {index: _input(calls[index]) - outputs[index - 1] for index in calls if index - 1 in outputs}
+    called = sorted(calls)  # Mllama skips layers that attend to an image where there is none
+    added = {here: _input(calls[here]) - outputs[before] for before, here in itertools.pairwise(called)}
 
-    def run(start, stop, h):
-        for index in range(start, stop):
+    def run(indices, h):
+        for position, index in enumerate(indices):
             args, kwargs = calls[index]
-            h = h + added[index] if index > start and added[index].any() else h
+            h = h + added[index] if position and added[index].any() else h
             output = layers[index](h, *args[1:], **kwargs) if args else layers[index](**{**kwargs, "hidden_states": h})
             h = _hidden(output)
         return h
 
-    h = _input(calls[span[0]])
+    looped, behind = [i for i in called if span[0] <= i < span[1]], [i for i in called if i >= span[1]]
+    h = _input(calls[looped[0]])
     for _ in range(STEPS):
-        h = h + (run(*span, h) - h) / STEPS
-    last = h if span[1] == len(layers) else run(span[1], len(layers), h + added[span[1]])
+        h = h + (run(looped, h) - h) / STEPS
+    last = run(behind, h + added[behind[0]]) if behind else h
     hook = layers[-1].register_forward_hook(lambda _, args, out: (last, *out[1:]) if isinstance(out, tuple) else last)
     try:
         return case.full(model, prompt)
@@ -235,7 +237,7 @@ def _recorded_calls(case: TextCase, model, layers, prompt: dict) -> tuple[dict[i
 
     def record(index):
         def hook(_, args, kwargs, output):
-            calls[index], outputs[index] = (args, dict(kwargs)), _hidden(output)
+            calls[index], outputs[index] = (args, dict(kwargs)), _hidden(output).clone()
 
         return hook
 
@@ -246,10 +248,11 @@ def _recorded_calls(case: TextCase, model, layers, prompt: dict) -> tuple[dict[i
     return calls, outputs
 
 
-def between_layers(case: TextCase, model) -> list[int]:
+def changed_between_layers(case: TextCase, model) -> list[int]:
     """The layers in front of which the model changes the hidden states, for the first prompt."""
     calls, outputs = _recorded_calls(case, model, layers_of(model), case.prompts()[0])
-    return [i for i in calls if i - 1 in outputs and not torch.equal(_input(calls[i]), outputs[i - 1])]
+    pairs = itertools.pairwise(sorted(calls))
+    return [here for before, here in pairs if not torch.equal(_input(calls[here]), outputs[before])]
 
 
 def _input(call: tuple[tuple, dict]) -> torch.Tensor:
@@ -271,6 +274,11 @@ def layers_of(model) -> list[torch.nn.Module]:
 def why_base_cannot_decode(base: Path, case: TextCase = TEXT) -> str:
     """Why cached decoding of the native model is no reference; empty if it is one."""
     model = case.load(base)
+    try:
+        for prompt in case.prompts():
+            case.full(model, prompt)
+    except Exception as error:
+        return f"the base itself fails here: {one_line(error)}"
     try:
         difference = max(relative(*case.decoded(model, prompt)) for prompt in case.prompts())
     except Exception as error:

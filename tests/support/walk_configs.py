@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+GATE = re.compile(r"attn_(mlp_)?gate$|alpha_(cross_attn|dense)$")
 MAX_PARAMETERS = 50_000_000
 
 # Values for the fields of these names, in every config that has them.
@@ -96,7 +98,9 @@ def save_base(config, directory: Path, auto=AutoModelForCausalLM) -> Path:
     torch.manual_seed(0)
     model = auto.from_config(config).eval()
     for name, parameter in model.named_parameters():  # large enough for a loop to show, whatever the family starts with
-        if parameter.dim() == 2 and "embed" not in name:
+        if parameter.dim() in (2, 4) and "embed" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        elif parameter.dim() == 1 and GATE.search(name):  # gates of cross-attention start closed
+            torch.nn.init.constant_(parameter, 0.5)
     model.save_pretrained(directory)
     return directory
