@@ -18,7 +18,10 @@ from support.paths import ROOT
 
 TEMPLATES = ("templates/*.py",)
 TINY = ("tests/support/tiny.py", "tests/support/compare.py", "tests/support/structure.py")
-VERIFY = tuple(f"loopexport/checks/{name}.py" for name in ("verification", "effect", "replay", "replay_rules"))
+VERIFY = tuple(
+    f"loopexport/checks/{name}.py"
+    for name in ("verification", "effect", "probe", "replay", "replay_rules", "replay_states")
+)
 WALK = ("tests/support/family_walk.py", "loopexport/base/families.py", "loopexport/base/families.json")
 ORACLE = (
     *(f"tests/support/{name}.py" for name in ("oracle", "forwards", "routing", "rule_values", "loaded_code")),
@@ -82,8 +85,16 @@ RECORDS = {
         ),
         Record(
             "verify",
-            tuple(f"tests/checks/test_{name}.py" for name in ("verify", "mutations", "replay")),
-            (*TEMPLATES, *TINY, *VERIFY, "tests/checks/test_mutations.py", "tests/checks/test_replay.py"),
+            tuple(f"tests/checks/test_{name}.py" for name in ("verify", "mutations", "replay", "states")),
+            (
+                *TEMPLATES,
+                *TINY,
+                *VERIFY,
+                "tests/checks/test_mutations.py",
+                "tests/checks/test_replay.py",
+                "tests/checks/test_states.py",
+                "tests/support/export_faults.py",
+            ),
         ),
         Record("families", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),
         Record("families-oldest", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),
