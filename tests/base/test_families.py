@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -12,16 +13,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import loopexport
 from loopexport.base import families
-from support.family_walk import RELEASE, check_exact, save_tiny_family, walk
+from support.family_walk import RELEASE, check_exact, save_tiny_family, walk, walked_families
+from support.multimodal_walk import MULTIMODAL_FAMILIES
 from support.structure import REPRESENTATIVES, by_class
 
-# The classes of structure, and what is refused, or works in part.
-SAMPLE = (*REPRESENTATIVES, "xlnet", "qwen3_next")
+# The classes of structure; what is refused, or works in part; images, some of them added between layers; sound.
+SAMPLE = (*REPRESENTATIVES, "xlnet", "qwen3_next", "qwen3_vl", "qwen2_audio")
 
 RAW_WORDS = re.compile(r"['`]\w+['`]|\b(object|attribute|operand|validator|\w*Error|negative|StopIteration)\b|\^")
 
 
-@pytest.mark.parametrize("family", by_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, SAMPLE))
+@pytest.mark.parametrize("family", by_class(walked_families(), SAMPLE))
 def test_every_family_comes_out_as_recorded(family, tmp_path, monkeypatch):
     """`walk` itself fails where an export is not exact; a release that is not recorded has only that to pass."""
     recorded = families.outcomes().get(family, {}).get(RELEASE)
@@ -92,3 +94,21 @@ def test_reasons_are_plain_sentences():
     for record in families.worded_outcomes().values():  # what --json prints, for every release
         for outcome in record.values():
             assert not RAW_WORDS.search(outcome), outcome
+
+
+def test_every_family_of_this_release_has_an_outcome():
+    recorded = {family for family, record in families.outcomes().items() if RELEASE in record}
+    if not recorded:
+        pytest.skip(f"the walk was not recorded on transformers {RELEASE}")
+    assert set(walked_families()) == recorded
+
+
+def test_each_family_is_in_the_groups_of_what_it_reads():
+    groups = {reads: families.grouped_outcomes(reads) for reads in ("", *families.MEDIA)}
+    names = {reads: [name for *_, names in group for name in names] for reads, group in groups.items()}
+    assert sorted(itertools.chain(*names.values())) == sorted(families.outcomes())
+    assert "llava" in names["images"]
+    assert "llama" in names[""]
+    if RELEASE in families.outcomes().get("qwen2_audio", {}):
+        assert "qwen2_audio" in names["sound"]
+    assert not set(names[""]) & set(MULTIMODAL_FAMILIES)
