@@ -20,11 +20,16 @@ from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 # Config keys for the towers of a multimodal model: the parts that read images, video or sound.
-TOWER_CONFIGS = ("vision_config", "audio_config")
+TOWER_CONFIGS = ("vision_config", "audio_config", "codec_config", "vq_config")
 
 # The ends of the names of classes that generate text: from text alone, and from text, images, video or sound.
 TEXT_CLASSES = ("ForCausalLM", "LMHeadModel")
-MULTIMODAL_CLASSES = (*TEXT_CLASSES, "ForConditionalGeneration", "ForVisionText2Text")
+MULTIMODAL_CLASSES = (
+    *TEXT_CLASSES,
+    "ForConditionalGeneration",
+    "ForVisionText2Text",
+    "NemotronH_Omni_Reasoning_V3",
+)
 
 # Reasons recorded in the words of code, and the same in plain words; the first pattern that matches counts.
 IN_WORDS = (
@@ -156,6 +161,11 @@ def check_family(config: dict) -> None:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise CheckpointError(f"architectures {architectures!r} in config.json is not a list of class names")
+    if isinstance(config.get("thinker_config"), dict):
+        raise CheckpointError(
+            f"{_names(architectures, model_type)} is several models in one (thinker_config), and only a checkpoint of "
+            "its thinker alone can be looped"
+        )
     for each in (config, text_config(config)):
         _check_decoder_only(each, _names(architectures, model_type))
     if not is_language_model(config) and not all(name.endswith("Model") for name in architectures):

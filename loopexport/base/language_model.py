@@ -15,7 +15,7 @@ SHARED_FIELDS = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_to
 
 # How multimodal checkpoints name the tensors of their language model, and how the text family names them.
 RENAMED = (
-    (re.compile(r"^(model\.)?language_model\.(?=(model|transformer|lm_head)\.)"), ""),
+    (re.compile(r"^(model\.)?language_model\.(?=(model|transformer|backbone|lm_head)\.)"), ""),
     (re.compile(r"^model\.(language_model|text_model)\.(?=lm_head\.)"), ""),
     (re.compile(r"^model\.(language_model|text_model)\."), "model."),
     (re.compile(r"^text_model\.(?=(model|lm_head)\.)"), ""),
@@ -31,6 +31,9 @@ READ_AS_NAMED = {
     "qwen3_5_text": "model.language_model.",
     "qwen3_5_moe_text": "model.language_model.",
 }
+
+# Multimodal families whose tensors the text family does not read: the checkpoint names or splits them otherwise.
+UNREADABLE = ("inkling_mm_model", "minimax_m3_vl", "nemo_speechlm")
 
 
 def language_model_config(config: dict) -> dict:
@@ -90,9 +93,9 @@ def _causal_class(model_type: str, text_type: str) -> str:
     from transformers import __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    if text_type not in NAMES or text_type == model_type:
+    if text_type not in NAMES or model_type in UNREADABLE or text_type == model_type:
         raise CheckpointError(
             f"the language model of {model_type} is a {text_type}, for which transformers {__version__} has no causal "
-            "language model without the other parts; leave --text-only out"
+            "language model that reads its tensors; leave --text-only out"
         )
     return NAMES[text_type]

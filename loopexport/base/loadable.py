@@ -30,8 +30,8 @@ MULTIMODAL = {
 # Multimodal families that have their layers where text families have them.
 WITHOUT_LANGUAGE_MODEL = (
     "cosmos3_edge", "cosmos3_omni", "dots3_note", "ernie4_5_vl_moe", "evolla", "hy_v4_vl", "idefics",
-    "kyutai_speech_to_text", "molmo2", "paddleocr_vl", "phi4_multimodal", "qwen2_5_omni_thinker", "qwen2_5_vl",
-    "qwen2_vl", "qwen3_omni_moe_thinker", "step3p7", "unlimited_ocr",
+    "kyutai_speech_to_text", "mistral_large4", "molmo2", "paddleocr_vl", "phi4_multimodal", "qwen2_5_omni_thinker",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe_thinker", "step3p7", "unlimited_ocr",
 )  # fmt: skip
 
 # Where the layers are; in all other families that were tried, at `model.layers`.

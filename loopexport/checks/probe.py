@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,9 +93,12 @@ def cached_logits(model, probe: Probe, lengths: tuple[int, ...]) -> torch.Tensor
     argument = find_cache_argument(model)
     name = "past_key_values" if argument is None else argument[0]  # transformers renames it from 5.24 on
     cache: dict[str, Any] = {}
-    logits = []
-    for inputs in probe.split(lengths):
-        output = model(**inputs, **cache, use_cache=True)
+    logits: list[torch.Tensor] = []
+    positions = torch.arange(sum(lengths)).split(lengths)
+    takes_positions = "cache_position" in inspect.signature(model.forward).parameters  # transformers 4
+    for inputs, position in zip(probe.split(lengths), positions, strict=True):
+        place = {"cache_position": position} if takes_positions else {}  # without it, Qwen 2.5 VL starts at 0 again
+        output = model(**inputs, **place, **cache, use_cache=True)
         logits.append(output.logits)
         cache = {name: output[name]} if len(lengths) > 1 else {}
     return torch.cat(logits, dim=1)

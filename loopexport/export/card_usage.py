@@ -90,7 +90,7 @@ def pipeline_tag(config: dict, base_card: Mapping) -> str:
 
 
 def _reads_sound(config: dict) -> bool:
-    return isinstance(config.get("audio_config"), dict)
+    return any(isinstance(config.get(key), dict) for key in ("audio_config", "codec_config"))
 
 
 def _reads_images(config: dict) -> bool:

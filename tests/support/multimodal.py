@@ -214,6 +214,12 @@ def save_processor(kind: str, directory: Path) -> Path:
     return directory
 
 
+def save_tokenizer(directory: Path) -> Path:
+    """Save a tokenizer of one token for each word."""
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
 def _tokenizer(**special: str):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -128,9 +128,70 @@ INDEXED: dict[str, dict] = {
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3")
 
 
+# Families with recurrent layers: the delta rule, state spaces, a gated short convolution; alone or beside attention.
+LINEAR_LAYERS = ["linear_attention", "linear_attention", "full_attention"] * (NUM_LAYERS // 3)
+DELTA_RULE = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": LINEAR_LAYERS,
+}
+STATE_SPACE = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 4,
+}
+RECURRENT: dict[str, dict] = {
+    "qwen3_5_text": DELTA_RULE,
+    "qwen3_next": {**DELTA_RULE, **MOE, "shared_expert_intermediate_size": 40},
+    "granitemoehybrid": {
+        **STATE_SPACE,
+        "layer_types": LINEAR_LAYERS,
+        "shared_intermediate_size": 96,
+        "num_local_experts": 0,
+    },
+    "falcon_h1": {**STATE_SPACE, "mamba_d_ssm": 128, "head_dim": 16},  # both kinds of memory in each layer
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * (NUM_LAYERS // 3)},
+    "jamba": {  # Mamba-1
+        "attn_layer_period": 3,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_dt_rank": 8,
+    },
+    "nemotron_h": {  # a mixer or a feed-forward network in a layer, not both
+        "layer_types": ["linear_attention", "mlp", "linear_attention", "moe", "full_attention", "mlp"],
+        "head_dim": 16,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+        "conv_kernel": 4,
+        "chunk_size": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "moe_shared_expert_intermediate_size": 48,
+    },
+    # A cache of its own.
+    "minimax": {"layer_types": LINEAR_LAYERS, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4},
+}
+
+
 def tiny_config(family: str, **overrides):
     """The tiny config of a family."""
-    return AutoConfig.for_model(family, **{**COMMON, **{**FAMILIES, **INDEXED}[family], **overrides})
+    return AutoConfig.for_model(family, **{**COMMON, **{**FAMILIES, **INDEXED, **RECURRENT}[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides):
