@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 
 import pytest
@@ -49,34 +48,6 @@ def test_iterations_place_tokens_where_the_natural_pass_did(tmp_path):
     """Llama 4 scales queries by a position that it takes from the cache's length, which grows in the natural pass."""
     base = save_tiny_family("llama4_text", tmp_path / "base", floor_scale=2, attn_scale=1.0)
     check_exact(base, (2, 5), tmp_path)  # layer 3 is one of those that do
-
-
-@pytest.fixture
-def hybrid(tmp_path):
-    """A base of linear attention with full attention in layers 3 and up, by the interval that real configs give."""
-    return save_tiny_family("qwen3_next", tmp_path / "hybrid")
-
-
-def test_recurrent_layers_are_refused_and_a_span_around_them_is_not(hybrid, tmp_path):
-    with pytest.raises(loopexport.LoopExportError, match="layer 2 is of type linear_attention; only layers"):
-        loopexport.plan_convert(str(hybrid), span=(2, 4), steps=2)
-    assert loopexport.convert(str(hybrid), tmp_path / "out", span=(3, 4), steps=2)
-
-
-def test_recurrent_layers_are_seen_where_the_config_does_not_tell(hybrid):
-    path = hybrid / "config.json"
-    config = json.loads(path.read_text())
-    del config["layer_types"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(loopexport.LoopExportError, match=r"layer 2 keeps more .*linear_attn"):
-        loopexport.plan_convert(str(hybrid), span=(2, 4), steps=2)
-    assert loopexport.plan_convert(str(hybrid), span=(3, 4), steps=2)
-
-
-def test_run_time_change_to_a_recurrent_layer_is_refused(hybrid, tmp_path):
-    out = loopexport.convert(str(hybrid), tmp_path / "out", span=(3, 4), steps=2).root
-    with pytest.raises(ValueError, match="layer 2 is of type linear_attention"):
-        AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, loop_span=[2, 4])
 
 
 def test_family_that_the_walk_saw_refused_is_refused_by_convert(tiny_base, tmp_path):
