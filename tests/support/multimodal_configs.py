@@ -51,6 +51,7 @@ SPECIAL_PARTS: dict[str, dict] = {
     "llava_next": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "llava_next_video": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]},
+    "phi4_multimodal_vision": {"crop_size": 32},
     "paligemma": {"projection_dim": 64},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "llama4_vision_model": {
