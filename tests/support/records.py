@@ -33,7 +33,8 @@ ORACLE = (
 )
 VLLM = (
     *(f"templates/{name}.py" for name in ("configuration_looped", "modeling_looped")),
-    *(f"templates/looped_{name}.py" for name in ("decoder", "walk", "rules", "spec", "routing", "vllm", "vllm_limits")),
+    *(f"templates/looped_{name}.py" for name in ("arguments", "body", "decoder", "walk", "rules", "spec", "routing")),
+    *(f"templates/looped_{name}.py" for name in ("vllm", "vllm_limits")),
     "loopexport/checks/vllm.py", "loopexport/checks/vllm_worker.py", "tests/support/vllm_cases.py",
     "tests/support/tiny.py", "tests/checks/test_vllm.py",
 )  # fmt: skip
