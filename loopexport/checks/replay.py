@@ -332,7 +332,10 @@ class _Memory:
     def __getattr__(self, name):
         if "state" in name:
             raise CannotReplayError(f"a layer keeps more than keys and values in its cache ({name})")
-        return getattr(self.tape, name)
+        answer = getattr(self.tape, name)
+        if name == "layers" and any(hasattr(slot, "store_compression_weights") for slot in answer):
+            raise CannotReplayError("a layer pools tokens in its cache")
+        return answer
 
 
 def _is_cache(value) -> bool:
