@@ -251,7 +251,11 @@ def is_empty(cache, layer_idx: int, num_tokens: int = 0) -> bool:
 
 def _remembers(slot) -> bool:
     """Whether a cache slot is for a memory: keys and values, or a state."""
-    return hasattr(slot, HAS_STATE) or not getattr(slot, "is_initialized", False) or getattr(slot, "keys", None) is not None
+    return (
+        hasattr(slot, HAS_STATE)
+        or not getattr(slot, "is_initialized", False)
+        or getattr(slot, "keys", None) is not None
+    )
 
 
 def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> int:
