@@ -1,7 +1,8 @@
-"""Run-time cost of the loop in a dense, a sparse and an MLA model: random weights, wide enough for compute to matter.
+"""Run-time cost of the loop in a dense, a sparse, an MLA and a hybrid model: random weights, wide enough to matter.
 
 Overhead is the time relative to the base, divided by the ratio of layer evaluations: 1.00 means that the loop costs
-exactly its extra layers. All layers are of one kind and the vocabulary is small, so layer evaluations measure the work.
+exactly its extra layers. All layers are of one kind, or the span has each kind in its share of the model, and the
+vocabulary is small: layer evaluations measure the work.
 
     python benchmarks/bench_families.py
 """
@@ -48,6 +49,14 @@ FAMILIES = {
         "qk_nope_head_dim": 64,
         "v_head_dim": 64,
         "head_dim": 32,
+    },
+    "qwen3_5_text": {
+        "head_dim": 64,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 3,
+        "linear_num_key_heads": 6,
+        "linear_num_value_heads": 12,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
     },
 }
 SPECS = {

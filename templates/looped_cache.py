@@ -6,18 +6,20 @@ those break when transformers is upgraded. A new K/V policy needs a stand-in her
 
 Keys and values are `(batch, heads, seq, head_dim)`. `update()` takes the keys and values of the current chunk and
 returns those that attention may read: the past and the chunk. Multi-head latent attention passes latents instead.
+Indexed attention chooses the positions that it reads. It stores one key more for each token, `(batch, seq, dim)`, by
+`update_indexer()`, which answers like `update()`.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+from .looped_pools import NaturalSlots, OneSlot, ReplayedPools
 from .looped_spec import FIELDS, LoopSpec
 from .looped_states import (
     HAS_STATE,
@@ -31,9 +33,6 @@ from .looped_states import (
     has_past,
 )
 
-# Names of the K/V cache argument in native layers, newest first.
-CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
-
 # Attribute that we set on a cache: the loop of the latest forward that stored there, as `_fingerprint` gives it.
 FILLED_BY = "loop_filled_by"
 
@@ -44,41 +43,6 @@ FIRST_SLOT = "loop_first_slot"
 SLOTS_FOR = "loop_slots_for"
 
 
-class CacheArgument(NamedTuple):
-    """The argument of a module that takes the K/V cache.
-
-    Attributes:
-        name: its name.
-        position: its position among the positional arguments, counted from 0.
-    """
-
-    name: str
-    position: int
-
-    def value_in(self, args, kwargs):
-        """The cache in the arguments of a call, or None."""
-        return kwargs.get(self.name, args[self.position] if self.position < len(args) else None)
-
-    def put(self, cache, args: list, kwargs: dict) -> None:
-        """Replace the cache in the arguments of a call, in place."""
-        if self.position < len(args):
-            args[self.position] = cache
-        else:
-            kwargs[self.name] = cache
-
-
-def find_cache_argument(module: nn.Module) -> CacheArgument | None:
-    """The argument of a decoder layer or model that takes the K/V cache; None if it has none."""
-    names = list(inspect.signature(module.forward).parameters)
-    found = next((name for name in CACHE_ARGUMENTS if name in names), None)
-    return None if found is None else CacheArgument(found, names.index(found))
-
-
-def self_attention(cache):
-    """The cache of a decoder's own keys and values, also in decoders that can attend to an encoder."""
-    return getattr(cache, "self_attention_cache", cache)
-
-
 class CacheStandIn:
     """Passes everything but `update` on to the real cache, or to an empty one if the model runs without a cache.
 
@@ -87,9 +51,13 @@ class CacheStandIn:
         length: the cache length that the layer saw in the natural pass. Llama 4 computes positions from it, and by the
             time of an iteration the real cache already holds the chunk.
         states: the recurrent states that the layer saw in the natural pass.
+        read: the keys and values that the layer reads, if they are known.
+        pools: for a layer that pools tokens, its slot in the natural pass as recorded, or as replayed; else None.
     """
 
     length: Any = None
+    pools: Any = None
+    read: tuple = ()
 
     def __init__(self, cache):
         self.cache = cache
@@ -97,12 +65,21 @@ class CacheStandIn:
 
     def see(self, natural: NaturalPass):
         """Let an iteration find the length and the states that the natural pass found; returns this stand-in."""
-        self.length, self.states = natural.length, natural.states
+        self.length, self.states, self.pools = natural.length, natural.states, natural.pools
         return self
 
     def ask(self, name: str, *args, **kwargs):
         """What the real cache answers to a call."""
         return CacheStandIn.__getattr__(self, name)(*args, **kwargs)
+
+    @property
+    def layers(self):
+        """The real cache's layers; without a cache, one that holds what this layer reads, under any number."""
+        if self.cache is not None or not self.read:
+            return self.__getattr__("layers")
+        layer = DynamicLayer()
+        layer.update(*self.read[:2])
+        return OneSlot(layer)
 
     def get_seq_length(self, *args, **kwargs):
         return self.ask("get_seq_length", *args, **kwargs) if self.length is None else self.length
@@ -125,11 +102,23 @@ class NaturalPass(RecordStates, CacheStandIn):
         read: the keys and values that attention reads, each `(batch, heads, past + chunk, head_dim)`.
         rest: the other arguments of `update`, as `(args, kwargs)`.
         states: the states of recurrent layers from before this chunk.
+        new_index, read_index: the same of the index keys, each a tuple of one; empty for a layer without an indexer.
     """
 
     new: tuple = ()
     read: tuple = ()
     rest: tuple = ((), {})
+    new_index: tuple = ()
+    read_index: tuple = ()
+
+    @property
+    def layers(self):
+        return NaturalSlots(self, super().layers)
+
+    @property
+    def seen(self) -> tuple:
+        """All that the layer read: keys, values and, if it has an indexer, index keys."""
+        return (*self.read, *self.read_index)
 
     def get_seq_length(self, *args, **kwargs):
         length = self.ask("get_seq_length", *args, **kwargs)
@@ -142,27 +131,51 @@ class NaturalPass(RecordStates, CacheStandIn):
         self.read = self.new if self.cache is None else self.cache.update(keys, values, layer_idx, *args, **kwargs)
         return self.read
 
+    def update_indexer(self, keys, layer_idx):
+        self.new_index = (keys,)
+        self.read_index = self.new_index if self.cache is None else (self.cache.update_indexer(keys, layer_idx),)
+        return self.read_index[0]
+
+    def store_in(self, slot: int) -> None:
+        """Store all that the layer stored in another cache slot too."""
+        args, kwargs = self.rest
+        if self.new:
+            self.cache.update(*self.new, slot, *args, **kwargs)
+        if self.new_index:
+            self.cache.update_indexer(*self.new_index, slot)
+
 
 class SharedRead(NaturalPresent, CacheStandIn):
     """Policy `shared`: stores nothing, and returns the keys and values of the natural pass.
 
     Attributes:
-        read: `NaturalPass.read`, each `(batch, heads, past + chunk, head_dim)`.
+        read: `NaturalPass.seen`, of `past + chunk` tokens.
     """
 
     def __init__(self, cache, read):
         super().__init__(cache)
         self.read = read
 
+    @property
+    def layers(self):
+        return super().layers if self.pools is None else OneSlot(self.pools)
+
+    def see(self, natural: NaturalPass):
+        super().see(natural).pools = natural.pools and ReplayedPools(natural.pools.answers)
+        return self
+
     def update(self, keys, values, *args, **kwargs):
-        return self.read
+        return self.read[:2]
+
+    def update_indexer(self, keys, layer_idx):
+        return self.read[-1]
 
 
 class OwnChunk(NaturalPast, CacheStandIn):
     """Policy `reference`: stores nothing, and returns the natural past joined with the iterate's own chunk.
 
     Attributes:
-        read: `NaturalPass.read`, each `(batch, heads, past + chunk, head_dim)`.
+        read: `NaturalPass.seen`, of `past + chunk` tokens.
         start: position of the chunk in `read`; None if it is at the end.
     """
 
@@ -173,6 +186,9 @@ class OwnChunk(NaturalPast, CacheStandIn):
 
     def update(self, keys, values, *args, **kwargs):
         return self._replace_chunk(self.read[0], keys), self._replace_chunk(self.read[1], values)
+
+    def update_indexer(self, keys, layer_idx):
+        return self._replace_chunk(self.read[-1], keys)
 
     def _replace_chunk(self, read, own):
         length = own.shape[-2]
@@ -186,7 +202,7 @@ class OwnSlot(OwnStates, CacheStandIn):
     """Policy `per_step`: stores in the cache slot of this layer and iteration, and returns the contents of that slot.
 
     Attributes:
-        read: `NaturalPass.read`; the slot must have the same length.
+        read: `NaturalPass.seen`; the slot must have the same length.
         slot: number of the slot in the cache.
     """
 
@@ -195,21 +211,28 @@ class OwnSlot(OwnStates, CacheStandIn):
         self.read = read
         self.slot = slot
 
+    @property
+    def layers(self):
+        return OneSlot(super().layers[self.slot])
+
     def update(self, keys, values, layer_idx, *args, **kwargs):
         own = self.cache.update(keys, values, self.slot, *args, **kwargs)
         if own[0].shape[-2] != self.read[0].shape[-2]:
             raise ValueError(_foreign_cache(f"slot {self.slot} and layer {layer_idx} differ in length"))
         return own
 
+    def update_indexer(self, keys, layer_idx):
+        return self.cache.update_indexer(keys, self.slot)
+
 
 def chunk_start(cache, layer_idx: int, natural: NaturalPass):
-    """The position in `natural.read` where the chunk of the natural pass starts; None if the chunk is at the end.
+    """The position in `natural.seen` where the chunk of the natural pass starts; None if the chunk is at the end.
 
     Only a static cache layer can have it elsewhere: it returns a buffer longer than its contents.
     """
-    if not natural.new:
+    if not natural.seen:
         return None
-    length, read_length = natural.new[0].shape[-2], natural.read[0].shape[-2]
+    length, read_length = (*natural.new, *natural.new_index)[0].shape[-2], natural.seen[0].shape[-2]
     layer = cache.layers[layer_idx] if hasattr(cache, "layers") else None
     if layer is None or not layer.is_compileable or read_length != layer.max_cache_len:
         return None

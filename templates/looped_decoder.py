@@ -17,15 +17,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import Cache
 
+from .looped_arguments import CACHE_ARGUMENTS, find_cache_argument, self_attention
 from .looped_cache import (
-    CACHE_ARGUMENTS,
     add_slots,
     check_filled_by,
     check_paged,
-    find_cache_argument,
     mark_filled,
-    self_attention,
 )
 from .looped_routing import ROUTERS, own_routing
 from .looped_spec import LoopSpec
@@ -33,6 +32,7 @@ from .looped_vllm import VllmSeam
 from .looped_walk import HANDED_OVER, LayerTraits, Walk
 
 LOOP = "_loop"  # the attribute of a looped decoder that holds its `DecoderLoop`
+ADDED_FEATURES = "deepstack_visual_indexes"  # in a vision config: as many of the first decoder layers add features
 FIRST_REUSER = "first_kv_shared_layer_idx"  # attribute of decoders whose late layers reuse the keys of earlier ones
 
 
@@ -86,9 +86,23 @@ class DecoderLoop:
         spec.check_depth(len(layers))
         spec.check_layer_types(getattr(self.text_config, "layer_types", None))
         spec.check_layer_types(getattr(self.text_config, "layers_block_type", None))
+        self._check_added_features(spec)
         for index in spec.layers:
             self._check_layer(index, layers, spec)
         return spec
+
+    def _check_added_features(self, spec: LoopSpec) -> None:
+        """Refuse a span inside of which the model adds features of images to the hidden states.
+
+        Iterations would miss them, and a release that adds them in place gives no other sign.
+        """
+        indexes = getattr(getattr(self.config, "vision_config", None), ADDED_FEATURES, None) or ()
+        for start, stop in spec.bodies:
+            if start < min(stop - 1, len(indexes)):
+                raise ValueError(
+                    f"the model adds features of images to the hidden states after each of its first {len(indexes)} "
+                    f"layers, inside span {start}:{stop}; choose a span that starts at {len(indexes)}, or mode layer"
+                )
 
     def _check_layer(self, index: int, layers: nn.ModuleList, spec: LoopSpec) -> None:
         if self.traits[index].cache_argument is None:
@@ -102,6 +116,11 @@ class DecoderLoop:
                 "before it, which an iteration would not renew; choose another span"
             )
         self.traits[index].mixers.check(index, spec.kv)
+        if not hasattr(Cache, "update_indexer") and _has_indexer(layers[index]):
+            raise ValueError(
+                f"cannot loop layer {index}: in this release of transformers, its indexer keeps keys outside of the "
+                "cache; use a newer release, or choose another span"
+            )
         missing = self.traits[index].routers.missing
         if spec.frozen_routing and missing:
             raise ValueError(
@@ -141,7 +160,7 @@ def loop_decoder(decoder: nn.Module, list_name: str, config, native: type | None
         decoder: the module that owns the layer list.
         list_name: its attribute for the list.
         config: the model's config.
-        native: the native class of the decoder if its class is ours already, else None.
+        native: the native class of the decoder if its own class is to be changed; None for a subclass of it.
     """
     loop = DecoderLoop(config, decoder, list_name)
     setattr(decoder, LOOP, loop)
@@ -150,8 +169,8 @@ def loop_decoder(decoder: nn.Module, list_name: str, config, native: type | None
     cls: Any = type(decoder)
     if native is None:
         decoder.__class__ = looped_decoder_class(cls, list_name)
-    elif list_name not in vars(cls):  # not another class: vLLM wraps the constructor of the class that it finds
-        for name, member in _members(native, list_name).items():
+    elif list_name not in vars(cls):
+        for name, member in _members(native.forward, list_name).items():
             setattr(cls, name, member)
     return loop
 
@@ -170,18 +189,18 @@ def looped_decoder_class(native: type, list_name: str) -> type:
         "__doc__": native.__doc__,
         "__reduce_ex__": reduce,  # pickle finds a class by its name, and this name is the native class's
     }
-    return type(native.__name__, (native,), body | _members(native, list_name))
+    return type(native.__name__, (native,), body | _members(native.forward, list_name))
 
 
-def _members(native: Any, list_name: str) -> dict[str, Any]:
-    """What the class of a looped decoder has in place of the native layer list and the native forward."""
+def _members(native_forward: Any, list_name: str) -> dict[str, Any]:
+    """What the class of a looped decoder has in place of the native layer list and forward."""
 
     def layers(self):
         return _layers_for(self, sys._getframe(1) if not torch.compiler.is_compiling() else None)
 
-    @functools.wraps(native.forward)
+    @functools.wraps(native_forward)
     def forward(self, *args, **kwargs):
-        return _run(self, native, args, kwargs)
+        return _run(self, native_forward, args, kwargs)
 
     return {list_name: property(layers), "forward": forward}
 
@@ -190,7 +209,7 @@ def _new_decoder(native: type, list_name: str):
     return object.__new__(looped_decoder_class(native, list_name))
 
 
-def _run(decoder: nn.Module, native: Any, args, kwargs):
+def _run(decoder: nn.Module, native_forward: Any, args, kwargs):
     """The decoder's forward.
 
     Raises:
@@ -199,16 +218,16 @@ def _run(decoder: nn.Module, native: Any, args, kwargs):
     loop = vars(decoder)[LOOP]
     walk = loop.begin(loop.layers_of(decoder), args, kwargs)
     if walk is None and _THREAD.decoder is None:
-        return native.forward(decoder, *args, **kwargs)
+        return native_forward(decoder, *args, **kwargs)
     # A hook may run a forward, of this decoder or another one, in the middle of a forward.
     outer, _THREAD.decoder, _THREAD.walk = (_THREAD.decoder, _THREAD.walk), decoder, walk
     try:
         with own_routing():
-            output = native.forward(decoder, *args, **_all_tokens(decoder, walk, kwargs))
+            output = native_forward(decoder, *args, **_all_tokens(decoder, walk, kwargs))
     finally:
         _THREAD.decoder, _THREAD.walk = outer
     if walk is not None:
-        walk.check_complete(native.__name__)
+        walk.check_complete(type(decoder).__name__)
     return output
 
 
@@ -240,6 +259,11 @@ def _all_tokens(decoder: nn.Module, walk: Walk | None, kwargs: dict) -> dict:
     if walk is None or first is None or not any(start < first < stop for start, stop in walk.spec.bodies):
         return kwargs
     return {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
+
+
+def _has_indexer(layer: nn.Module) -> bool:
+    """Whether a layer chooses the positions that it attends to by keys of an indexer."""
+    return any(name.rpartition(".")[2] == "indexer" for name, _ in layer.named_modules())
 
 
 def _num_tokens(args, kwargs) -> int | None:

@@ -17,20 +17,20 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .looped_arguments import CacheArgument, find_cache_argument, self_attention
+from .looped_body import Body
 from .looped_cache import (
-    CacheArgument,
     NaturalPass,
     OwnChunk,
     OwnSlot,
     SharedRead,
     add_slots,
     chunk_start,
-    find_cache_argument,
     is_empty,
     mark_filled,
-    self_attention,
 )
 from .looped_checkpointing import checkpointing_paused, is_checkpointing
+from .looped_pools import check_not_pooling, natural_cache
 from .looped_recurrent import Mixers
 from .looped_routing import RecordRoute, ReplayRoute, Routers, routing
 from .looped_rules import run_loop
@@ -40,6 +40,8 @@ from .looped_spec import LoopSpec
 DECODE_STEPS = "loop_decode_steps"
 # Argument of layers that hand keys and values to later layers outside of the cache (Gemma 3n and 4): a mapping.
 HANDED_ON = "shared_kv_states"
+# Argument of layers that may read the positions that an earlier layer's indexer chose: what that layer returned second.
+CHOSEN = "prev_topk_indices"
 # Argument of layers for what the layer before returned beside its hidden states (Zaya): iterations would not get it.
 HANDED_OVER = "prev_router_hidden_states"
 
@@ -139,10 +141,11 @@ class Walk:
             self.loops = self._begin(call)
         if not (self.loops or self.spec.kv == "per_step"):
             return call.layer(*call.args, **call.kwargs)
-        start, stop = self._bounds(call.index)
+        start, stop = self.bounds(call.index)
         if call.index == start:
             self.handed_on = []
         output = call.run_natural()
+        call.output = _hidden_of(output)
         self.calls[call.index] = call
         if not self.loops and call.cache is not None:
             call.store_natural()
@@ -150,7 +153,7 @@ class Walk:
             return output
         if self.loops:
             body = Body([self.calls[index] for index in range(start, stop)], _hidden_of(output))
-            output = _with_hidden(output, run_loop(body.calls[0].hidden, body, self.spec))
+            output = _with_hidden(output, run_loop(body.calls[0].hidden, body, self.spec), call.chosen)
         call.hand_on()
         return output
 
@@ -159,7 +162,7 @@ class Walk:
         layers = [layer for start, stop in self.spans for layer in range(start, stop)]
         return self.first_slot + (k - 1) * len(layers) + layers.index(index)
 
-    def _bounds(self, index: int) -> tuple[int, int]:
+    def bounds(self, index: int) -> tuple[int, int]:
         """The half-open range of layers of the body that a layer belongs to."""
         return next((start, stop) for start, stop in self.spec.bodies if start <= index < stop)
 
@@ -204,9 +207,11 @@ class LayerCall:
         layer, native, traits: the decoder layer as the list holds it, maybe in a wrapper, the layer itself, its traits.
         index, cache_argument: its number in the decoder, and its argument for the K/V cache.
         hidden: the hidden states of the call, `(batch, seq, hidden)`.
+        output: what it returned in the natural pass, of the same shape.
         cache: the cache of the call, or None.
         natural: the keys, values and states that the natural pass stored and read.
         routes: for each router of the layer, by path, its answers in the natural pass; used with frozen routing.
+        chosen: for each pass, the positions that the layer returned for the next one, if it has the argument `CHOSEN`.
     """
 
     def __init__(self, walk: Walk, layer: Any, traits: LayerTraits, args, kwargs):
@@ -223,22 +228,35 @@ class LayerCall:
         self.hidden = args[0] if args else kwargs["hidden_states"]
         self.cache = self_attention(traits.cache_argument.value_in(args, kwargs))
         self.natural = NaturalPass(None)
+        self.output: Any = None
+        self.chosen: dict[int, Any] = {}
 
     def run(self, hidden, cache, k: int = 0):
         """The layer's output for this input and cache in pass k (0: the natural one), all else as recorded."""
         args, kwargs = self._arguments(hidden, cache, k)
-        return self.layer(*args, **kwargs)
+        output = self.layer(*args, **kwargs)
+        if CHOSEN in kwargs:
+            self.chosen[k] = output[1]
+        return output
 
     def _arguments(self, hidden, cache, k: int) -> tuple[list, dict]:
         args, kwargs = list(self.args), dict(self.kwargs)
         if isinstance(kwargs.get(HANDED_ON), MutableMapping):
             kwargs[HANDED_ON] = self._handed_on(k)
+        if k and CHOSEN in kwargs:
+            kwargs[CHOSEN] = self._chosen_before(k)
         if args:
             args[0] = hidden
         else:
             kwargs["hidden_states"] = hidden
         self.cache_argument.put(cache, args, kwargs)
         return args, kwargs
+
+    def _chosen_before(self, k: int):
+        """The positions that the layer before this one returned in pass k; before the first, the last one's before."""
+        start, stop = self.walk.bounds(self.index)
+        before, k = (self.index - 1, k) if self.index > start else (stop - 1, k - 1)
+        return self.walk.calls[before].chosen[k]
 
     def _handed_on(self, k: int) -> MutableMapping:
         """What the layers of pass k hand on to each other. Each pass has its own, since a backward pass that recomputes
@@ -257,7 +275,7 @@ class LayerCall:
         """The layer's output for the call as recorded; also records what iterations need."""
         spec = self.walk.spec
         if not is_checkpointing(self.native):
-            self.natural = NaturalPass(self.cache)
+            self.natural = NaturalPass(natural_cache(self.native, self.cache))
             # Without a cache, an iteration of another policy needs nothing of the natural pass.
             has_memory = self.cache is not None or spec.kv == "shared"
             with self._frozen(RecordRoute):
@@ -267,6 +285,7 @@ class LayerCall:
             return output
         if spec.kv == "shared":
             self.traits.mixers.check_not_checkpointed()
+            check_not_pooling(self.native)
         if spec.frozen_routing and self.routes:
             raise ValueError("frozen routing does not work with gradient checkpointing; switch one of them off")
         # Gradient checkpointing runs layers without a cache. Then only `shared` needs the natural K/V.
@@ -277,7 +296,7 @@ class LayerCall:
         """The layer's output hidden states `(batch, seq, hidden)` in iteration k, counted from 1."""
         spec, vllm = self.walk.spec, self.walk.vllm
         if spec.kv == "shared" and self.natural.read and is_checkpointing(self.native):
-            return self.native._gradient_checkpointing_func(partial(self._run_shared, k), hidden, *self.natural.read)
+            return self.native._gradient_checkpointing_func(partial(self._run_shared, k), hidden, *self.natural.seen)
         if vllm is not None:
             slot = self.walk.slot(self.index, k) if spec.kv == "per_step" else None
             return _hidden_of(vllm.run(self.layer, self.index, slot, *self._arguments(hidden, self.cache, k)))
@@ -289,30 +308,27 @@ class LayerCall:
         return routing(self.native, route, self.routes if self.walk.spec.frozen_routing else {})
 
     def store_natural(self) -> None:
-        """Store the natural keys and values in the slots of all iterations, for tokens that do not loop.
+        """Store what the natural pass stored in the slots of all iterations, for tokens that do not loop.
 
-        The states of recurrent layers cannot be copied, since each slot has a past of its own. Each slot takes up the
-        natural input of the layer instead, for which the layer has to run.
+        Recurrent states and pools of tokens cannot be copied, since each slot has a past of its own. Each slot takes up
+        the natural input of the layer instead, for which the layer has to run.
         """
         for k in range(1, self.walk.spec.evaluations):
-            if self.natural.states:
+            if self.natural.states or self.natural.pools is not None:
                 self.run(self.hidden, self._iteration_cache(k), k)
-                continue
-            if not self.natural.new:
-                return
-            args, kwargs = self.natural.rest
-            self.cache.update(*self.natural.new, self.walk.slot(self.index, k), *args, **kwargs)
+            else:
+                self.natural.store_in(self.walk.slot(self.index, k))
 
     def _iteration_cache(self, k: int):
         """The cache stand-in for iteration k, by K/V policy."""
         if self.walk.spec.kv == "shared":
-            return SharedRead(self.cache, self.natural.read).see(self.natural)
-        if self.cache is None or not (self.natural.new or self.natural.states):
+            return SharedRead(self.cache, self.natural.seen).see(self.natural)
+        if self.cache is None or not (self.natural.seen or self.natural.states):
             return self.cache  # no cache: the layer attends to its own K/V; nothing stored: to another layer's
         if self.walk.spec.kv == "per_step":
-            return OwnSlot(self.cache, self.natural.read, self.walk.slot(self.index, k)).see(self.natural)
+            return OwnSlot(self.cache, self.natural.seen, self.walk.slot(self.index, k)).see(self.natural)
         start = chunk_start(self.cache, self.index, self.natural)
-        return OwnChunk(self.cache, self.natural.read, start).see(self.natural)
+        return OwnChunk(self.cache, self.natural.seen, start).see(self.natural)
 
     # With gradient checkpointing, the natural K/V are inputs and outputs of the checkpointed functions. So gradients
     # reach them, with reentrant and with non-reentrant checkpointing.
@@ -325,59 +341,23 @@ class LayerCall:
             with checkpointing_paused(self.native):
                 output = self.run(hidden, natural)
             first_output.append(output)
-            return (_hidden_of(output), *natural.read)
+            return (_hidden_of(output), *natural.seen)
 
         hidden, *read = self.native._gradient_checkpointing_func(forward, self.hidden)
         self.natural.read = tuple(read)
         return _with_hidden(first_output[0], hidden)
 
-    def _run_shared(self, k: int, hidden, keys, values):
+    def _run_shared(self, k: int, hidden, *read):
         with checkpointing_paused(self.native):
-            return _hidden_of(self.run(hidden, SharedRead(None, (keys, values)), k))
-
-
-class Body:
-    """g for one span (in layer mode, one layer) in one forward: each call runs the recorded layers once more.
-
-    The first call runs nothing: it returns the result of the natural pass, which the native model has already run.
-
-    Attributes:
-        calls: the recorded calls of the layers, in order.
-        natural_outputs: each layer's output in the natural pass, `(batch, seq, hidden)`.
-
-    It raises ValueError if the model changed the shape of the hidden states inside the span.
-    """
-
-    def __init__(self, calls: list[LayerCall], natural):
-        if any(call.hidden.shape != natural.shape for call in calls):  # no set: a compiled graph may leave sizes open
-            raise ValueError(
-                f"the model changes the shape of the hidden states inside span {calls[0].index}:{calls[-1].index + 1} "
-                f"({tuple(calls[0].hidden.shape)} to {tuple(natural.shape)}); choose a span on one side of the change, "
-                "or mode layer"
-            )
-        self.calls = calls
-        self.natural_outputs = [call.hidden for call in calls[1:]] + [natural]
-        self.count = 0
-
-    @property
-    def natural(self):
-        """n, the output of the natural pass, `(batch, seq, hidden)`."""
-        return self.natural_outputs[-1]
-
-    def __call__(self, hidden, replace=None):
-        """g(hidden), `(batch, seq, hidden)`; `replace(position, output)`, if given, replaces each layer's output."""
-        self.count += 1
-        if self.count == 1:
-            return self.natural
-        for position, call in enumerate(self.calls):
-            hidden = call.run_iteration(self.count - 1, hidden)
-            hidden = hidden if replace is None else replace(position, hidden)
-        return hidden
+            return _hidden_of(self.run(hidden, SharedRead(None, read), k))
 
 
 def _hidden_of(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def _with_hidden(output, hidden):
+def _with_hidden(output, hidden, chosen=None):
+    """The output of a layer with other hidden states and, if it returns chosen positions, those of the last pass."""
+    if chosen:
+        return hidden, chosen[max(chosen)]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

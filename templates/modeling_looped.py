@@ -36,9 +36,12 @@ from .configuration_looped import (
     looped_config_class,
     multimodal_mappings,
 )
-from .looped_cache import CACHE_ARGUMENTS, add_slots, check_continuous_batching, self_attention
-from .looped_checkpointing import CHECKPOINTS  # noqa: F401  transformers 4 copies only files that this one imports
+from .looped_arguments import CACHE_ARGUMENTS, self_attention
+from .looped_body import Body  # noqa: F401  transformers 4 copies only files that this one imports
+from .looped_cache import add_slots, check_continuous_batching
+from .looped_checkpointing import CHECKPOINTS  # noqa: F401  as above
 from .looped_decoder import LOOP, loop_decoder
+from .looped_pools import POOLS  # noqa: F401  as above
 from .looped_recurrent import SCANS  # noqa: F401  as above
 from .looped_routing import ROUTERS  # noqa: F401  as above
 from .looped_rules import run_loop  # noqa: F401  as above
@@ -73,10 +76,13 @@ class LoopedModelMixin:
         decoder, list_name = find_layers(language_model, text_config.num_hidden_layers)
         if LOOP in vars(decoder):  # this head let AutoModel make its body, and that is looped already
             return
-        loop = loop_decoder(decoder, list_name, config, self.native_class if decoder is self else None)
+        is_served = text_config._attn_implementation == VLLM
+        # vLLM wraps the constructor of the decoder's class, so there that class has to stay what it was when it ran.
+        native = self.native_class if decoder is self else type(decoder) if is_served else None
+        loop = loop_decoder(decoder, list_name, config, native)
         layers = loop.layers_of(decoder)
         spec = loop.checked_spec(layers)
-        if config._attn_implementation != VLLM:
+        if not is_served:
             return
         check_vllm(config, spec)
         scale_logits(config)

@@ -222,7 +222,7 @@ def test_loop_that_destroys_the_model_is_worse_and_one_step_is_nothing(base):
 def test_no_example_is_left_out():
     run_here = {"answer.py", "quickstart.sh", "loop_from_python.py", "change_steps.py", "lora.py"}
     run_here |= {"onnx_generate.py", "onnx_genai.py", "onnx_steps.py"}
-    run_here |= {"language_model.py", "publish.py"}  # by test_families.py and test_push.py
+    run_here |= {"publish.py"}  # by test_push.py
     run_here |= {"compare_items.sh", "scan.sh"}  # by evaluation/test_examples.py
     run_by_make = {"smollm2_checkpoint.py", "demo.sh"}  # the first makes this file's base, the second is `make demo`
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")} == run_here | run_by_make

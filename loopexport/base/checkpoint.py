@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -14,10 +14,12 @@ from loopexport.errors import CheckpointError
 from loopexport.files.links import check_link
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
-from .families import check_family, layer_count
+from .families import check_family, is_multimodal, layer_count, text_config
+from .language_model import language_model_config
 from .loadable import check_index, check_loadable
+from .processor import FILES as PROCESSOR_FILES
 from .safetensors_header import Header, Tensor, read_header
-from .tensor_names import layer_of
+from .tensor_names import is_tower, layer_of
 from .tokenizer import FILES as TOKENIZER_FILES
 
 CONFIG = "config.json"
@@ -33,7 +35,7 @@ LICENCE_TEXT = re.compile(r"(?i:(licen[cs]e|notice|copying|use_policy|usage_poli
 CARRIED = re.compile(
     rf"""
       generation_config\.json
-    | {TOKENIZER_FILES.pattern}
+    | {TOKENIZER_FILES.pattern} | {PROCESSOR_FILES.pattern}
     | (quantize_config|quant_config|hf_quant_config)\.json | recipe\.yaml
     | chat_template\.(jinja|json) | additional_chat_templates/[\w.-]+\.jinja
     | {LICENCE_TEXT.pattern}
@@ -53,11 +55,11 @@ FOREIGN_WEIGHTS = {
     ".h5": "load it with transformers and `save_pretrained` it",
 }
 
-# Parameters of layers that remember more than a K/V cache: state spaces, linear attention, convolutions, indexers.
-RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|indexer)\b")
+# Parameters of layers that remember more than a K/V cache: state spaces, linear attention, convolutions, compressors.
+RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|compressor)\b")
 
-# Those of them whose memory no loop can handle: a state in the module, or an index beside keys and values.
-UNLOOPABLE_TENSOR = re.compile(r"\.(rg_lru|time_decay|indexer)\b")
+# Those of them whose memory no loop can handle: a state in the module itself.
+UNLOOPABLE_TENSOR = re.compile(r"\.(rg_lru|time_decay)\b")
 
 # Config keys for the number of experts in a sparse layer.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -99,7 +101,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A decoder-only causal language model on disk that has passed all checks.
+    """A decoder-only language model, alone or in a multimodal model, on disk, that has passed all checks.
 
     Attributes:
         root: its directory.
@@ -108,6 +110,8 @@ class Checkpoint:
         shards: its weights files, in the index's order.
         carried: names of the small files that an export copies, sorted.
         left_behind: names of the files that an export does not copy, sorted.
+        edited: contents of the small files that differ from those in `root`, by name; empty but for a language model
+            that is taken out of a multimodal checkpoint.
     """
 
     root: Path
@@ -116,6 +120,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     carried: tuple[str, ...]
     left_behind: tuple[str, ...] = field(default=())
+    edited: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -123,8 +128,18 @@ class Checkpoint:
         return self.config["model_type"]
 
     @property
+    def text_config(self) -> dict:
+        """The config of the language model, which is the config itself unless the model is multimodal."""
+        return text_config(self.config)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the model reads more than text."""
+        return is_multimodal(self.config)
+
+    @property
     def num_layers(self) -> int:
-        """L, the number of decoder layers."""
+        """L, the number of decoder layers, of the language model alone."""
         count = layer_count(self.config)
         assert count is not None, "check_family refuses such a config"
         return count
@@ -146,20 +161,20 @@ class Checkpoint:
 
     @property
     def num_params(self) -> int:
-        """Total number of tensor elements; quantised weights pack several parameters into one element."""
-        return sum(tensor.num_elements for tensor in self.tensors.values())
+        """Number of tensor elements, without towers; quantised weights pack several parameters into one element."""
+        return sum(tensor.num_elements for name, tensor in self.tensors.items() if not is_tower(name))
 
     @property
     def is_sparse(self) -> bool:
         """Whether the model has sparse layers, which send each token to a few of many experts."""
         return any(".experts." in name for name in self.tensors) or any(
-            isinstance(self.config.get(key), int) and self.config[key] > 1 for key in EXPERTS
+            isinstance(self.text_config.get(key), int) and self.text_config[key] > 1 for key in EXPERTS
         )
 
     @property
     def quantisation(self) -> str | None:
         """The quantisation method by its name in transformers, such as `gptq` or `fp8`; None for plain weights."""
-        values = self.config.get("quantization_config")
+        values = self.config.get("quantization_config") or self.text_config.get("quantization_config")
         if not values:
             return None
         method = values.get("quant_method") if isinstance(values, dict) else None
@@ -186,6 +201,7 @@ def open_checkpoint(
     names: set[str] | None = None,
     read_shard: Callable[[Path, str], Shard] | None = None,
     config: dict | None = None,
+    text_only: bool = False,
 ) -> Checkpoint:
     """Read and check the checkpoint in a directory; it writes nothing.
 
@@ -195,6 +211,7 @@ def open_checkpoint(
         names: all files of the checkpoint, if `root` does not hold them all yet; None lists `root`.
         read_shard: called with `root` and a file name, returns the shard; None reads it from `root`.
         config: its config; None reads `config.json` in `root`.
+        text_only: check only that the language model in it can be looped; `text_checkpoint` takes it out.
 
     Raises:
         CheckpointError: a file cannot be read, or the model cannot be looped; the message names the file or the reason.
@@ -203,10 +220,11 @@ def open_checkpoint(
     _check_links(root, names)
     config = read_config(root / CONFIG) if config is None else config
     _check_is_base(root, config)
-    check_family(config)
+    check_family(language_model_config(config) if text_only else config)
     shards = _read_shards(root, names, read_shard or read_local_shard)
-    _check_causal(config, shards)
-    check_loadable(config, [tensor for shard in shards for tensor in shard.header.tensors])
+    if not text_only:
+        _check_causal(config, shards)
+        check_loadable(config, [tensor for shard in shards for tensor in shard.header.tensors])
     weights = {shard.name for shard in shards}
     carried = {name for name in names if CARRIED.fullmatch(name)}
     if SINGLE_FILE not in weights:
@@ -328,8 +346,9 @@ def _check_is_base(root: Path, config: dict) -> None:
 
 def _check_causal(config: dict, shards: tuple[Shard, ...]) -> None:
     """Refuse BERT-like encoders: they attend to later tokens too, unless the config sets `is_decoder`."""
-    has_encoder = any(".encoder.layer." in f".{tensor}" for shard in shards for tensor in shard.header.tensors)
-    if has_encoder and not config.get("is_decoder"):
+    names = (name for shard in shards for name in shard.header.tensors if not is_tower(name))
+    has_encoder = any(".encoder.layer." in f".{name}" for name in names)
+    if has_encoder and not text_config(config).get("is_decoder"):
         raise CheckpointError(
             f"{config['model_type']} is an encoder (is_decoder is not set); only decoders can be looped"
         )

@@ -23,6 +23,7 @@ from .checkpoint import (
     read_json,
     read_local_shard,
 )
+from .extraction import text_checkpoint
 from .safetensors_header import Header, Tensor
 
 
@@ -33,6 +34,7 @@ def find_checkpoint(
     token: str | None = None,
     headers_only: bool = False,
     without_adapter: bool = False,
+    text_only: bool = False,
 ) -> Checkpoint:
     """Open a base; Hub files are downloaded into the Hub client's cache, unless they are there already.
 
@@ -45,6 +47,7 @@ def find_checkpoint(
         token: the Hub token; None uses the one that is logged in.
         headers_only: read only the headers of the weights, which is enough for a plan.
         without_adapter: ignore a PEFT adapter beside the weights.
+        text_only: take the language model out of a multimodal model.
 
     Raises:
         CheckpointError: there is no such directory, or the model cannot be looped.
@@ -56,14 +59,16 @@ def find_checkpoint(
             raise CheckpointError(f"--revision needs a Hub id, but {model} is a local directory; leave --revision out")
         names = file_names(path)
         adapter.check_adapter(model, names, lambda: read_json(path / adapter.CONFIG), without_adapter)
-        return open_checkpoint(path, names=names)
+        found = open_checkpoint(path, names=names, text_only=text_only)
+        return text_checkpoint(found) if text_only else found
     if path.exists():
         raise CheckpointError(f"{model} is a file; give the model's directory{_file_remedy(path)}")
     if not is_hub_id(model):
         raise CheckpointError(
             f"{model} is neither a directory nor a Hub id; give a model directory, or a Hub id such as org/name"
         )
-    return _download(model, revision, token, headers_only, without_adapter)
+    found = _download(model, revision, token, headers_only, without_adapter, text_only)
+    return text_checkpoint(found) if text_only else found
 
 
 def is_directory(path: Path) -> bool:
@@ -94,7 +99,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def _download(
-    repo_id: str, revision: str | None, token: str | None, headers_only: bool, without_adapter: bool
+    repo_id: str, revision: str | None, token: str | None, headers_only: bool, without_adapter: bool, text_only: bool
 ) -> Checkpoint:
     from huggingface_hub import HfApi, constants, hf_hub_download
 
@@ -115,7 +120,7 @@ def _download(
         if constants.HF_HUB_OFFLINE:
             names = file_names(root)
             check_adapter(names, root.name)
-            return open_checkpoint(root, origin, names)
+            return open_checkpoint(root, origin, names, text_only=text_only)
         info = api.model_info(repo_id, revision=origin.revision, files_metadata=True)
         siblings = {file.rfilename: file for file in info.siblings or []}
         for name in siblings:
@@ -132,7 +137,8 @@ def _download(
             metadata = api.parse_safetensors_file_metadata(repo_id, name, revision=origin.revision)
             return _remote_shard(root, siblings[name], metadata)
 
-        return open_checkpoint(root, origin, set(siblings), fetch_header if headers_only else fetch_shard)
+        read_shard = fetch_header if headers_only else fetch_shard
+        return open_checkpoint(root, origin, set(siblings), read_shard, text_only=text_only)
 
 
 def _remote_shard(root: Path, file, metadata) -> Shard:

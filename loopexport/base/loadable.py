@@ -10,15 +10,15 @@ from collections.abc import Collection
 
 from loopexport.errors import CheckpointError
 
-from .families import is_language_model, layer_count, newest_outcome, ties_by_default
-from .tensor_names import HEAD, layer_of, layers_path, wrapper_of
+from .families import is_language_model, is_multimodal, layer_count, newest_outcome, text_config, ties_by_default
+from .tensor_names import HEAD, is_tower, layer_of, layers_path, wrapper_of
 
 # Outcomes of families that were tried: which names they read is known.
 TRIED = ("works", "in part", "no span")
 
 # Embeddings and heads in the words of any family.
 SOME_EMBEDDING = re.compile(r"emb|wte|^(.*\.)?w\.")
-SOME_HEAD = re.compile(rf"{HEAD.pattern}|head|lm_loss|pred_layer")
+SOME_HEAD = re.compile(rf"{HEAD.pattern}|head|lm_loss|pred_layer|unembed")
 
 # How multimodal checkpoints name their language model, and the text families that read such names too, on transformers
 # 4.57 or 5.24.
@@ -26,6 +26,13 @@ MULTIMODAL = {
     "language_model.": ("gemma3_text", "llama4_text"),
     "model.language_model.": ("apertus1p5_text", "gemma3n_text", "qwen3_5_text", "qwen3_5_moe_text"),
 }
+
+# Multimodal families that have their layers where text families have them.
+WITHOUT_LANGUAGE_MODEL = (
+    "cosmos3_edge", "cosmos3_omni", "dots3_note", "ernie4_5_vl_moe", "evolla", "hy_v4_vl", "idefics",
+    "kyutai_speech_to_text", "mistral_large4", "molmo2", "paddleocr_vl", "phi4_multimodal", "qwen2_5_omni_thinker",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe_thinker", "step3p7", "unlimited_ocr",
+)  # fmt: skip
 
 # Where the layers are; in all other families that were tried, at `model.layers`.
 LAYERS = {
@@ -67,18 +74,22 @@ def check_loadable(config: dict, names: Collection[str]) -> None:
         CheckpointError: the names have the prefix of a wrapper, or tensors are missing; the message says which.
     """
     _check_no_wrapper(names)
-    if newest_outcome(config["model_type"])[0] in TRIED:
+    was_tried = newest_outcome(config["model_type"])[0] in TRIED
+    if was_tried and is_multimodal(config):
+        _check_multimodal_names(config, names)
+    elif was_tried:
         _check_not_multimodal(config["model_type"], names)
         _check_own_names(config["model_type"], names)
+    if was_tried:
         _check_layers(layer_count(config) or 0, names)
-    outside = [name for name in names if layer_of(name) is None]
+    outside = [name for name in names if layer_of(name) is None and not is_tower(name)]
     has_head = any(SOME_HEAD.search(name) for name in outside)
     has_embedding = any(SOME_EMBEDDING.search(name) for name in outside)
     if not has_embedding and not (has_head and _is_tied(config)):
         raise CheckpointError(f"the weights have no token embeddings, and transformers would make random ones; {AGAIN}")
     if not has_head and not _is_tied(config):
         raise CheckpointError(_no_head(config))
-    if newest_outcome(config["model_type"])[0] in TRIED:
+    if was_tried:
         _check_norm(config["model_type"], outside)
 
 
@@ -108,8 +119,27 @@ def _check_not_multimodal(model_type: str, names: Collection[str]) -> None:
         if found and model_type not in families:
             raise CheckpointError(
                 f"the weights have names such as {found}, of a multimodal model, but the config is of {model_type}; "
-                "take the language model out of the multimodal checkpoint (examples/language_model.py does)"
+                "convert the multimodal checkpoint itself, with its own config.json"
             )
+
+
+def _check_multimodal_names(config: dict, names: Collection[str]) -> None:
+    """Check that the names are of a multimodal model, by one older or newer than the installed transformers."""
+    model_type = config["model_type"]
+    found = next((name for name in names if layer_of(name) is not None), None)
+    if found is None:
+        raise CheckpointError(f"the weights have no layers, and transformers would make random ones; {AGAIN}")
+    has_own = any(layers_path(name) not in (None, ORDINARY_LAYERS, "layers") for name in names)
+    if not has_own and model_type not in WITHOUT_LANGUAGE_MODEL:
+        raise CheckpointError(
+            f"the weights have names such as {found}, of a language model alone, but {model_type} is multimodal, and "
+            "transformers would make random ones; correct model_type in config.json, or rename the tensors"
+        )
+    if isinstance(config.get("vision_config"), dict) and not any(map(is_tower, names)):
+        raise CheckpointError(
+            f"config.json has a vision_config, but the weights have no vision tower, and transformers would make a "
+            f"random one; {AGAIN}"
+        )
 
 
 def _check_own_names(model_type: str, names: Collection[str]) -> None:
@@ -144,11 +174,12 @@ def _check_layers(count: int, names: Collection[str]) -> None:
 
 
 def _is_tied(config: dict) -> bool:
-    """Whether the token embeddings serve as the head."""
-    tied = config.get("tie_word_embeddings")
-    if tied is None:  # the family decides; most bases that leave it out are tied
+    """Whether the token embeddings serve as the head; one of two configs of a multimodal model is enough to say so."""
+    values = [each["tie_word_embeddings"] for each in (config, text_config(config)) if "tie_word_embeddings" in each]
+    values = [tied for tied in values if tied is not None]
+    if not values:  # the family decides; most bases that leave it out are tied
         return is_language_model(config) or ties_by_default(config["model_type"])
-    return bool(tied) or "shared_input_output_embedding" in config  # the second is open-llama's own key
+    return any(values) or "shared_input_output_embedding" in config  # the second is open-llama's own key
 
 
 def _no_head(config: dict) -> str:

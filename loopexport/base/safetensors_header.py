@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -84,6 +85,18 @@ def read_header(path: Path) -> Header:
             f"{path.name} has {size} bytes but its header says {expected}; it is damaged, download it again"
         )
     return Header(tensors, hashlib.sha256(prefix + raw).hexdigest())
+
+
+def header_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The header of a file with these tensors one behind the other, length prefix included."""
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # the data begins at a multiple of 8
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _parse(text: str, data_start: int) -> tuple[dict[str, Tensor], int]:

@@ -1,10 +1,17 @@
-"""What the name of a tensor says: which layer owns it, and whether it is an embedding or a head."""
+"""What the name of a tensor says: which layer owns it, and whether it is an embedding, a head or in a tower."""
 
 from __future__ import annotations
 
 import re
 
 LAYER_TENSOR = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d{1,6})\.")
+
+# Modules of multimodal models beside the language model: they read images, video or sound, or project what was read.
+# Some have lists of layers of their own.
+TOWER = re.compile(
+    r"(^|\.)(\w*(vision|visual|image|video|audio|speech|acoustic|semantic_tokenizer|protein|perceiver|resampler|qformer"
+    r"|projector|codec|vqmodel|sam_model|perception|talker|2wav)\w*|vit|connector|merger|aligner)\.|^encoder\.layers\."
+)
 
 # Tensors outside the layers, by module name: the token embeddings, which may also serve as the head, and heads.
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|w|((word|tok)_)?embeddings)\.\w*weight\w*$")
@@ -24,15 +31,20 @@ WRAPPERS = {
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the decoder layer that owns a tensor; None for a tensor outside the layers."""
+    """The number of the decoder layer that owns a tensor; None for a tensor outside the language model's layers."""
     match = LAYER_TENSOR.search(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and not TOWER.search(name[: match.start(1)]) else None
+
+
+def is_tower(name: str) -> bool:
+    """Whether a tensor is of a multimodal model, but outside its language model."""
+    return layer_of(name) is None and TOWER.search(name) is not None
 
 
 def layers_path(name: str) -> str | None:
-    """The path of the layer list that a tensor is in, such as `model.layers`; None for a tensor outside the layers."""
+    """The path of the decoder's layer list that a tensor is in, such as `model.layers`; None for other tensors."""
     match = LAYER_TENSOR.search(name)
-    return name[: match.start(1) - 1] if match else None
+    return name[: match.start(1) - 1] if match and layer_of(name) is not None else None
 
 
 def wrapper_of(name: str) -> tuple[str, str] | None:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection
 from typing import Literal, TypeAlias
 
+from loopexport.files.json_text import read_object
+
 CONFIG = "tokenizer_config.json"
 SERIALISED = "tokenizer.json"
 SETTINGS = (CONFIG, "special_tokens_map.json", "added_tokens.json")
@@ -41,7 +43,7 @@ def foreign_class(config: bytes) -> str | None:
     Args:
         config: the content of `tokenizer_config.json`; empty if there is none.
     """
-    entry = _read(config).get("auto_map")
+    entry = read_object(config).get("auto_map")
     entry = entry.get("AutoTokenizer") if isinstance(entry, dict) else entry
     names = [name for name in (entry if isinstance(entry, list) else [entry]) if isinstance(name, str)]
     return names[-1].rsplit("--", 1)[-1] if names else None
@@ -69,7 +71,9 @@ def tokenizer_home(config: bytes, names: Collection[str]) -> Home:
     if foreign_class(config) is not None:
         return "export" if SERIALISED in names else "base"
     has_one = any(FILES.fullmatch(name) and name not in SETTINGS for name in names)
-    return "export" if has_one or _read(config).get("tokenizer_class") in CLASSES_WITHOUT_VOCABULARY else "nowhere"
+    return (
+        "export" if has_one or read_object(config).get("tokenizer_class") in CLASSES_WITHOUT_VOCABULARY else "nowhere"
+    )
 
 
 def tokenizer_warning(config: bytes, names: Collection[str], base_name: str, is_on_hub: bool) -> str | None:
@@ -91,11 +95,3 @@ def _no_tokenizer(base_name: str, is_on_hub: bool) -> str:
         f"no tokenizer of {base_name} was found, so the export has none: load it from {base_name}, or, if only the "
         "Hub's cache was searched, unset HF_HUB_OFFLINE and convert again"
     )
-
-
-def _read(config: bytes) -> dict:
-    try:
-        values = json.loads(config)
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}

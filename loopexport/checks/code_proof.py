@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loopexport._keywords import suggest_keywords
+from loopexport.base.auto_class import auto_class
 from loopexport.base.checkpoint import CONFIG, INDEX
 from loopexport.errors import ExportError, first_line
 from loopexport.export.code_upgrade import UpgradePlan, plan_upgrade, write_code
@@ -20,7 +21,8 @@ from loopexport.export.directory import Export
 from loopexport.export.own_code import code_files, template_bytes
 from loopexport.templates import FILES as TEMPLATES
 
-from .verification import NUM_TOKENS, STEPS, TOLERANCE, cached_logits
+from .probe import cached_logits, full_logits, text_probe
+from .verification import TOLERANCE
 
 if TYPE_CHECKING:
     import torch
@@ -109,16 +111,14 @@ def _code_difference(export: Export) -> float:
 def _logits(export: Export, code: dict[str, bytes]) -> torch.Tensor:
     """Logits of a full forward and of cached decoding, `(2 * batch, seq, vocab)`, of random tokens."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    load: Any = AutoModelForCausalLM.from_pretrained
+    load = auto_class(export.base.config).from_pretrained
     dtype = "auto" if export.base.quantisation else torch.float32
     options = ACTIVE_LOOP if export.spec.is_identity else {}
     with _copy_with(export, code) as root, torch.no_grad():
         model = load(root, trust_remote_code=True, dtype=dtype, **options)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(model.config.vocab_size, (2, NUM_TOKENS), generator=generator)
-        logits = torch.cat([model(tokens, use_cache=False).logits, cached_logits(model, tokens, STEPS)])
+        probe = text_probe(model.config)
+        logits = torch.cat([full_logits(model, probe), cached_logits(model, probe, probe.steps)])
         del model
         gc.collect()
         return logits.float()

@@ -9,7 +9,8 @@ calls the recorded layers again by hand and replaces the output. Keys and values
     per_step    of iteration k at that time       its own
     reference   natural                           its own
 
-An earlier token that skipped the loop has its natural keys and values in every iteration.
+An earlier token that skipped the loop has its natural keys and values in every iteration. `replay_states` does the same
+for layers that remember more than keys and values.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ from loopexport.loop.spec import LoopSpec
 
 from .effect import decoder_layers
 from .replay_rules import by_hand
+from .replay_states import Slots, keeps_index, keeps_state
 
 # A layer called twice with the same arguments has to give the same result, up to this fraction of its largest value.
 SAME = 1e-5
+
+# Argument of layers that may attend to the positions that the layer before them chose, and returned after its output.
+CHOSEN = "prev_topk_indices"
 
 Pair = tuple  # keys and values, each `(batch, heads, seq, head_dim)`
 
@@ -68,10 +73,12 @@ class _Replay:
         bodies: the layers that loop together, by the number of the last one.
         calls: the latest natural pass of each layer of the span.
         slots: with per_step, keys and values so far by layer and iteration.
+        memories: the memory of each layer that keeps more than keys and values.
         rows: number of tokens so far.
         decode_steps: number of decode steps since the latest longer chunk.
         is_looping: whether the current forward loops.
         is_iterating: whether a layer runs by hand.
+        chosen: the positions that the layer that ran last chose, for layers with the argument `CHOSEN`.
     """
 
     def __init__(self, layers: list, spec: LoopSpec):
@@ -82,10 +89,12 @@ class _Replay:
         self.bodies = {body[-1]: body for body in (spans if spec.mode == "block" else alone)}
         self.calls: dict[int, _Call] = {}
         self.slots: dict[tuple[int, int], Pair] = {}
+        self.memories: dict[int, Slots] = {}
         self.rows = 0
         self.decode_steps = 0
         self.is_looping = True
         self.is_iterating = False
+        self.chosen: Any = None
 
     def hook(self) -> Iterator[Any]:
         """Set the hooks; yields their handles."""
@@ -102,6 +111,9 @@ class _Replay:
         call = self.calls[number] = _Call(number, args, kwargs)
         if number == self.spec.layers[0]:
             self._begin(call.hidden.shape[-2])
+        self.chosen = call.kwargs.get(CHOSEN)
+        if call.keeps_more:
+            self.memories.setdefault(number, Slots(number)).begin(call.cache)
         return call.arguments(call.hidden, call.tape)
 
     def _begin(self, length: int) -> None:
@@ -118,12 +130,29 @@ class _Replay:
         call = self.calls[number]
         call.output = _hidden_of(output)
         self._check_repeatable(number, call)
+        self.chosen = output[1] if CHOSEN in call.kwargs else None
         if not self.is_looping:
-            for k in range(1, self.spec.evaluations):
-                self._store(number, k, call.tape.new)
+            self._skip(number)
             return None
         body = self.bodies.get(number)
-        return None if body is None else _with_hidden(output, self._loop(body))
+        return None if body is None else self._with_result(output, self._loop(body))
+
+    def _with_result(self, output, hidden):
+        """The output of a layer with other hidden states, and the positions that were chosen last."""
+        if not isinstance(output, tuple):
+            return hidden
+        return (hidden, *output[1:]) if self.chosen is None else (hidden, self.chosen, *output[2:])
+
+    def _skip(self, number: int) -> None:
+        """Let all iterations remember what the natural pass of a layer remembers."""
+        call, memory = self.calls[number], self.memories.get(number)
+        for k in range(1, self.spec.evaluations):
+            if memory is None:
+                self._store(number, k, call.tape.new)
+            elif self.spec.kv == "per_step":
+                self._run(number, call.hidden, memory.own(k))
+        if memory is not None:
+            memory.end(call.hidden)
 
     def _route(self, number: int, path: str, router, args, output):
         """Record the answer of a router in the natural pass; give it again in iterations."""
@@ -144,20 +173,45 @@ class _Replay:
             if k == 0:
                 return outputs[-1]
             for position, number in enumerate(body):
-                h = each(position, self._run(number, h, partial(self._attended, number, k)))
+                h = each(position, self._iterate(number, k, h))
             return h
 
-        return by_hand(self.calls[body[0]].hidden, outputs, g, self.spec)
+        hidden = by_hand(self.calls[body[0]].hidden, outputs, g, self.spec)
+        for number in body:
+            if number in self.memories:
+                self.memories[number].end(self.calls[number].hidden)
+        return hidden
 
-    def _run(self, number: int, h, attended):
-        """A layer's output for other hidden states; `attended(keys, values)` returns the pair that it attends to."""
-        call = self.calls[number]
-        args, kwargs = call.arguments(h, _Memory(call.tape, attended))
+    def _iterate(self, number: int, k: int, h):
+        """A layer's output in iteration k."""
+        call, memory = self.calls[number], self.memories.get(number)
+        if memory is None or (self.spec.kv == "shared" and not call.keeps_state):
+            return self._run(number, h, _Memory(call.tape, partial(self._attended, number, k)))
+        if self.spec.kv == "shared":
+            self._check_shared_state(number, call)
+            return memory.shared(self.layers[number], partial(self._run, number), call.hidden, h)
+        return self._run(number, h, memory.own(k) if self.spec.kv == "per_step" else memory.fresh())
+
+    def _check_shared_state(self, number: int, call: _Call) -> None:
+        """Raise CannotReplayError where a layer computes more than projections, a convolution and a state."""
+        skips = [path for path, _ in self.layers[number].named_parameters() if _name(path) == "d"]
+        if skips or call.tape.read or call.routes:
+            why = "a skip term beside its state" if skips else "keys" if call.tape.read else "frozen routing"
+            raise CannotReplayError(f"layer {number} has {why}, for which kv shared is not computed by hand")
+
+    def _run(self, number: int, h, cache):
+        """A layer's output for other hidden states and another cache."""
+        args, kwargs = self.calls[number].arguments(h, cache)
+        if CHOSEN in kwargs:
+            kwargs[CHOSEN] = self.chosen
         self.is_iterating = True
         try:
-            return _hidden_of(self.layers[number](*args, **kwargs))
+            output = self.layers[number](*args, **kwargs)
         finally:
             self.is_iterating = False
+        if CHOSEN in kwargs:
+            self.chosen = output[1]
+        return _hidden_of(output)
 
     def _attended(self, number: int, k: int, keys, values) -> Pair:
         tape = self.calls[number].tape
@@ -177,12 +231,14 @@ class _Replay:
 
     def _check_repeatable(self, number: int, call: _Call) -> None:
         """Raise CannotReplayError unless a second natural pass by hand gives the first one's output."""
-        if not call.tape.read:
+        if not call.tape.read and not call.keeps_state:
             raise CannotReplayError(f"layer {number} stores no keys and values of its own")
         for path in _routers(self.layers[number]) if self.spec.frozen_routing else ():
             if path not in call.routes:
                 raise CannotReplayError(f"layer {number} chooses experts without calling {path}")
-        again = self._run(number, call.hidden, lambda keys, values: call.tape.read)
+        memory = self.memories.get(number)
+        natural = _Memory(call.tape, lambda keys, values: call.tape.read) if memory is None else memory.fresh()
+        again = self._run(number, call.hidden, natural)
         difference = (again - call.output).abs().max().item()
         if call.has_changed_arguments() or not difference <= SAME * call.output.abs().max().item():
             raise CannotReplayError(f"layer {number} depends on more than its arguments and its keys and values")
@@ -195,6 +251,8 @@ class _Call:
         hidden: the hidden states that it gets, `(batch, seq, hidden)`.
         output: the hidden states that it returns.
         tape: records the keys and values.
+        keeps_state: whether the layer keeps a recurrent state.
+        keeps_more: whether it keeps a recurrent state or the keys of an index.
         routes: the answers of its routers, by their path in the layer; recorded with frozen routing.
     """
 
@@ -209,6 +267,8 @@ class _Call:
         if self.cache is None:
             raise CannotReplayError(f"layer {number} gets no K/V cache")
         self.tape = _Tape(getattr(self.cache, "self_attention_cache", self.cache))  # of decoders with cross-attention
+        self.keeps_state = keeps_state(self.cache, number)
+        self.keeps_more = self.keeps_state or keeps_index(self.cache, number)
         self.routes: dict[str, Any] = {}
         self.before = [(each, dict(each)) for each in values if isinstance(each, dict)]
 
@@ -231,13 +291,18 @@ class _Call:
 
 
 class _Tape:
-    """The K/V cache in the natural pass: records the pair that the layer stores and the pair that it reads."""
+    """The K/V cache in the natural pass: records the pair that the layer stores, and what it reads."""
 
     def __init__(self, cache):
         self.cache = cache
         self.new: Pair = ()
         self.read: Pair = ()
+        self.index: Any = None
         self.lengths: dict = {}
+
+    def update_indexer(self, keys, *args):
+        self.index = self.cache.update_indexer(keys, *args)
+        return self.index
 
     def update(self, keys, values, *args, **kwargs) -> Pair:
         self.new = (keys, values)
@@ -259,6 +324,7 @@ class _Memory:
     def __init__(self, tape: _Tape, attended):
         self.tape = tape
         self.update = lambda keys, values, *args, **kwargs: attended(keys, values)
+        self.update_indexer = lambda keys, *args: tape.index
 
     def get_seq_length(self, *args):
         return self.tape.lengths[args] if args in self.tape.lengths else self.tape.cache.get_seq_length(*args)
@@ -305,7 +371,3 @@ def _name(path: str) -> str:
 
 def _hidden_of(output):
     return output[0] if isinstance(output, tuple) else output
-
-
-def _with_hidden(output, hidden):
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from loopexport.base.families import is_multimodal
 from loopexport.errors import ExportError, one_line
 from loopexport.export.check import Check
 from loopexport.export.directory import Export
@@ -76,8 +77,13 @@ def check_serving(export: Export) -> Check:
     """Ask vLLM and transformers for greedy tokens on a few random prompts, twice, and compare.
 
     Raises:
-        ExportError: vLLM is not installed.
+        ExportError: vLLM is not installed, or the model is multimodal.
     """
+    if is_multimodal(export.config):
+        raise ExportError(
+            f"{export.root} is multimodal, and multimodal exports were not tried on vLLM; leave --runtime out to check "
+            "it with transformers"
+        )
     if find_spec("vllm") is None:
         raise ExportError(
             f"vLLM is not installed for {sys.executable}; run `pip install vllm`, or without a GPU "

@@ -140,6 +140,9 @@ convert_weights_option = weights_option(
 adapter_option = option(
     FILES, "--without-adapter", is_flag=True, help="Ignore a PEFT adapter beside the weights instead of refusing MODEL."
 )
+text_only_option = option(
+    FILES, "--text-only", is_flag=True, help="Take the language model alone out of a multimodal MODEL."
+)
 overwrite_option = option(FILES, "--overwrite", is_flag=True, help="Replace an existing export at OUT.")
 
 base_revision_option = option(HUB, "--revision", help="Branch, tag or commit of MODEL on the Hub.")

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint, Origin
-from loopexport.base.families import grouped_outcomes, releases
+from loopexport.base.families import MEDIA, grouped_outcomes, releases
 from loopexport.export.adoption import AdoptPlan
 from loopexport.export.card_results import difference_text
 from loopexport.export.check import Check
 from loopexport.export.code_upgrade import UpgradePlan
-from loopexport.export.conversion import WITHOUT, ConvertPlan
+from loopexport.export.conversion import ConvertPlan
 from loopexport.export.directory import Export
 from loopexport.export.integrity import WITHOUT_WEIGHTS
 from loopexport.export.results_file import Measured, RecordedResult, TaskResult
 from loopexport.export.small_files import export_warnings
+from loopexport.export.weights import WITHOUT, made_shards
 from loopexport.hub.publication import PushPlan, PushResult
 from loopexport.hub.transfers import COPY, DELETE, THERE, UPLOAD
 from loopexport.loop.cost import Cost, dtype_name
@@ -47,6 +48,7 @@ def plan_lines(plan: ConvertPlan) -> list[str]:
     return [
         *_model_lines(plan.base, plan.spec, plan.cost),
         f"Weights  {files}, {plan.base.weight_bytes:,} bytes; {_weights_text(plan)}",
+        *([_text_only(plan)] if plan.text_only else []),
         f"Output   {plan.out}",
         *([f"Leaves   {', '.join(plan.base.left_behind)}"] if plan.base.left_behind else []),
         *(f"Note     {warning}" for warning in plan.warnings),
@@ -190,8 +192,15 @@ def _field_text(rule: Rule, field: str) -> str:
 
 def family_lines() -> list[str]:
     """One block for each group of families with the same results: the results, the reason, the names."""
+    lines = _group_lines()
+    for reads in MEDIA:
+        lines += ["", f"Families that read {reads} too:", *_group_lines(reads)]
+    return lines
+
+
+def _group_lines(reads: str = "") -> list[str]:
     lines = []
-    for (*statuses, onnx), reason, names in grouped_outcomes():
+    for (*statuses, onnx), reason, names in grouped_outcomes(reads):
         by_release = zip(statuses, releases(), strict=True)
         outcome = ", ".join(f"{status or 'absent'} on {release}" for status, release in by_release)
         outcome += f", {onnx} in ONNX" if onnx else ""
@@ -295,11 +304,18 @@ def _kv_text(cost: Cost) -> str:
 
 
 def _weights_text(plan: ConvertPlan) -> str:
-    if plan.weights == "auto":
+    if plan.weights == "auto" and len(made_shards(plan.base)) < len(plan.base.shards):
         return "reflink where the file system can (no bytes), else a copy"
     if plan.weights == WITHOUT:
         return "none: `loopexport push` lets the Hub copy them from the base"
-    return f"{plan.weights}, {plan.max_disk_bytes:,} bytes of disk"
+    method = "copy" if plan.weights == "auto" else plan.weights
+    return f"{method}, {plan.max_disk_bytes:,} bytes of disk"
+
+
+def _text_only(plan: ConvertPlan) -> str:
+    made = [shard.name for shard in made_shards(plan.base)]
+    rewritten = f"; rewritten with its tensors alone: {', '.join(made)}" if made else ""
+    return f"Text     the language model alone, {_files(len(plan.base.shards) - len(made))} as in the base{rewritten}"
 
 
 def _export_weights_text(export: Export) -> str:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loopexport.base.auto_class import auto_class
+from loopexport.base.checkpoint import CONFIG, read_config
+from loopexport.base.families import is_multimodal
 from loopexport.choices import Backend
 from loopexport.errors import EvaluationError, one_line
 from loopexport.loop.spec import LoopSpec
@@ -83,12 +86,20 @@ class Model:
     def _load(self, arm: Arm) -> None:
         self.lm = None  # free the engine of the last arm first
         with quiet_harness(), _explained(self.root):
-            from lm_eval.api.registry import get_model
-
             own = {"hf_overrides": arm.spec.to_config_fields()} if self.backend == "vllm" else {}
             values = {"pretrained": str(self.root), "trust_remote_code": True, **self.settings, **own}
-            self.lm = get_model(self.backend).create_from_arg_obj(values, {"batch_size": self.batch_size})
+            self.lm = self._model_class().create_from_arg_obj(values, {"batch_size": self.batch_size})
         _share_items(self.lm)
+
+    def _model_class(self) -> Any:
+        """The model class of lm-evaluation-harness, which by itself loads language models alone."""
+        from lm_eval.api.registry import get_model
+
+        harness: Any = get_model(self.backend)
+        config = read_config(self.root / CONFIG)
+        if not is_multimodal(config):
+            return harness
+        return type(harness.__name__, (harness,), {"AUTO_MODEL_CLASS": auto_class(config)})
 
     def halve(self) -> None:
         """Halve the batch after memory ran out.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loopexport._keywords import suggest_keywords
+from loopexport.base.families import is_multimodal
 from loopexport.choices import Backend
 from loopexport.errors import EvaluationError
 from loopexport.loop.cost import Cost, loop_cost
@@ -220,6 +221,7 @@ def plan_compare(
         trust_remote_code=trust_remote_code,
         dry_run=dry_run,
     )
+    _check_backend(backend, subject)
     device = device or default_device()
     prompting = Prompting(limit, num_fewshot, bool(chat_template), dict(generation or {}), allow_code=allow_code)
     engine = {"dtype": dtype, **({"device": device} if backend == "hf" else {}), **(model_args or {})}
@@ -276,6 +278,13 @@ def _check_numbers(limit: int | None, num_fewshot: int | None, seeds: Sequence[i
         raise EvaluationError(f"num_fewshot {num_fewshot} must be at least 0")
     if not seeds or len(set(seeds)) < len(seeds):
         raise EvaluationError(f"seeds {list(seeds)} must be one or more different numbers")
+
+
+def _check_backend(backend: Backend, subject: Subject) -> None:
+    if backend == "vllm" and is_multimodal(subject.base.config):
+        raise EvaluationError(
+            f"{subject.name} is multimodal, and multimodal models with a loop were not tried on vLLM; use --backend hf"
+        )
 
 
 def _check_settings(generation: Mapping[str, Any] | None, model_args: Mapping[str, Any] | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopexport.base import tokenizer
+from loopexport.base import processor, tokenizer
 from loopexport.base.checkpoint import CARD, CARRIED, CONFIG, LICENCE_TEXT, directory_name, file_names
 from loopexport.base.download import is_directory, is_hub_id
 from loopexport.errors import CheckpointError
@@ -32,9 +32,15 @@ class BaseFiles:
     card: str = ""
 
     def missing(self, own: Collection[str]) -> dict[str, bytes]:
-        """Contents of its tokenizer and licence files, by name, of each kind that `own`, names of files, lacks."""
+        """Contents of its tokenizer, processor and licence files, by name, of each kind that `own` lacks.
+
+        Args:
+            own: names of the files that the trained model has.
+        """
         names = [name for name in file_names(self.folder) if CARRIED.fullmatch(name)] if self.folder else []
         wanted = [name for name in names if _is_tokenizer(name)] if not any(map(_is_tokenizer, own)) else []
+        if not processor.has_processor(own):
+            wanted += [name for name in names if name in processor.NAMES]
         if not any(map(LICENCE_TEXT.fullmatch, own)):
             wanted += filter(LICENCE_TEXT.fullmatch, names)
         return {name: read_file(self.folder / name) for name in wanted if self.folder}

@@ -23,7 +23,7 @@ from .card import read_metadata, with_licence
 from .card_refresh import write_card_and_manifest
 from .directory import BASE_FOLDER, Export, looped_config, open_export
 from .manifest import IN_PLACE, MANIFEST, FileRecord, Manifest
-from .small_files import notice_file, read_file
+from .small_files import notice_file, read_file, without_foreign_code
 from .trained_model import (
     check_directory,
     check_model,
@@ -165,7 +165,7 @@ def _small_files(
     files[CONFIG] = read_file(model.root / CONFIG) if _text(looped) == _text(config) else _json(looped)
     card = with_licence(trained_card(model.root), source.card)
     originals = {CONFIG: _json(model.config), **({CARD: card.encode()} if card else {})}
-    originals |= tokenizer.without_foreign_code(files)
+    originals |= without_foreign_code(files)
     notice = notice_file(read_metadata(card), files)
     removed = tuple(sorted(own.keys() - files.keys()))
     files |= notice | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}

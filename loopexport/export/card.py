@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loopexport.base.checkpoint import Origin
+from loopexport.base.families import is_multimodal
 from loopexport.base.licence import licence_of
 from loopexport.base.tokenizer import Home
 from loopexport.loop.cost import Cost
@@ -22,7 +23,7 @@ from loopexport.loop.wording import (
 )
 
 from .card_results import MODEL_INDEX, model_index, results_section
-from .card_usage import on_the_hub, onnx_section, transformers_section, vllm_section
+from .card_usage import multimodal_section, on_the_hub, onnx_section, pipeline_tag, transformers_section, vllm_section
 from .foreign_text import markdown_code, markdown_text, python_literal
 from .manifest import HUB_ID, OnnxRecord
 from .results_file import Measured
@@ -71,6 +72,8 @@ class CardFacts:
         onnx: the ONNX files of the export, by name.
         config: the base's config.
         measured: the results of `loopexport compare --save`.
+        processor: whether the export has the processor of a multimodal model.
+        text_only: whether the base was multimodal, and only its language model is here.
     """
 
     base: Origin
@@ -87,6 +90,13 @@ class CardFacts:
     onnx: Mapping[str, OnnxRecord] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
     measured: Measured = field(default_factory=Measured)
+    processor: bool = True
+    text_only: bool = False
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the model reads more than text."""
+        return is_multimodal(self.config)
 
 
 def make_card(facts: CardFacts) -> str:
@@ -182,10 +192,19 @@ def _table(facts: CardFacts) -> dict[str, object]:
 def _use(facts: CardFacts) -> list[str]:
     """How to load the model: a section for each runtime, empty for a runtime that cannot."""
     return [
-        transformers_section(facts.spec.steps, _tokenizer(facts), facts.trained),
+        _transformers(facts),
         onnx_section(facts.onnx, facts.num_layers),
-        vllm_section(facts.model_type, facts.spec, facts.config, facts.quantisation is not None),
+        ""
+        if facts.is_multimodal
+        else vllm_section(facts.model_type, facts.spec, facts.config, bool(facts.quantisation)),
     ]
+
+
+def _transformers(facts: CardFacts) -> str:
+    if not facts.is_multimodal:
+        return transformers_section(facts.spec.steps, _tokenizer(facts), facts.trained)
+    section = multimodal_section(facts.spec.steps, facts.config, facts.trained)
+    return section if facts.processor else f"{_NO_PROCESSOR}\n{section}"
 
 
 def _tokenizer(facts: CardFacts) -> str | None:
@@ -244,7 +263,7 @@ def _metadata(facts: CardFacts, inherited: dict) -> str:
         values["base_model_relation"] = "finetune"  # the Hub has no word for the same weights with other code
     values |= {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": pipeline_tag(facts.config, inherited),
         "tags": ["custom_code", "looped", "loopexport", *(["onnx"] if facts.onnx else [])],
     }
     return _front_matter(values | model_index(facts.base.name, facts.measured.own))
@@ -266,7 +285,9 @@ def _intro(facts: CardFacts) -> str:
     """Where the model comes from, what is looped, and what its weights are."""
     text = _TRAINED_INTRO if facts.trained else _INTRO
     values = _table(facts)
-    return text.format(base=_base_link(facts), **{name: values[name] for name in ("layers", "num_layers", "steps")})
+    intro = text.format(base=_base_link(facts), **{name: values[name] for name in ("layers", "num_layers", "steps")})
+    more = _LANGUAGE_MODEL.format(**values) if facts.is_multimodal else _TEXT_ONLY if facts.text_only else ""
+    return f"{intro}\n\n{more}" if more else intro
 
 
 def _base_link(facts: CardFacts) -> str:
@@ -286,6 +307,15 @@ _TRAINED_INTRO = """\
 This model was made from {base}: {layers} of its {num_layers} layers are applied {steps} times
 ([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). **Its weights were trained since, and are not
 the base model's.** They are stored once."""
+
+_LANGUAGE_MODEL = """\
+The model reads more than text. The loop runs in its language model alone: the span counts the {num_layers} decoder
+layers there. The vision and audio towers are the base's and run once."""
+
+_TEXT_ONLY = """\
+The base reads more than text. Only its language model is here; its vision and audio towers were left out."""
+
+_NO_PROCESSOR = "The base's directory had no processor: AutoProcessor will not load from here.\n"
 
 _BODY = """
 # {name}, {title}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
+from loopexport.base.families import is_multimodal
 from loopexport.loop.spec import LoopSpec, make_spec
 from loopexport.templates.looped_vllm_limits import VLLM_EAGER, vllm_context, vllm_refusal
 
 from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
 from .manifest import OnnxRecord
 from .onnx_files import GENAI_CONFIG, graph_name
+
+TASK = re.compile(r"[a-z]+(-[a-z]+)*")  # the form of the names of tasks on the Hub
 
 # Lines of the examples that `on_the_hub` replaces, in cards of earlier versions too: do not change them.
 LOCAL_PATH = 'path = "."  # this directory, or its Hub id\n'
@@ -31,7 +35,7 @@ def on_the_hub(card: str, repo_id: str) -> str:
 
 
 def transformers_section(steps: int, tokenizer: str | None, trained: bool) -> str:
-    """The section for transformers.
+    """The section for transformers and a model that reads text alone.
 
     Args:
         steps: K.
@@ -53,6 +57,44 @@ model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
 ```
 """
+
+
+def multimodal_section(steps: int, config: dict, trained: bool) -> str:
+    """The section for transformers and a model that reads images or sound too.
+
+    Args:
+        steps: K.
+        config: the base's config.
+        trained: whether the weights were trained since the conversion.
+    """
+    one = "the model without its loop" if trained else "the base model"
+    sample = _IMAGE if _reads_images(config) else _SOUND
+    return _MULTIMODAL.format(path=LOCAL_PATH, steps=steps, one=one, **sample)
+
+
+def pipeline_tag(config: dict, base_card: Mapping) -> str:
+    """The task of an export on the Hub.
+
+    Args:
+        config: the base's config.
+        base_card: the metadata of the base's card, which name the task of a multimodal model.
+    """
+    if not is_multimodal(config):
+        return "text-generation"
+    task = base_card.get("pipeline_tag")
+    if isinstance(task, str) and TASK.fullmatch(task):
+        return task
+    if not _reads_images(config):
+        return "audio-text-to-text"
+    return "any-to-any" if _reads_sound(config) else "image-text-to-text"
+
+
+def _reads_sound(config: dict) -> bool:
+    return any(isinstance(config.get(key), dict) for key in ("audio_config", "codec_config"))
+
+
+def _reads_images(config: dict) -> bool:
+    return isinstance(config.get("vision_config"), dict) or not _reads_sound(config)
 
 
 def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
@@ -105,6 +147,34 @@ def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
     stem = javascript_literal(name.removesuffix(".onnx"))
     return _TRANSFORMERS_JS.format(id=LOCAL_ID, slots=slots, data=data, stem=stem)
 
+
+_IMAGE = {
+    "auto": "AutoModelForImageTextToText",
+    "item": '{"type": "image", "url": "https://example.com/picture.jpg"}',
+    "question": "What is in this picture?",
+}
+_SOUND = {
+    "auto": "AutoModelForMultimodalLM",
+    "item": '{"type": "audio", "url": "https://example.com/speech.wav"}',
+    "question": "What is said here?",
+}
+_MULTIMODAL = """\
+```python
+from transformers import {auto}, AutoProcessor
+
+{path}processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+model = {auto}.from_pretrained(path, trust_remote_code=True)
+model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
+
+question = {{"type": "text", "text": "{question}"}}
+chat = [{{"role": "user", "content": [{item}, question]}}]
+inputs = processor.apply_chat_template(
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```
+"""
 
 _VLLM = """\
 ### vLLM

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from loopexport._keywords import suggest_keywords
 from loopexport._version import __version__
@@ -17,9 +15,8 @@ from loopexport.base.download import find_checkpoint
 from loopexport.base.families import layer_types
 from loopexport.choices import DecodeMode, KvPolicy, Mode, RuleName, Span, Weights
 from loopexport.errors import OutputError, SpecError
-from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
-from loopexport.files.output import check_output, check_space, output_path
-from loopexport.files.placement import place, settle_method
+from loopexport.files.digests import Progress, bytes_sha256
+from loopexport.files.output import check_output, output_path
 from loopexport.files.staged_directory import staged_directory
 from loopexport.loop.advice import loop_warnings
 from loopexport.loop.auto_span import AUTO, auto_span, why_auto_span
@@ -30,9 +27,7 @@ from loopexport.loop.spec import LoopSpec, check_first_n, make_spec
 from .directory import Export, is_export, open_export
 from .manifest import MANIFEST, FileRecord, Manifest
 from .small_files import base_file_warnings, licence_notice_file, small_files
-
-WITHOUT = "none"  # leave the weights on the Hub, where `push` copies them
-WEIGHTS = get_args(Weights)
+from .weights import METHODS, WITHOUT, check_method, copied_bytes, made_shards, place_weights
 
 
 @dataclass(frozen=True)
@@ -59,9 +54,14 @@ class ConvertPlan:
     files: dict[str, bytes] = field(repr=False)
 
     @property
+    def text_only(self) -> bool:
+        """Whether the base is the language model that was taken out of a multimodal model."""
+        return bool(self.base.edited)
+
+    @property
     def max_disk_bytes(self) -> int:
         """Disk space for the weights, at most; `auto` needs none where the file system can reflink."""
-        return self.base.weight_bytes if self.weights in ("auto", "copy") else 0
+        return copied_bytes(self.base, self.weights)
 
     def to_dict(self) -> dict:
         """The plan for `--json`."""
@@ -79,7 +79,9 @@ class ConvertPlan:
                 "files": len(self.base.shards),
                 "bytes": self.base.weight_bytes,
                 "max_disk_bytes": self.max_disk_bytes,
+                "rewritten": [shard.name for shard in made_shards(self.base)],
             },
+            "text_only": self.text_only,
             "left_behind": list(self.base.left_behind),
             "warnings": list(self.warnings),
         }
@@ -96,7 +98,7 @@ class ConvertPlan:
         """
         with staged_directory(self.out, replace=self.overwrite) as root:
             files = {name: _write(root / name, content) for name, content in self.files.items()}
-            weights, method = _place_weights(self, root, progress)
+            weights, method = place_weights(self.base, root, self.weights, progress)
             manifest = Manifest(
                 __version__,
                 self.base.origin,
@@ -106,6 +108,7 @@ class ConvertPlan:
                 files,
                 self.base.left_behind,
                 tuple(licence_notice_file(self.base)),
+                text_only=self.text_only,
             )
             (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return open_export(self.out)
@@ -134,6 +137,7 @@ def plan_convert(
     revision: str | None = None,
     weights: Weights = "auto",
     without_adapter: bool = False,
+    text_only: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> ConvertPlan:
@@ -164,6 +168,7 @@ def plan_convert(
         weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
             leaves the weights of a Hub model on the Hub, and `push` copies them there.
         without_adapter: ignore a PEFT adapter beside the weights, which transformers would load too.
+        text_only: take the language model alone out of a multimodal model.
         overwrite: replace an existing export at `out`.
         dry_run: only plan, and do not download weights.
 
@@ -190,12 +195,13 @@ def plan_convert(
     is_auto = fields.get("span") in (AUTO, (AUTO,), [AUTO])
     loop = make_spec(**{**fields, "span": (0, 1)} if is_auto else fields)  # validate before downloading the base
     check_first_n(loop, is_given="first_n" in fields)
-    if weights not in WEIGHTS:
-        raise OutputError(f"weights method {weights!r} must be one of {', '.join(WEIGHTS)}")
+    if weights not in METHODS:
+        raise OutputError(f"weights method {weights!r} must be one of {', '.join(METHODS)}")
     headers_only = dry_run or weights == WITHOUT
-    base = find_checkpoint(str(model), revision, headers_only=headers_only, without_adapter=without_adapter)
-    if weights == WITHOUT:
-        _check_copyable(base)
+    base = find_checkpoint(
+        str(model), revision, headers_only=headers_only, without_adapter=without_adapter, text_only=text_only
+    )
+    check_method(base, weights)
     loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
     with _span_explained(preset if span is None else None):
         check_layers(base, loop)
@@ -234,6 +240,7 @@ def convert(
     revision: str | None = None,
     weights: Weights = "auto",
     without_adapter: bool = False,
+    text_only: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda count: None,
 ) -> Export:
@@ -267,6 +274,7 @@ def convert(
         weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
             leaves the weights of a Hub model on the Hub, and `push` copies them there.
         without_adapter: ignore a PEFT adapter beside the weights, which transformers would load too.
+        text_only: take the language model alone out of a multimodal model.
         overwrite: replace an existing export at `out`.
         progress: called with the number of weight bytes just copied.
 
@@ -294,6 +302,7 @@ def convert(
         revision=revision,
         weights=weights,
         without_adapter=without_adapter,
+        text_only=text_only,
         overwrite=overwrite,
     )
     return plan.apply(progress)
@@ -339,43 +348,7 @@ def check_layers(base: Checkpoint, loop: LoopSpec) -> None:
         )
 
 
-def _check_copyable(base: Checkpoint) -> None:
-    """Check that the Hub can copy the weights later: `push` identifies them by their sha256."""
-    if base.origin.revision is None:
-        raise OutputError(
-            f"--weights none needs a base on the Hub, and {base.origin.name} is a local directory; "
-            "use another --weights method"
-        )
-    unknown = [shard.name for shard in base.shards if shard.sha256 is None]
-    if unknown:
-        raise OutputError(f"--weights none needs the sha256 of {unknown[0]}, and the Hub has none; use --weights copy")
-
-
 def _write(path: Path, content: bytes) -> FileRecord:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return FileRecord(len(content), bytes_sha256(content))
-
-
-def _place_weights(plan: ConvertPlan, root: Path, progress: Progress) -> tuple[dict[str, FileRecord], str]:
-    """Put every shard in place. Other threads hash copied shards without a known sha256 meanwhile."""
-    shards = plan.base.shards
-    if plan.weights == WITHOUT:
-        return {
-            each.name: FileRecord(each.size, each.sha256, None, each.header.sha256 or None) for each in shards
-        }, WITHOUT
-    method = settle_method(plan.weights, shards[0].path, root)
-    if method == "copy":
-        check_space(plan.out, plan.base.weight_bytes)
-    with ThreadPoolExecutor(os.cpu_count()) as hashing:
-        digests = {}
-        for shard in shards:
-            if method == "copy" and shard.sha256 is None:
-                digests[shard.name] = hashing.submit(file_xxh3, shard.path)
-            place(shard.path, root / shard.name, method, progress)
-            if (root / shard.name).stat().st_size != shard.size:
-                raise OutputError(f"{shard.path} changed while it was read; run the same command again")
-    xxh3 = {name: digest.result() for name, digest in digests.items()}
-    return {
-        each.name: FileRecord(each.size, each.sha256, xxh3.get(each.name), each.header.sha256) for each in shards
-    }, method

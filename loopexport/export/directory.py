@@ -20,7 +20,7 @@ from loopexport.base.checkpoint import (
     read_config,
     read_json,
 )
-from loopexport.base.families import check_family, layer_count
+from loopexport.base.families import check_family, is_multimodal, layer_count
 from loopexport.errors import CheckpointError, ExportError
 from loopexport.files.links import check_link, check_no_special_file
 from loopexport.loop.cost import Cost, loop_cost
@@ -29,6 +29,10 @@ from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX, auto_ma
 from loopexport.templates.looped_spec import FIELD_PREFIX
 
 from .manifest import MANIFEST, Manifest, read_manifest
+
+# The Auto classes that generate: from text alone, and from images, video or sound too.
+TEXT_AUTO = "AutoModelForCausalLM"
+MULTIMODAL_AUTO = "AutoModelForImageTextToText"
 
 BASE_FOLDER = "base"  # the folder for originals of the base's files that the export changes
 
@@ -48,10 +52,11 @@ def looped_config(config: dict, spec: LoopSpec) -> dict:
             f"the base's config.json has {foreign[0]}, but names with {FIELD_PREFIX} are reserved for the loop; remove "
             "it there if the model does not need it"
         )
-    entries = auto_map(config["model_type"])
+    multimodal = is_multimodal(config)
+    entries = auto_map(config["model_type"], multimodal)
     added = {
         "model_type": MODEL_TYPE_PREFIX + config["model_type"],
-        "architectures": [entries["AutoModelForCausalLM"].split(".")[1]],
+        "architectures": [entries[MULTIMODAL_AUTO if multimodal else TEXT_AUTO].split(".")[1]],
         "auto_map": entries,
         **loop,
     }
@@ -61,10 +66,10 @@ def looped_config(config: dict, spec: LoopSpec) -> dict:
 def is_own_auto_map(value: object, model_type: str) -> bool:
     """Whether a value is the `auto_map` of an export of a base family, by today's code or by earlier code.
 
-    Earlier code had no classes for heads other than the language model's.
+    Earlier code had no classes for heads other than the language model's, and no multimodal ones.
     """
-    ours = auto_map(model_type)
-    needed = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    ours = auto_map(model_type, is_multimodal=True)
+    needed = ("AutoConfig", "AutoModel", TEXT_AUTO)
     return isinstance(value, dict) and value.items() <= ours.items() and all(name in value for name in needed)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from loopexport.base.checkpoint import CARD, CARRIED, CONFIG, FOREIGN_WEIGHTS, INDEX
+from loopexport.base.processor import FILES as PROCESSOR_FILES
 from loopexport.base.tokenizer import FILES as TOKENIZER_FILES
 
 from . import own_code
@@ -21,7 +22,10 @@ from .results_file import RESULTS
 SMALL_FILES = (
     CARRIED,
     re.compile("|".join(map(re.escape, (CONFIG, CARD, INDEX, MANIFEST, RESULTS)))),
-    re.compile(f"{BASE_FOLDER}/({re.escape(CONFIG)}|{re.escape(CARD)}|{TOKENIZER_FILES.pattern})", re.VERBOSE),
+    re.compile(
+        rf"{BASE_FOLDER}/({re.escape(CONFIG)}|{re.escape(CARD)}|{TOKENIZER_FILES.pattern}|{PROCESSOR_FILES.pattern})",
+        re.VERBOSE,
+    ),
 )
 
 # Folders of git, the Hub client and Python; no part of a model is there.

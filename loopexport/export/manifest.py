@@ -87,6 +87,7 @@ class Manifest:
         left_behind: names of the base's files that were not copied.
         added: names of files that the base does not have, such as the NOTICE that its licence requires.
         trained: whether the weights were trained since the conversion, so that they are not the base's.
+        text_only: whether the base was multimodal, and only its language model is here.
         onnx: files of the ONNX export, by name; `loopexport onnx` adds and replaces them after the conversion.
     """
 
@@ -99,6 +100,7 @@ class Manifest:
     left_behind: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     trained: bool = False
+    text_only: bool = False
     onnx: dict[str, OnnxRecord] = field(default_factory=dict)
 
     @property
@@ -117,7 +119,7 @@ class Manifest:
         values = {"format": FORMAT, **asdict(self)}
         for group in ("weights", "files", "onnx"):
             values[group] = {name: _without_none(record) for name, record in sorted(values[group].items())}
-        for name in ("trained", "onnx"):
+        for name in ("trained", "text_only", "onnx"):
             if not values[name]:
                 del values[name]
         return json_text(values)  # in ASCII, since a file name need not be valid text
@@ -156,6 +158,7 @@ def read_manifest(root: Path) -> Manifest:
             left_behind=tuple(_typed(name, str) for name in values["left_behind"]),
             added=tuple(_typed(name, str) for name in values.get("added", ())),
             trained=_typed(values.get("trained", False), bool),
+            text_only=_typed(values.get("text_only", False), bool),
             onnx={_file_name(name): _onnx_record(record) for name, record in values.get("onnx", {}).items()},
         )
     except (KeyError, TypeError, AttributeError, ValueError, SpecError) as error:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from loopexport import templates
-from loopexport.base import tokenizer
+from loopexport.base import processor, tokenizer
 from loopexport.base.checkpoint import CONFIG
 from loopexport.files.digests import bytes_sha256, file_sha256
 from loopexport.templates import FILES
@@ -68,10 +68,14 @@ def foreign_code(export: Export) -> str | None:
     family = str(export.config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX)
     if not is_own_auto_map(export.config.get("auto_map"), family):
         return f"the auto_map of {CONFIG}"
-    path = export.root / tokenizer.CONFIG
-    if path.is_file() and tokenizer.foreign_class(path.read_bytes()) is not None:
-        return f"the auto_map of {tokenizer.CONFIG}"
-    return None
+    paths = (export.root / name for name in (tokenizer.CONFIG, *processor.NAMES))
+    name = next((path.name for path in paths if path.is_file() and _asks_for_code(path)), None)
+    return None if name is None else f"the auto_map of {name}"
+
+
+def _asks_for_code(path: Path) -> bool:
+    content = path.read_bytes()
+    return tokenizer.foreign_class(content) is not None or bool(processor.foreign_classes({path.name: content}))
 
 
 def _first_foreign(root: Path) -> str:

@@ -29,7 +29,8 @@ def restore(
 ) -> Checkpoint:
     """Write the base of an export, without the files that `convert` left behind.
 
-    For an adopted export, that is the native model with the trained weights.
+    For an adopted export, that is the native model with the trained weights. For an export with `text_only`, it is the
+    language model alone.
 
     Args:
         root: the export.

@@ -9,8 +9,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from loopexport.base import tokenizer
+from loopexport.base import processor, tokenizer
 from loopexport.base.checkpoint import CARD, CONFIG, LICENCE_TEXT, Checkpoint, Origin
+from loopexport.base.families import is_multimodal
 from loopexport.base.licence import NOTICE, licence_of, licence_warnings
 from loopexport.errors import CheckpointError
 from loopexport.files.digests import file_sha256
@@ -33,15 +34,26 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
         CheckpointError: a file of the base cannot be read.
     """
     _check_distinct(base.carried)
-    files = {name: read_file(base.root / name) for name in base.carried}
-    originals = {name: read_file(base.root / name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
+    files = {name: _content(base, name) for name in base.carried}
+    originals = {name: _content(base, name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
     files[CONFIG] = _looped_config(base, spec)
     home = tokenizer.tokenizer_home(_tokenizer_config(base), base.carried)
     facts = _card_facts(base, spec, cost, originals.get(CARD, b""), home, has_weights)
+    facts = replace(facts, processor=processor.has_processor(base.carried))
     files[CARD] = make_card(facts).encode()
-    originals |= tokenizer.without_foreign_code(files)
+    originals |= without_foreign_code(files)
     files |= {name: template_bytes(name) for name in TEMPLATES} | licence_notice_file(base)
     return files | {f"{BASE_FOLDER}/{name}": content for name, content in originals.items()}
+
+
+def _content(base: Checkpoint, name: str) -> bytes:
+    return base.edited[name] if name in base.edited else read_file(base.root / name)
+
+
+def without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Edit `files`, contents by name, so that nothing needs code of the base; return the files it replaced."""
+    originals = tokenizer.without_foreign_code(files)
+    return originals | processor.without_foreign_code(files)
 
 
 def _check_distinct(names: tuple[str, ...]) -> None:
@@ -59,6 +71,7 @@ def export_card(export: Export) -> str:
     base_card = _original(export, CARD)
     facts = _card_facts(export.base, export.spec, export.cost, base_card, home, not export.lacking)
     facts = replace(facts, onnx=export.manifest.onnx, measured=measured(export))
+    facts = replace(facts, processor=processor.has_processor(_base_names(export)), text_only=export.manifest.text_only)
     if export.manifest.trained:  # results were published for the base's weights
         facts = replace(facts, trained=True, published=None)
     return make_card(facts)
@@ -71,8 +84,15 @@ def export_warnings(export: Export) -> list[str]:
     return [
         *loop_warnings(export.base, export.spec),
         *filter(None, [about_tokenizer]),
+        *_about_processor(export),
         *licence_warnings(metadata, sorted(path.name for path in export.root.iterdir())),
     ]
+
+
+def _about_processor(export: Export) -> list[str]:
+    names = [name for name in processor.NAMES if name in _base_names(export)]
+    files = {name: _original(export, name) or read_file(export.root / name) for name in names}
+    return processor.processor_warnings(files, export.manifest.base.name) if is_multimodal(export.config) else []
 
 
 def _original(export: Export, name: str) -> bytes:
@@ -97,9 +117,11 @@ def is_card_edited(export: Export) -> bool:
 
 
 def base_file_warnings(base: Checkpoint) -> list[str]:
-    """What the user should know about the base's tokenizer and licence, one line each."""
+    """What the user should know about the base's tokenizer, processor and licence, one line each."""
     about_tokenizer = _about_tokenizer(_tokenizer_config(base), base.carried, base.origin)
-    return [*filter(None, [about_tokenizer]), *licence_warnings(_metadata(base), list(base.carried))]
+    small = {name: read_file(base.root / name) for name in base.carried if name in processor.NAMES}
+    about_processor = processor.processor_warnings(small, base.origin.name) if base.is_multimodal else []
+    return [*filter(None, [about_tokenizer]), *about_processor, *licence_warnings(_metadata(base), list(base.carried))]
 
 
 def _about_tokenizer(config: bytes, names: Collection[str], base: Origin) -> str | None:
@@ -133,6 +155,7 @@ def _card_facts(
         tokenizer=home,
         has_weights=has_weights,
         config=base.config,
+        text_only=bool(base.edited),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from loopexport.base.checkpoint import CARD, CONFIG, FOREIGN_WEIGHTS, MANIFEST, Checkpoint, file_names
-from loopexport.base.families import layer_types
+from loopexport.base.families import is_language_model, is_multimodal, layer_types
 from loopexport.errors import ExportError
 from loopexport.loop.spec import LoopSpec
 from loopexport.templates import FILES as TEMPLATES
@@ -16,7 +16,7 @@ from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX, base_mo
 from loopexport.templates.looped_spec import FIELD_PREFIX
 
 from .card import MADE_WITH, with_licence
-from .directory import BASE_FOLDER
+from .directory import BASE_FOLDER, MULTIMODAL_AUTO, TEXT_AUTO
 from .own_code import CODE_NAMES, CUSTOM_GENERATE, code_set, template_bytes
 from .small_files import read_file
 
@@ -97,26 +97,30 @@ def native_config(root: Path, config: dict) -> dict:
         ExportError: the model was saved without its head, or the installed transformers does not have its family.
     """
     classes = config.get("architectures")
-    if isinstance(classes, list) and classes and not any(str(name).endswith("ForCausalLM") for name in classes):
+    auto = MULTIMODAL_AUTO if is_multimodal(config) else TEXT_AUTO
+    if isinstance(classes, list) and classes and not is_language_model({**config, "architectures": map(str, classes)}):
         raise ExportError(
             f"{root / CONFIG} has architectures {classes!r}: the model was saved without its head; load the export "
-            "with AutoModelForCausalLM, train that, and save it"
+            f"with {auto}, train that, and save it"
         )
     model_type = base_model_type(config["model_type"])
     added = ("auto_map", "_name_or_path")
     own = {name: value for name, value in config.items() if not name.startswith(FIELD_PREFIX) and name not in added}
-    return {**own, "model_type": model_type, "architectures": [_native_class(model_type)]}
+    return {**own, "model_type": model_type, "architectures": [_native_class(model_type, is_multimodal(config))]}
 
 
-def _native_class(model_type: str) -> str:
+def _native_class(model_type: str, multimodal: bool) -> str:
     from transformers import __version__
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+    from transformers.models.auto import modeling_auto
 
-    if model_type not in NAMES:
-        raise ExportError(
-            f"transformers {__version__} has no causal model of family {model_type!r}; install a newer one"
-        )
-    return NAMES[model_type]
+    tasks = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM") if multimodal else ("CAUSAL_LM",)
+    for task in tasks:
+        names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {})
+        if model_type in names:
+            return names[model_type]
+    raise ExportError(
+        f"transformers {__version__} has no class of family {model_type!r} that generates text; install a newer one"
+    )
 
 
 def check_model(model: Checkpoint, spec: LoopSpec) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+from io import FileIO
 from pathlib import Path
 from typing import get_args
 
@@ -57,7 +59,7 @@ def place(source: Path, target: Path, method: str, progress: Progress = lambda c
             )
     else:
         with open_to_read(source) as reader, target.open("xb", buffering=0) as writer:
-            _copy_bytes(reader, writer, progress)
+            copy_bytes(reader, writer, progress)
 
 
 def _hardlink(source: Path, target: Path) -> None:
@@ -82,27 +84,38 @@ def _reflink(source: Path, target: Path) -> bool:
     return True
 
 
-def _copy_bytes(reader, writer, progress: Progress) -> None:
+def copy_bytes(reader: FileIO, writer: FileIO, progress: Progress, limit: int = sys.maxsize) -> int:
+    """Copy bytes from the position of one unbuffered file to that of another, and return how many.
+
+    Args:
+        reader: the source.
+        writer: the target.
+        progress: called with the number of bytes just copied.
+        limit: how many to copy; fewer if the source ends before.
+    """
     step = _kernel_copy if hasattr(os, "copy_file_range") else _plain_copy
-    while True:
+    copied = 0
+    while copied < limit:
         try:
-            count = step(reader, writer)
+            count = step(reader, writer, min(COPY_CHUNK_BYTES, limit - copied))
         except OSError as error:
             if step is _plain_copy or error.errno not in _NO_KERNEL_COPY:
                 raise
             step = _plain_copy  # both files are at the position where the kernel stopped
             continue
         if not count:
-            return
+            break
+        copied += count
         progress(count)
+    return copied
 
 
-def _kernel_copy(reader, writer) -> int:
-    return os.copy_file_range(reader.fileno(), writer.fileno(), COPY_CHUNK_BYTES)
+def _kernel_copy(reader: FileIO, writer: FileIO, size: int) -> int:
+    return os.copy_file_range(reader.fileno(), writer.fileno(), size)
 
 
-def _plain_copy(reader, writer) -> int:
-    chunk = memoryview(reader.read(COPY_CHUNK_BYTES))
+def _plain_copy(reader: FileIO, writer: FileIO, size: int) -> int:
+    chunk = memoryview(reader.read(size))
     count = len(chunk)
     while chunk:
         chunk = chunk[writer.write(chunk) :]

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from loopexport.base.checkpoint import EXPERTS, Checkpoint
 from loopexport.base.families import layer_types
 from loopexport.base.safetensors_header import DTYPE_BITS, Tensor
-from loopexport.base.tensor_names import EMBEDDING, HEAD, layer_of
+from loopexport.base.tensor_names import EMBEDDING, HEAD, is_tower, layer_of
 from loopexport.templates.looped_spec import ATTENTION_TYPES
 
 from .spec import LoopSpec
@@ -37,6 +37,9 @@ ROUTED = re.compile(r"\.experts\.")
 # Separate projections to keys and to values.
 KV_PROJECTION = re.compile(r"\.(k|v)_proj\.weight$")
 
+# Parameters of an indexer, which chooses the positions that a layer attends to.
+INDEXER = re.compile(r"\.indexer\.")
+
 # A config with one of these keys has K/V heads that differ in number or width by layer.
 NUMBERS_BY_LAYER = ("per_layer_config", "global_head_dim", "swa_head_dim", "swa_num_key_value_heads")
 
@@ -55,9 +58,9 @@ class Cost:
     Attributes:
         layer_evaluations: decoder layers run for one token, `L + (E K - 1) w`.
         base_layer_evaluations: the same for the base, L.
-        params_read: parameters read to decode one token: each layer as often as it runs, of the routed experts only the
-            chosen ones, one row of an embedding table, and everything else once. None for quantised weights, which
-            pack several parameters into one element.
+        params_read: parameters of the language model read to decode one token: each layer as often as it runs, of the
+            routed experts only the chosen ones, one row of an embedding table, and everything else once. None for
+            quantised weights, which pack several parameters into one element.
         base_params_read: the same for the base.
         bytes_read: the same count in bytes of the tensors in the files, quantised or not.
         base_bytes_read: the same for the base.
@@ -113,9 +116,10 @@ def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
 
 def dtype_name(base: Checkpoint) -> str:
     """The checkpoint's dtype: its torch name from the config, or else the safetensors name of the largest tensor's."""
-    named = base.config.get("dtype") or base.config.get("torch_dtype")
-    if isinstance(named, str):
-        return named
+    named = (each.get(key) for each in (base.config, base.text_config) for key in ("dtype", "torch_dtype"))
+    given = next((name for name in named if name), None)
+    if isinstance(given, str):
+        return given
     return max(base.tensors.values(), key=lambda tensor: tensor.nbytes).dtype if base.tensors else "dtype unknown"
 
 
@@ -126,12 +130,12 @@ def dtype_name(base: Checkpoint) -> str:
 
 def _weights_read(base: Checkpoint, runs: dict[int, int]) -> tuple[int | None, int | None]:
     """Parameters and bytes read to decode one token; `runs` has the layers that run more than once, and how often."""
-    experts, active = _int(base.config, EXPERTS), _int(base.config, ACTIVE_EXPERTS)
-    tied = not any(layer_of(name) is None and HEAD.search(name) for name in base.tensors)
+    experts, active = _int(base.text_config, EXPERTS), _int(base.text_config, ACTIVE_EXPERTS)
+    tied = not any(layer_of(name) is None and not is_tower(name) and HEAD.search(name) for name in base.tensors)
     always, routed = [0, 0], [0, 0]
     for name, tensor in base.tensors.items():
         layer = layer_of(name)
-        if UNREAD.search(name) or (layer is not None and layer >= base.num_layers):
+        if UNREAD.search(name) or is_tower(name) or (layer is not None and layer >= base.num_layers):
             continue
         times = 1 if layer is None else runs.get(layer, 1)
         rows = _rows(tensor) if layer is None and _is_looked_up(name, tied) else 1
@@ -186,16 +190,32 @@ def _projected_numbers(base: Checkpoint) -> dict[int, int]:
 
 def _kv_numbers(base: Checkpoint, layer: int, projected: dict[int, int]) -> int | None:
     """Count the numbers that a layer caches for one token: 0 without keys and values, None if unknown."""
-    config, types = base.config, layer_types(base.config)
+    config, types = _layer_config(base.text_config, layer), layer_types(base.config)
     kind = types[layer] if types and layer < len(types) else "attention"
     if kind in TYPES_WITHOUT_KV or layer >= base.num_layers - (_int(config, ("num_kv_shared_layers",)) or 0):
         return 0
     if kind not in ATTENTION_TYPES or layer in base.recurrent_tensors:
         return None
     latent = _int(config, ("kv_lora_rank",))
-    if latent:
-        return _latent_numbers(config, latent)
-    return projected.get(layer) or _attention_numbers(config)
+    numbers = _latent_numbers(config, latent) if latent else projected.get(layer) or _attention_numbers(config)
+    index = _index_numbers(base, layer)
+    return None if numbers is None or index is None else numbers + index
+
+
+def _layer_config(config: dict, layer: int) -> dict:
+    """The config with the fields that differ in one layer, where `per_layer_config` has them."""
+    by_layer = config.get("per_layer_config")
+    own = by_layer.get(str(layer)) if isinstance(by_layer, dict) else None
+    return {**config, **own} if isinstance(own, dict) else config
+
+
+def _index_numbers(base: Checkpoint, layer: int) -> int | None:
+    """Count the numbers that a layer's indexer caches for one token, 0 without an indexer: a key and, for keys that are
+    pooled later, their gate and whether the token is real."""
+    if not any(layer_of(name) == layer and INDEXER.search(name) for name in base.tensors):
+        return 0
+    width = _int(base.text_config, ("index_head_dim", "indexer_head_dim"))
+    return 2 * width + 1 if width and "index_kpool" in base.text_config else width
 
 
 def _latent_numbers(config: dict, latent: int) -> int | None:

@@ -6,38 +6,16 @@ A fault in the code is recorded in the manifest with its new digest, so that onl
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import loopexport
 from loopexport.errors import LoopExportError
-from loopexport.templates import FILES
-from loopexport.templates.configuration_looped import CODE_DIGEST
-from support.commands import sha256
 from support.damage import edit_config, flip_last_byte
+from support.export_faults import Fault, failures_of, mutate
 from support.push import edit_manifest
 from support.structure import by_class
-
-CONFIGURATION = "configuration_looped.py"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A fault in a template file.
-
-    Attributes:
-        file: the name of the file.
-        old: text in the file.
-        new: the wrong text.
-        spec: the loop that shows it.
-    """
-
-    file: str
-    old: str
-    new: str
-    spec: dict = field(default_factory=dict)
 
 
 def rule(old: str, new: str, **spec) -> Fault:
@@ -104,47 +82,26 @@ FAULTS = {
         '"first_n": _check_first_n', '"first_n": lambda value: 2', decode="first_n", first_n=1
     ),
     # The walk and its cache.
-    "span runs backwards": Fault("looped_walk.py", "in enumerate(self.calls):", "in enumerate(self.calls[::-1]):"),
-    "a layer is left out": Fault("looped_walk.py", "in enumerate(self.calls):", "in enumerate(self.calls[:-1]):"),
+    "span runs backwards": Fault("looped_body.py", "in enumerate(self.calls):", "in enumerate(self.calls[::-1]):"),
+    "a layer is left out": Fault("looped_body.py", "in enumerate(self.calls):", "in enumerate(self.calls[:-1]):"),
     "another layer's iteration": Fault(
-        "looped_walk.py", "hidden = call.run_iteration(", "hidden = self.calls[0].run_iteration("
+        "looped_body.py", "hidden = call.run_iteration(", "hidden = self.calls[0].run_iteration("
     ),
     "one slot for all iterations": Fault("looped_walk.py", "(k - 1) * len(layers)", "0", {"kv": "per_step"}),
     "skipped tokens have no keys": Fault(
-        "looped_walk.py",
-        "self.cache.update(*self.natural.new,",
-        "self.cache.update(*[0 * each for each in self.natural.new],",
+        "looped_cache.py",
+        "self.cache.update(*self.new, slot,",
+        "self.cache.update(*[0 * each for each in self.new], slot,",
         {"kv": "per_step", "decode": "bypass"},
     ),
     "shared reads its own": Fault(
-        "looped_cache.py", "**kwargs):\n        return self.read\n", "**kwargs):\n        return keys, values\n"
+        "looped_cache.py", "return self.read[:2]\n", "return keys, values\n"
     ),
     "reference reads the natural chunk": Fault(
         "looped_cache.py", "return self._replace_chunk(self.read[0], keys), self._replace_chunk(self.read[1], values)",
         "return self.read", {"kv": "reference"},
     ),
 }  # fmt: skip
-
-
-def copy_of(export, tmp_path, name: str):
-    """A copy in a directory of its own name, since transformers caches code by that name."""
-    return shutil.copytree(export, tmp_path / f"mutant_{name.replace(' ', '_')}")
-
-
-def record(root, *names):
-    """Record files in the manifest as they are now."""
-    digests = {name: {"size": (root / name).stat().st_size, "sha256": sha256(root / name)} for name in names}
-    edit_manifest(root, lambda values: values["files"].update(digests))
-
-
-def mutate(root, fault: Fault):
-    """Edit a template file in an export, and record it as genuine."""
-    path = root / fault.file
-    assert path.read_text().count(fault.old) == 1, f"{fault.file} has no or several {fault.old!r}"
-    path.write_text(path.read_text().replace(fault.old, fault.new))
-    path = root / CONFIGURATION
-    path.write_text(path.read_text().replace(CODE_DIGEST, sha256(root / fault.file)[:16]))
-    record(root, *FILES)
 
 
 # `make test` makes these faults, the record of `verify` all.
@@ -167,16 +124,14 @@ SAMPLE = (
 @pytest.mark.parametrize("name", by_class(FAULTS, SAMPLE))
 def test_fault_in_the_code_is_caught_by_the_model(export_dir, tmp_path, name):
     fault = FAULTS[name]
-    root = copy_of(export_dir("llama", **fault.spec), tmp_path, name)
-    mutate(root, fault)
-    failed = [check.name for check in loopexport.verify(root, trust_remote_code=True) if check.passed is False]
+    failed = failures_of(export_dir("llama", **fault.spec), fault, tmp_path / f"mutant_{name.replace(' ', '_')}")
     assert failed
     assert not {"files are as written", "the manifest knows every file"} & {*failed}
 
 
 def test_code_that_is_only_recorded_again_passes(export_dir, tmp_path):
     """Or else the faults could be caught by their records."""
-    root = copy_of(export_dir("llama"), tmp_path, "control")
+    root = shutil.copytree(export_dir("llama"), tmp_path / "mutant_control")
     mutate(root, rule("h + s * (y - h)", "h + (s * (y - h))"))
     assert all(check.passed for check in loopexport.verify(root, trust_remote_code=True))
 
@@ -248,7 +203,7 @@ REFUSED = ("a span outside the base", "a loop that is none")
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_other_fault_is_caught(export_dir, tmp_path, name):
-    root = copy_of(export_dir("llama"), tmp_path, name)
+    root = shutil.copytree(export_dir("llama"), tmp_path / f"mutant_{name.replace(' ', '_')}")
     DAMAGE[name](root)
     if name in REFUSED:
         with pytest.raises(LoopExportError):

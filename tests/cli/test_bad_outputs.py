@@ -124,14 +124,14 @@ def test_hardlink_across_file_systems_is_refused(base, tmp_path, monkeypatch):
 def test_output_that_appears_meanwhile_is_left_alone(base, tmp_path, monkeypatch):
     import loopexport.export.conversion as module
 
-    real = module._place_weights
+    real = module.place_weights
 
-    def slow(plan, root, progress):
-        plan.out.mkdir()
-        (plan.out / "other.txt").write_text("somebody else's")
-        return real(plan, root, progress)
+    def slow(*arguments):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "other.txt").write_text("somebody else's")
+        return real(*arguments)
 
-    monkeypatch.setattr(module, "_place_weights", slow)
+    monkeypatch.setattr(module, "place_weights", slow)
     result = run("convert", base, tmp_path / "out", *SPEC)
     assert result.exit_code == 1
     assert tree(tmp_path / "out").keys() == {"other.txt"}

@@ -30,6 +30,8 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 COST = Cost(24, 16, 1_500_000, 1_000_000, 3_000_000, 2_000_000, 65_536, 65_536)
 LLAMA = "---\nlicense: llama3.2\nlanguage: [en, de]\ntags: [other]\nextra_gated_prompt: no\n---\n# Base\n"
 GEMMA = "---\nlicense: other\nlicense_name: gemma\nlicense_link: https://ai.google.dev/gemma/terms\n---\n"
+LLAVA = "---\nlicense: mit\npipeline_tag: image-text-to-text\n---\n"
+MULTIMODAL = {"text_config": {"num_hidden_layers": 16}, "vision_config": {}}
 BASE = Origin("org/Base", SHA)
 SPEC = make_spec(span="6:10", steps=3)
 PRESET = find_preset("qwen3-30b-a3b-aime26")
@@ -70,6 +72,7 @@ CARDS = {
             other=[made_result(make_spec(span="2:4", steps=6), TASK)],
         )
     ),
+    "multimodal": lambda: card(LLAVA, origin=Origin("org/Llava", SHA), config=MULTIMODAL),
     "onnx_latents": lambda: card(onnx=PER_STEP, spec={"kv": "per_step"}),
 }
 
@@ -94,7 +97,8 @@ def test_card_is_valid_for_the_hub(name, monkeypatch):
     assert ("POST", "/api/validate-yaml") in server.asked
     server.shutdown()
     values = read.data.to_dict()
-    assert (values["library_name"], values["pipeline_tag"]) == ("transformers", "text-generation")
+    task = "image-text-to-text" if name == "multimodal" else "text-generation"
+    assert (values["library_name"], values["pipeline_tag"]) == ("transformers", task)
     assert {"custom_code", "looped"} <= set(values["tags"])
 
 
@@ -108,6 +112,27 @@ def test_metadata_name_the_base_and_inherit_its_licence_and_nothing_else():
     gemma = read_metadata(CARDS["gemma_published"]())
     assert (gemma["license"], gemma["license_name"]) == ("other", "gemma")
     assert "base_model" not in read_metadata(CARDS["local_no_licence"]()), "a local directory is no model of the Hub"
+
+
+@pytest.mark.parametrize(
+    ("config", "base_card", "task"),
+    [
+        ({}, LLAVA, "text-generation"),
+        (MULTIMODAL, "---\npipeline_tag: any-to-any\n---\n", "any-to-any"),
+        (MULTIMODAL, "---\npipeline_tag: [a, b]\n---\n", "image-text-to-text"),
+        ({**MULTIMODAL, "audio_config": {}}, "", "any-to-any"),
+        ({"text_config": {}, "audio_config": {}}, "", "audio-text-to-text"),
+    ],
+)
+def test_task_is_that_of_the_base_or_of_what_it_reads(config, base_card, task):
+    text = card(base_card, config=config)
+    assert read_metadata(text)["pipeline_tag"] == task
+    assert ("AutoModelForMultimodalLM" in text) == (task == "audio-text-to-text")
+
+
+def test_card_without_a_processor_says_so():
+    assert "had no processor" in card(LLAVA, config=MULTIMODAL, processor=False)
+    assert "had no processor" not in card(LLAVA, config=MULTIMODAL)
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -7,12 +7,16 @@ import os
 
 import pytest
 
+import loopexport
+from loopexport.base import processor
 from loopexport.export.directory import open_export
 from loopexport.export.results import save_results
 from loopexport.export.results_file import RESULTS
+from loopexport.hub.allowlist import allowed_files
 from support.commands import tree
 from support.damage import flip_last_byte
 from support.measured import LOSS, made_result
+from support.multimodal import save_multimodal
 from support.push import REPO, TOKEN, assert_refused, edit_manifest, pushed, remote_card, write_listed, writes
 
 
@@ -54,6 +58,10 @@ LEAKS = {
     "path in the manifest": (
         lambda root: edit_manifest(root, lambda values: values["left_behind"].append("/home/me/x")),
         "loopexport.json contains the absolute path",
+    ),
+    "foreign processor code": (
+        lambda root: write_listed(root, "processor_config.json", '{"auto_map": {"AutoProcessor": "a.B"}}'),
+        "the auto_map of processor_config.json is not the installed LoopExport's",
     ),
     "foreign tokenizer code": (
         lambda root: write_listed(root, "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a.B", null]}}'),
@@ -140,3 +148,14 @@ def test_large_file_that_is_no_weights_is_sent_from_the_disk_and_not_twice(hub, 
 def test_paths_that_the_base_has_published_itself_do_not_stop_the_push(push, export):
     write_listed(export, "generation_config.json", '{"_name_or_path": "/data/training/run"}')
     assert pushed(push("--json"))["commit"]
+
+
+def test_processor_of_a_multimodal_export_leaves_with_the_original_that_asked_for_code(tmp_path):
+    base = save_multimodal("llava", tmp_path / "base")
+    for name in processor.NAMES:
+        (base / name).write_text(json.dumps({"image_mean": [0.5], "auto_map": {"AutoProcessor": "own.Own"}}))
+    out = loopexport.convert(base, tmp_path / "out", span=(2, 3), steps=2).root
+    found = allowed_files(open_export(out))
+    assert {each for name in processor.NAMES for each in (name, f"base/{name}")} <= set(found.small)
+    assert found.staying == ()
+    assert not any(b"auto_map" in found.small[name] for name in processor.NAMES)

@@ -7,13 +7,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 import loopexport
 from loopexport.base import families
 from support.commands import run
 from support.family_walk import RELEASE, save_tiny_family
-from support.tiny import FAMILIES, MOE_FAMILIES, NUM_LAYERS, SPAN, tiny_tokens
+from support.multimodal import save_multimodal
+from support.structure import by_class
+from support.tiny import FAMILIES, INDEXED, MOE_FAMILIES, NUM_LAYERS, SPAN, tiny_tokens
 
 FP32 = 4  # bytes
 LOOP = {"span": SPAN, "steps": 3}  # layers 1, 2 and 3 run three times
@@ -43,6 +45,17 @@ def test_dense_layers_are_read_as_often_as_they_run(tiny_base):
     assert found.base_params_read == 6 * layer + outside
     assert found.params_read == 12 * layer + outside
     assert (found.base_bytes_read, found.bytes_read) == (FP32 * found.base_params_read, FP32 * found.params_read)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_multimodal_models_cost_what_their_language_models_cost(kind, tmp_path):
+    """Neither the towers nor their layers count, however many there are."""
+    found = cost(save_multimodal(kind, tmp_path / "base"))
+    layer = ATTENTION_WITH_GQA + 3 * 64 * 96 + 2 * 64
+    more = {"llava": 64 + 131 * 64 + 64, "gemma3": 131 * 64 + 64 + 6 * (2 * 64 + 2 * 16)}[kind]  # gemma3 is tied
+    assert found.base_params_read == 6 * layer + more
+    assert (found.base_layer_evaluations, found.layer_evaluations) == (6, 12)
+    assert found.kv_bytes == found.base_kv_bytes == 6 * 2 * 2 * 16 * FP32
 
 
 @pytest.mark.parametrize(("rule", "per_step"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
@@ -157,7 +170,8 @@ def cache_bytes_a_token(model, tokens) -> int:
     """What a real cache holds after a forward over `tokens`, by token."""
     with torch.no_grad():
         cache = model(tokens, past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
-    held = [each for layer in cache.layers for each in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    names = ("keys", "values", "indexer_keys")
+    held = [getattr(layer, name, None) for layer in cache.layers for name in names]
     return sum(each.nbytes for each in held if each is not None) // tokens.numel()
 
 
@@ -168,6 +182,12 @@ def test_kv_bytes_are_those_of_a_real_cache(tiny_base, looped, plain, family, kv
     found = cost(tiny_base(family), kv=kv)
     assert found.base_kv_bytes == cache_bytes_a_token(plain(family), tokens)
     assert found.kv_bytes == cache_bytes_a_token(looped(family, kv=kv), tokens)
+
+
+@pytest.mark.skipif(not hasattr(Cache, "update_indexer"), reason="this release has no indexed attention")
+@pytest.mark.parametrize("family", by_class(INDEXED, ("glm_moe_dsa",)))
+def test_kv_bytes_have_the_keys_of_an_indexer(tiny_base, looped, plain, family):
+    test_kv_bytes_are_those_of_a_real_cache(tiny_base, looped, plain, family, "per_step")
 
 
 def test_kv_bytes_by_hand(tiny_base):

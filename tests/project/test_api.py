@@ -13,8 +13,8 @@ import pytest
 import loopexport
 from loopexport import choices, errors
 from loopexport.cli.text import MARKS, TRAVEL
-from loopexport.export.conversion import WEIGHTS
 from loopexport.export.onnx_files import DTYPES
+from loopexport.export.weights import METHODS as WEIGHTS
 from loopexport.loop.spec import DECODE_MODES, KV_POLICIES, MODES, RULES, SPEC_KEYS
 from loopexport.onnx.plan import ATTENTION_LAYOUTS
 from loopexport.onnx.runtime.session import PROVIDERS

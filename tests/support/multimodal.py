@@ -61,6 +61,17 @@ KINDS: dict[str, dict] = {
         "vision_config": {**QWEN_VISION, "patch_size": 4, "fullatt_block_indexes": [1]},
         **QWEN_IDS,
     },
+    # Image features are also added to the outputs of the first two decoder layers.
+    "qwen3_vl": {
+        "text_config": {**TEXT, "rope_scaling": MROPE, "rope_parameters": MROPE},
+        "vision_config": {
+            **QWEN_VISION,
+            "patch_size": 4,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [1, 3],
+        },
+        **QWEN_IDS,
+    },
     # Image features replace the embeddings, nothing else.
     "mistral3": {
         "text_config": {"model_type": "mistral", **TEXT},
@@ -91,7 +102,7 @@ KINDS: dict[str, dict] = {
 }
 
 # Image tokens of one picture.
-IMAGE_TOKENS = {"gemma3": 4, "qwen2_5_vl": 4, "mistral3": 16, "llava": 16, "qwen3_5": 4}
+IMAGE_TOKENS = {"gemma3": 4, "qwen2_5_vl": 4, "qwen3_vl": 4, "mistral3": 16, "llava": 16, "qwen3_5": 4}
 
 
 def multimodal_config(kind: str, **text_overrides):
@@ -169,10 +180,59 @@ def _model_class(kind: str) -> type:
 
 def _pixels(kind: str, pictures: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    if kind in ("qwen2_5_vl", "qwen3_5"):  # 4 x 4 patches of 2 frames, 3 colours and 4 x 4 pixels, merged 2 x 2
+    if kind.startswith("qwen"):  # 4 x 4 patches of 2 frames, 3 colours and 4 x 4 pixels, merged 2 x 2
         return {
             "pixel_values": torch.randn(16 * pictures, 3 * 2 * 4 * 4, generator=generator),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * pictures),
         }
     pixels = {"pixel_values": torch.randn(pictures, 3, 28, 28, generator=generator)}
     return pixels | ({"image_sizes": torch.tensor([[28, 28]] * pictures)} if kind == "mistral3" else {})
+
+
+def save_processor(kind: str, directory: Path) -> Path:
+    """Save the processor of "gemma3" or "llava", with a tokenizer of one token for each word; needs Pillow.
+
+    transformers makes the other processors only where torchvision is installed.
+    """
+    from transformers import Gemma3Processor, LlavaProcessor
+    from transformers.models.clip import CLIPImageProcessorPil
+    from transformers.models.gemma3 import Gemma3ImageProcessorPil
+
+    side = {"height": 28, "width": 28}
+    if kind == "gemma3":
+        tokenizer = _tokenizer(boi_token="<start>", eoi_token="<end>", image_token="<image>")
+        processor = Gemma3Processor(Gemma3ImageProcessorPil(size=side), tokenizer, image_seq_length=4)
+    else:
+        processor = LlavaProcessor(
+            CLIPImageProcessorPil(size=side, crop_size=side),
+            _tokenizer(image_token="<image>"),
+            patch_size=7,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+    processor.save_pretrained(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path) -> Path:
+    """Save a tokenizer of one token for each word."""
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
+def _tokenizer(**special: str):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    named = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = [*named, *(f"word{n}" for n in range(VIDEO_TOKEN - len(named))), "<video>", "<start>", "<end>", "<image>"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=special,
+    )

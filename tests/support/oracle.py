@@ -18,6 +18,10 @@ from collections import defaultdict
 
 import torch
 
+from support.projections import projection_hooks
+
+CHOSEN = "prev_topk_indices"  # argument of layers that may read the positions that the layer before returned
+
 
 class Oracle:
     """Runs tokens through a plain model with a loop, chunk by chunk.
@@ -26,6 +30,7 @@ class Oracle:
         model: a plain decoder in eval mode.
         span, steps, anchor, mode, kv, decode, first_n, frozen_routing: the loop; several spans as a list.
         rule: name of the update rule in `UPDATES`.
+        inputs: returns what a forward of these tokens takes beside them, such as a picture; None for nothing.
         **values: fields of the rule, such as `damping`.
     """
 
@@ -41,13 +46,18 @@ class Oracle:
         first_n=0,
         rule="euler",
         frozen_routing=False,
+        inputs=None,
         **values,
     ):
         self.model = model
+        self.inputs = inputs or (lambda tokens: {})
         inner = model.base_model if model.base_model is not model else model.model  # Gemma 3 on transformers 4
+        inner = getattr(inner, "language_model", inner)
         self.layers = list(inner.h if hasattr(inner, "h") else inner.layers)
         self.final_norm = next(
-            getattr(inner, name) for name in ("norm", "ln_f", "final_layer_norm") if hasattr(inner, name)
+            getattr(inner, name)
+            for name in ("norm", "ln_f", "final_layer_norm", "hyper_connection_mixer")
+            if hasattr(inner, name)
         )
         self.steps = steps
         self.passes = steps * {"midpoint": 2, "heun": 2, "rk4": 4}.get(rule, 1)
@@ -67,6 +77,7 @@ class Oracle:
     def logits(self, tokens, chunks, attention_mask=None):
         """Logits of all rows, `(batch, sum(chunks), vocab)`, each row computed with its chunk."""
         outputs = [None] * len(self.bodies)  # by loop body: its output rows so far
+        choices = [None] * len(self.bodies)  # by loop body: the positions that its last layer returned, for each row
         pass_kv = defaultdict(lambda: None)  # (pass, layer) -> K/V rows so far
         rows, logits, decode_steps = 0, [], 0
         for length in chunks:
@@ -78,11 +89,17 @@ class Oracle:
             mask = None if attention_mask is None else attention_mask[:, :end]
             h, calls = self._inputs(tokens[:, :end], mask, self.bodies[0][0])
             reached = self.bodies[0][0]
+            self.chosen = calls[reached][1].get(CHOSEN)
             for number, body in enumerate(self.bodies):
                 h = self._run(range(reached, body[0]), h, calls)
                 new = self._body(body, h, calls, rows, loops, pass_kv)
                 outputs[number] = new if outputs[number] is None else torch.cat([outputs[number], new], dim=1)
                 h, reached = outputs[number], body[-1] + 1
+                if self.chosen is not None:
+                    parts = (
+                        [self.chosen[:, rows:]] if choices[number] is None else [choices[number], self.chosen[:, rows:]]
+                    )
+                    choices[number] = self.chosen = torch.cat(parts, dim=1)
             logits.append(self._finish(tokens[:, :end], mask, h)[:, rows:])
             rows = end
         return torch.cat(logits, dim=1)
@@ -93,13 +110,13 @@ class Oracle:
         outputs = []  # by layer of the body: natural output rows of the latest chunk
         n = self._run(body, x, calls, natural_kv, routes=routes, each=lambda h: outputs.append(h[:, rows:]) or h)
         for k in range(1, self.passes):
-            for layer in body:
+            for layer in natural_kv:
                 key = (k, layer)
                 if pass_kv[key] is None:
                     pass_kv[key] = [each[:, :0] for each in natural_kv[layer]]
         if not loops:
             for k in range(1, self.passes):
-                for layer in body:
+                for layer in natural_kv:
                     self._append(pass_kv, (k, layer), [each[:, rows:] for each in natural_kv[layer]])
             return n[:, rows:]
         k = 0
@@ -124,7 +141,7 @@ class Oracle:
             frozen = routes if self.frozen_routing else None
             full = torch.cat([x[:, :rows], h], dim=1)
             output = self._run(body, full, calls, own_kv, force, replay=frozen, each=each_chunk)
-            for layer in body:
+            for layer in own_kv:
                 self._append(pass_kv, (k - 1, layer), [each[:, rows:] for each in own_kv[layer]])
             return output[:, rows:]
 
@@ -134,6 +151,10 @@ class Oracle:
     @staticmethod
     def _append(pass_kv, key, new):
         pass_kv[key] = [torch.cat([old, rows], dim=1) for old, rows in zip(pass_kv[key], new, strict=True)]
+
+    def _forward(self, tokens, mask):
+        """A plain forward without a cache."""
+        return self.model(**{"input_ids": tokens, "attention_mask": mask, "use_cache": False, **self.inputs(tokens)})
 
     def _inputs(self, tokens, mask, first):
         """The input of layer `first` and the arguments of all layers, in a plain forward."""
@@ -146,7 +167,7 @@ class Oracle:
             for number, layer in enumerate(self.layers)
         ]
         try:
-            self.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            self._forward(tokens, mask)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -155,87 +176,32 @@ class Oracle:
     def _run(self, body, h, calls, record=None, force=None, routes=None, replay=None, each=lambda h: h):
         for number in body:
             layer = self.layers[number]
-            hooks = [] if record is None else _projection_hooks(layer, number, record, force)
+            hooks = [] if record is None else projection_hooks(layer, number, record, force)
             hooks += _router_hooks(layer, number, routes, replay)
             try:
-                output = layer(h, *calls[number][0][1:], **calls[number][1])
+                output = layer(h, *calls[number][0][1:], **self._with_choice(calls[number][1]))
             finally:
                 for hook in hooks:
                     hook.remove()
+            if CHOSEN in calls[number][1]:
+                self.chosen = output[1]
             h = each(output[0] if isinstance(output, tuple) else output)
         return h
+
+    def _with_choice(self, kwargs):
+        return {**kwargs, CHOSEN: self.chosen} if CHOSEN in kwargs else kwargs
 
     def _finish(self, tokens, mask, h):
         """Logits from the hidden states after the last span, by a plain forward that gets them instead of its own."""
         stop = self.bodies[-1][-1] + 1
         module = self.layers[stop] if stop < len(self.layers) else self.final_norm
-        hook = module.register_forward_pre_hook(lambda module, args, kwargs: ((h, *args[1:]), kwargs), with_kwargs=True)
+        hook = module.register_forward_pre_hook(
+            lambda module, args, kwargs: ((h, *args[1:]), self._with_choice(kwargs)), with_kwargs=True
+        )
         try:
-            return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+            return self._forward(tokens, mask).logits
         finally:
             hook.remove()
-
-
-def _projection_hooks(layer, number, record, force):
-    """Record the outputs of a layer's K and V projections, and overwrite them by what `force` returns."""
-    attention = next(getattr(layer, name) for name in ("self_attn", "attn", "attention") if hasattr(layer, name))
-    if hasattr(attention, "k_proj"):
-        return _separate_hooks(attention, number, record, force)
-    fused, split, join = _fused(attention)
-
-    def replace(module, args, output):
-        rest, own = split(output)
-        record[number] = own
-        return None if force is None else join(rest, force(number, own))
-
-    return [fused.register_forward_hook(replace)]
-
-
-def _separate_hooks(attention, number, record, force):
-    own = {}
-
-    def key(module, args, output):
-        own["key"] = output
-        return None if force is None else force(number, [output, output])[0]
-
-    def value(module, args, output):
-        record[number] = [own["key"], output]
-        return None if force is None else force(number, [output, output])[1]
-
-    return [attention.k_proj.register_forward_hook(key), attention.v_proj.register_forward_hook(value)]
-
-
-def _fused(attention):
-    """The projection that makes keys and values; a function that splits its output into (rest, [parts]), and a join."""
-    config = attention.config
-    if hasattr(attention, "kv_a_proj_with_mqa"):  # MLA: the whole output
-        return attention.kv_a_proj_with_mqa, lambda output: (None, [output]), lambda rest, own: own[0]
-    if hasattr(attention, "c_attn"):  # GPT-2: queries, keys, values
-        return (
-            attention.c_attn,
-            lambda output: (output.chunk(3, dim=-1)[0], list(output.chunk(3, dim=-1)[1:])),
-            lambda rest, own: torch.cat([rest, *own], dim=-1),
-        )
-    if hasattr(attention, "query_key_value"):  # GPT-NeoX: the same for each head
-        heads = config.num_attention_heads
-
-        def split(output):
-            query, *own = output.unflatten(-1, (heads, 3, -1)).unbind(-2)
-            return query, own
-
-        return (
-            attention.query_key_value,
-            split,
-            lambda rest, own: torch.stack([rest, *own], dim=-2).flatten(-3),
-        )
-    groups, heads = config.num_key_value_heads, config.num_attention_heads  # Phi-3
-    width = attention.qkv_proj.out_features // (heads + 2 * groups)
-
-    def split_groups(output):
-        query, *own = output.split([heads * width, groups * width, groups * width], dim=-1)
-        return query, own
-
-    return attention.qkv_proj, split_groups, lambda rest, own: torch.cat([rest, *own], dim=-1)
 
 
 def _router_hooks(layer, number, routes, replay):

@@ -87,6 +87,69 @@ FAMILIES: dict[str, dict] = {
     "deepseek_v2": {**DEEP_MOE, **MLA},
     "deepseek_v3": {**DEEP_MOE, **MLA},
 }
+# Layers that attend to the positions that an indexer chooses: 4 of up to 20. The span 1:4 has a layer that runs its
+# indexer and two that read the choice of the layer before, as does the layer after it, where a family has such layers.
+INDEXER = {**DEEP_MOE, **MLA, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 16, "initializer_range": 0.2}
+BORROWED = {"indexer_types": ["full", "shared", "full", "shared", "shared", "full"]}
+INDEXED: dict[str, dict] = {
+    "deepseek_v32": INDEXER,
+    "axk2": {**INDEXER, "gated_norm_rank": 8},
+    "glm_moe_dsa": {**INDEXER, **BORROWED},
+    "hy_v4": {**INDEXER, **BORROWED},
+    "dots3_note_text": {
+        **INDEXER,
+        "layer_types": ["indexed_attention", "sliding_attention"] * (NUM_LAYERS // 2),
+        "sliding_window": SLIDING_WINDOW,
+        "shared_experts_intermediate_size": 48,
+        **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
+        **{f"swa_{name}": MLA[name] for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")},
+        "swa_head_dim": MLA["qk_nope_head_dim"] + MLA["qk_rope_head_dim"],
+        "swa_qk_rope_head_dim": MLA["qk_rope_head_dim"],
+    },
+    "qwen4_exp_text": {
+        **MOE,
+        "head_dim": 16,
+        "shared_expert_intermediate_size": 40,
+        "layer_types": ["linear_attention", *["indexed_attention"] * (NUM_LAYERS - 1)],
+        "hc_count": 2,
+        "hc_lowrank": 16,
+        "indexer_n_heads": 16,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
+# Layers that pool several tokens into one key; the pools close at different tokens, some inside of a chunk.
+POOLED: dict[str, dict] = {
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "q_lora_rank": 32,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+        "partial_rotary_factor": 0.5,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "hc_mult": 2,
+        "sliding_window": 5,
+        "layer_types": [
+            "sliding_attention",
+            *["heavily_compressed_attention", "compressed_sparse_attention"] * 2,
+            "sliding_attention",
+        ],
+        "compress_rates": {"heavily_compressed_attention": 4, "compressed_sparse_attention": 2},
+        "index_topk": 3,
+        "index_n_heads": 16,
+        "index_head_dim": 16,
+        "initializer_range": 0.2,
+    }
+}
 # The families with sparse experts.
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3")
 
@@ -154,7 +217,8 @@ RECURRENT: dict[str, dict] = {
 
 def tiny_config(family: str, **overrides):
     """The tiny config of a family."""
-    return AutoConfig.for_model(family, **{**COMMON, **{**FAMILIES, **RECURRENT}[family], **overrides})
+    families = {**FAMILIES, **INDEXED, **POOLED, **RECURRENT}
+    return AutoConfig.for_model(family, **{**COMMON, **families[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides):

@@ -1,0 +1,74 @@
+"""The base's processor in an export: the files that say how a multimodal model reads images, video and sound.
+
+An export copies them, but never code that came with the base: the export's copies do not ask for it, and the originals
+move to `base/`. transformers then uses its own class of the same name or family, or refuses to load the processor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+
+from loopexport.files.json_text import read_object
+
+from .tokenizer import CONFIG as TOKENIZER_CONFIG
+
+PREPROCESSOR = "preprocessor_config.json"  # of images or sound
+PROCESSOR = "processor_config.json"  # of all together; transformers 5 writes nothing else
+
+# What `save_pretrained` of processors, image and video processors and feature extractors writes in transformers 4.57
+# and 5.24, without chat templates.
+NAMES = (PREPROCESSOR, PROCESSOR, "video_preprocessor_config.json", "audio_tokenizer_config.json")
+FILES = re.compile("|".join(map(re.escape, NAMES)))
+
+
+def foreign_classes(files: Mapping[str, bytes]) -> list[str]:
+    """The classes, as `module.Class`, for which processor files ask code of the base; `files` are contents by name."""
+    return sorted({name for content in files.values() for name in _foreign(content).values()})
+
+
+def without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Edit `files`, contents by name, so that the processor needs no code of the base; return the files it replaced."""
+    originals = {name: content for name, content in processor_files(files).items() if _foreign(content)}
+    for name, content in originals.items():
+        config = {key: value for key, value in read_object(content).items() if key != "auto_map"}
+        files[name] = (json.dumps(config, indent=2) + "\n").encode()
+    return originals
+
+
+def processor_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Those of `files`, contents by name, in which AutoProcessor looks for a class."""
+    return {name: content for name, content in files.items() if name in (*NAMES, TOKENIZER_CONFIG)}
+
+
+def has_processor(names: Collection[str]) -> bool:
+    """Whether AutoProcessor finds the files that it needs."""
+    return PREPROCESSOR in names or PROCESSOR in names
+
+
+def processor_warnings(files: Mapping[str, bytes], base_name: str) -> list[str]:
+    """What the user should know about the processor of a multimodal base, one line each.
+
+    Args:
+        files: contents of the base's processor files, by name.
+        base_name: the name of the base.
+    """
+    if not has_processor(files):
+        return [
+            f"{base_name} has no {PREPROCESSOR}; AutoProcessor will not load, so only text can be prepared: add the "
+            "base's processor files to its directory and convert again"
+        ]
+    classes = ", ".join(foreign_classes(files))
+    return [f"code of the base is not copied ({classes}): {OWN_CLASSES}"] if classes else []
+
+
+# What becomes of a processor that asked for code of the base.
+OWN_CLASSES = "AutoProcessor uses the class of transformers, if it has one; compare what it makes of an image"
+
+
+def _foreign(content: bytes) -> dict[str, str]:
+    """The classes of a processor for which a file asks code of the base, by Auto class."""
+    entries = read_object(content).get("auto_map")
+    known = entries.items() if isinstance(entries, dict) else ()
+    return {auto: str(name).rsplit("--", 1)[-1] for auto, name in known if auto != "AutoTokenizer"}
