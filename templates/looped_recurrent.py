@@ -25,8 +25,8 @@ import types
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from .looped_arguments import CacheArgument, find_cache_argument
@@ -136,8 +136,8 @@ def _convolve(natural, own, weight, bias, activation):
         weight: `(channels, width)`.
     """
     width = weight.shape[-1]
-    earlier = F.pad(natural, (width - 1, 0))[..., :-1].to(weight.dtype)
-    output = F.conv1d(earlier, weight[:, None, :-1], bias, groups=weight.shape[0])[..., -own.shape[-1] :]
+    earlier = functional.pad(natural, (width - 1, 0))[..., :-1].to(weight.dtype)
+    output = functional.conv1d(earlier, weight[:, None, :-1], bias, groups=weight.shape[0])[..., -own.shape[-1] :]
     output = output + weight[:, -1:] * own
     return (output if activation is None else ACT2FN[activation](output)).to(own.dtype)
 
@@ -148,7 +148,7 @@ def _skip(difference, scan: Scan, args, kwargs):
     if weight is None:
         return torch.zeros_like(difference)
     term = (weight[..., None] if scan.has_tokens else weight) * difference
-    return term if gate is None else term * F.silu(gate)
+    return term if gate is None else term * functional.silu(gate)
 
 
 def _add(output, term):
@@ -277,7 +277,7 @@ class Mixers(NamedTuple):
         """Find the mixers of a native layer, and give the known ones a `MixerForward`."""
         known, unknown, foreign = {}, [], []
         for path, module in layer.named_modules():
-            names = _names(type(module))
+            names = _names(type(module))  # type: ignore[arg-type]
             if any(FOREIGN_STATE.search(name) for name in names.difference(STATE_CALLS)):
                 foreign.append(type(module).__name__)
             elif names.isdisjoint(STATE_CALLS):
@@ -293,8 +293,8 @@ class Mixers(NamedTuple):
         """Raise ValueError if a layer, by its number, cannot be looped under a K/V policy."""
         if self.foreign:
             raise ValueError(
-                f"cannot loop layer {layer}: {self.foreign[0]} keeps a recurrent state where the passes of a loop would "
-                "overwrite each other's; choose another span, or a newer transformers"
+                f"cannot loop layer {layer}: {self.foreign[0]} keeps a recurrent state where the passes of a loop "
+                "would overwrite each other's; choose another span, or a newer transformers"
             )
         if kv == "shared" and self.unknown:
             raise ValueError(

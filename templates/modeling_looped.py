@@ -93,8 +93,11 @@ class LoopedModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: the native class initialises what a checkpoint lacks. For custom code, transformers 5 would skip modules
-        without parameters, such as the decoder of Falcon-H1, which initialises buffers of its layers."""
+        """False: the native class initialises what a checkpoint lacks.
+
+        For custom code, transformers 5 skips modules without parameters, and Falcon-H1's decoder, which is one,
+        initialises buffers of its layers.
+        """
         return False
 
 

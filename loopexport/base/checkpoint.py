@@ -58,6 +58,9 @@ FOREIGN_WEIGHTS = {
 # Parameters of layers that remember more than a K/V cache: state spaces, linear attention, convolutions, compressors.
 RECURRENT_TENSOR = re.compile(r"\.(A_log|conv_?1d|conv\.conv|rg_lru|time_decay|linear_attn|compressor)\b")
 
+# Those of them whose memory no loop can handle: a state in the module itself.
+UNLOOPABLE_TENSOR = re.compile(r"\.(rg_lru|time_decay)\b")
+
 # Config keys for the number of experts in a sparse layer.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -180,12 +183,16 @@ class Checkpoint:
     @cached_property
     def recurrent_tensors(self) -> dict[int, str]:
         """For each layer that remembers more than keys and values, the name of a tensor that shows it."""
-        found = {}
-        for name in self.tensors:
-            layer = layer_of(name)
-            if layer is not None and RECURRENT_TENSOR.search(name):
-                found[layer] = name
-        return found
+        return self._layers_with(RECURRENT_TENSOR)
+
+    @cached_property
+    def unloopable_tensors(self) -> dict[int, str]:
+        """For each layer whose memory no loop can handle, the name of a tensor that shows it."""
+        return self._layers_with(UNLOOPABLE_TENSOR)
+
+    def _layers_with(self, pattern: re.Pattern) -> dict[int, str]:
+        owners = {name: layer_of(name) for name in self.tensors if pattern.search(name)}
+        return {layer: name for name, layer in owners.items() if layer is not None}
 
 
 def open_checkpoint(

@@ -334,12 +334,18 @@ def _span_explained(preset: str | None) -> Iterator[None]:
 
 
 def check_layers(base: Checkpoint, loop: LoopSpec) -> None:
-    """Raise SpecError unless the base has the looped layers, and their memory is a K/V cache."""
+    """Raise SpecError unless the base has the looped layers, and a loop can handle their memory."""
     try:
         loop.check_depth(base.num_layers)
         loop.check_layer_types(layer_types(base.config))
     except ValueError as error:
         raise SpecError(str(error)) from None
+    layer = next((layer for layer in loop.layers if layer in base.unloopable_tensors), None)
+    if layer is not None:  # the weights show it where the config does not
+        raise SpecError(
+            f"layer {layer} keeps more of the past than a cache of keys, values and states "
+            f"({base.unloopable_tensors[layer]}), and cannot be run again: choose another span"
+        )
 
 
 def _write(path: Path, content: bytes) -> FileRecord:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import loopexport
@@ -48,6 +50,37 @@ def test_iterations_place_tokens_where_the_natural_pass_did(tmp_path):
     """Llama 4 scales queries by a position that it takes from the cache's length, which grows in the natural pass."""
     base = save_tiny_family("llama4_text", tmp_path / "base", floor_scale=2, attn_scale=1.0)
     check_exact(base, (2, 5), tmp_path)  # layer 3 is one of those that do
+
+
+@pytest.fixture
+def hybrid(tmp_path):
+    """A base of linear attention with full attention in layers 3 and up, by the interval that real configs give."""
+    return save_tiny_family("qwen3_next", tmp_path / "hybrid")
+
+
+def test_layers_of_an_unknown_type_are_refused_and_a_span_around_them_is_not(hybrid, tmp_path):
+    path = hybrid / "config.json"
+    native = json.loads(path.read_text())
+    path.write_text(json.dumps({**native, "layer_types": ["unheard_of"] * 3 + native["layer_types"][3:]}))
+    with pytest.raises(loopexport.LoopExportError, match="layer 2 is of type unheard_of; only layers of types"):
+        loopexport.plan_convert(str(hybrid), span=(2, 4), steps=2)
+    assert loopexport.plan_convert(str(hybrid), span=(3, 4), steps=2)
+
+
+def test_memory_that_no_loop_handles_is_seen_in_the_weights(hybrid):
+    path = hybrid / "model.safetensors"
+    save_file({**load_file(path), "model.layers.2.temporal_block.rg_lru.weight": torch.zeros(2)}, path)
+    with pytest.raises(loopexport.LoopExportError, match=r"layer 2 keeps more .*rg_lru"):
+        loopexport.plan_convert(str(hybrid), span=(2, 4), steps=2)
+    assert loopexport.plan_convert(str(hybrid), span=(3, 4), steps=2)
+
+
+@pytest.mark.skipif(hasattr(DynamicCache, "get_conv_state"), reason="this cache has recurrent states")
+@pytest.mark.parametrize("kv", ["shared", "per_step"])
+def test_recurrent_layers_are_refused_on_transformers_4(hybrid, tmp_path, kv):
+    out = loopexport.convert(str(hybrid), tmp_path / "out", span=(3, 4), steps=2).root
+    with pytest.raises(ValueError, match="cannot loop layer 2: Qwen3NextGatedDeltaNet keeps a recurrent state where"):
+        AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, loop_span=[2, 4], loop_kv=kv)
 
 
 def test_family_that_the_walk_saw_refused_is_refused_by_convert(tiny_base, tmp_path):

@@ -6,8 +6,8 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 
 def unrolled_copy(model: Any, span: tuple[int, int], steps: int) -> Any:
@@ -19,12 +19,22 @@ def unrolled_copy(model: Any, span: tuple[int, int], steps: int) -> Any:
     copied.base_model.layers = nn.ModuleList([copy.deepcopy(model.base_model.layers[index]) for index in order])
     copied.config.num_hidden_layers = len(order)
     if getattr(model.config, "layer_types", None):
-        copied.config.layer_types = [model.config.layer_types[index] for index in order]
+        _set_layer_types(copied.config, [model.config.layer_types[index] for index in order])
     for index, layer in enumerate(copied.base_model.layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
     return copied
+
+
+def _set_layer_types(config, layer_types: list[str]) -> None:
+    """Set a config's layer types, also where its class computes them."""
+    native = type(config)
+    name = native.attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(native, name, None), property):
+        config.__class__ = type(native.__name__, (native,), {name: layer_types})
+    else:
+        setattr(config, name, layer_types)
 
 
 def shared_by_hand(model: Any, tokens, span: tuple[int, int], steps: int):
@@ -71,7 +81,7 @@ def _hidden(output):
 
 
 def _convolution(layer: nn.Conv1d, earlier, last):
-    """At each token, the weighted sum of `earlier` at the tokens before it and of `last` at this one; (batch, seq, n)."""
+    """At each token, a weighted sum of `earlier` at the tokens before it and `last` at this one, `(batch, seq, n)`."""
     weight, rows = layer.weight[:, 0], []
     width = weight.shape[-1]
     for token in range(last.shape[1]):
@@ -85,16 +95,15 @@ def _convolution(layer: nn.Conv1d, earlier, last):
 def _delta_rule(mixer, natural, own):
     sizes = [mixer.key_dim, mixer.key_dim, mixer.value_dim]
     earlier = mixer.in_proj_qkv(natural)
-    query = F.silu(_convolution(mixer.conv1d, earlier, mixer.in_proj_qkv(own))).split(sizes, -1)[0]
-    _, key, value = F.silu(_convolution(mixer.conv1d, earlier, earlier)).split(sizes, -1)
+    query = functional.silu(_convolution(mixer.conv1d, earlier, mixer.in_proj_qkv(own))).split(sizes, -1)[0]
+    _, key, value = functional.silu(_convolution(mixer.conv1d, earlier, earlier)).split(sizes, -1)
     query, key = (each.unflatten(-1, (mixer.num_k_heads, -1)) for each in (query, key))
     value = value.unflatten(-1, (mixer.num_v_heads, -1))
     repeats = mixer.num_v_heads // mixer.num_k_heads
-    query, key = (
-        (each / (each.square().sum(-1, True) + 1e-6).sqrt()).repeat_interleave(repeats, 2) for each in (query, key)
-    )
+    query, key = (each / (each.square().sum(-1, True) + 1e-6).sqrt() for each in (query, key))
+    query, key = (each.repeat_interleave(repeats, 2) for each in (query, key))
     beta = mixer.in_proj_b(natural).sigmoid()
-    decay = (-mixer.A_log.exp() * F.softplus(mixer.in_proj_a(natural) + mixer.dt_bias)).exp()
+    decay = (-mixer.A_log.exp() * functional.softplus(mixer.in_proj_a(natural) + mixer.dt_bias)).exp()
     state = torch.zeros(*value.shape[:1], *value.shape[2:3], key.shape[-1], value.shape[-1])
     rows = []
     for t in range(own.shape[1]):
@@ -114,12 +123,12 @@ def _state_space(mixer, natural, own):
     parts = [mixer.intermediate_size, states, states]
     _, earlier, dt = mixer.in_proj(natural).split(sizes, -1)
     gate, last, _ = mixer.in_proj(own).split(sizes, -1)
-    x, b, _ = F.silu(_convolution(mixer.conv1d, earlier, earlier)).split(parts, -1)
-    own_x, _, c = F.silu(_convolution(mixer.conv1d, earlier, last)).split(parts, -1)
+    x, b, _ = functional.silu(_convolution(mixer.conv1d, earlier, earlier)).split(parts, -1)
+    own_x, _, c = functional.silu(_convolution(mixer.conv1d, earlier, last)).split(parts, -1)
     x, own_x = (each.unflatten(-1, (mixer.num_heads, -1)) for each in (x, own_x))
     repeats = mixer.num_heads // mixer.n_groups
     b, c = (each.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(repeats, 2) for each in (b, c))
-    dt = F.softplus(dt + mixer.dt_bias)
+    dt = functional.softplus(dt + mixer.dt_bias)
     decay = (-mixer.A_log.exp() * dt).exp()
     state = torch.zeros(x.shape[0], *x.shape[2:], b.shape[-1])
     rows = []

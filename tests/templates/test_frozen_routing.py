@@ -55,18 +55,13 @@ def freezes(family, directory) -> str:
     return ""
 
 
-# Families of which some layers can be looped, but none that has experts.
-REFUSED = {"nemotron_h": "only layers whose memory is a K/V cache can be run again"}
-
-
 @pytest.mark.matrix
 @pytest.mark.parametrize("family", SPARSE_FAMILIES)
 def test_experts_get_the_same_tokens_and_weights_in_every_iteration_or_freezing_is_refused(family, tmp_path):
     status = families.outcomes().get(family, {}).get(RELEASE, "works").partition(":")[0]
     if status in ("refused", "untried", "no span"):
         pytest.skip(f"{family} cannot be looped at all: {status}")
-    refusal = freezes(family, tmp_path)
-    assert REFUSED[family] in refusal if family in REFUSED else refusal == ""
+    assert freezes(family, tmp_path) == ""
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not HAS_STATE_CALLS, reason="a cache with recurr
 SPAN = (1, 4)
 TOKENS = tiny_tokens(2, 11)
 LOOPED = [name for name in RECURRENT if name != "minimax" and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+WITH_EXPERTS = ("qwen3_next", "jamba", "nemotron_h")
 # Mamba-1 of transformers starts each chunk of several tokens from an empty state.
 CUTS = {"jamba": [(8, 9, 10, 11)]}
 ALL_CUTS = [(5, 6, 11), (1, 2, 3, 11), (9, 10, 11)]
@@ -78,10 +79,12 @@ def test_naive_per_step_is_an_unrolled_model(load, family):
     unrolled = unrolled_copy(plain, SPAN, 3)
     mask = torch.ones_like(TOKENS)
     mask[0, :3] = 0
-    assert_bitwise(logits(looped, TOKENS), logits(unrolled, TOKENS))
+    # Sums in grouped matrix products depend on where the experts lie in memory.
+    assert_equal = assert_close if family in WITH_EXPERTS else assert_bitwise
+    assert_equal(logits(looped, TOKENS), logits(unrolled, TOKENS))
     assert_differs(logits(looped, TOKENS), logits(plain, TOKENS))
     padded = [logits(model, TOKENS, attention_mask=mask) for model in (looped, unrolled)]
-    assert_bitwise(padded[0][mask.bool()], padded[1][mask.bool()])
+    assert_equal(padded[0][mask.bool()], padded[1][mask.bool()])
     cuts = CUTS.get(family, ALL_CUTS)[0]
     assert_close(in_chunks(looped, TOKENS, cuts), in_chunks(unrolled, TOKENS, cuts))
     options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
@@ -132,7 +135,7 @@ def test_layer_mode_and_frozen_routing(load):
 
 
 def test_reference_ends_with_the_natural_states(load):
-    """Without a past, each pass has its own chunk alone, as under per_step; the cache holds what the natural pass left."""
+    """Without a past, each pass has its own chunk alone, as under per_step; the cache keeps the natural states."""
     _, looped = load("qwen3_5_text", kv="per_step")
     own = logits(looped, TOKENS)
     kept = {}
@@ -143,11 +146,9 @@ def test_reference_ends_with_the_natural_states(load):
             one = looped(TOKENS[:, :1], past_key_values=kept[kv]).logits
         assert one.isfinite().all()
     assert_close(first, own)
-    for index in (0, 1):  # later layers get other hidden states
-        ours, theirs = (kept[kv].layers[index] for kv in ("shared", "reference"))
-        assert_close(ours.conv_states[0], theirs.conv_states[0], tolerance=1.0 if index else 1e-6)
-        if index == 0:
-            assert_bitwise(ours.recurrent_states[0], theirs.recurrent_states[0])
+    ours, theirs = (kept[kv].layers[SPAN[0]] for kv in ("shared", "reference"))
+    assert_bitwise(ours.conv_states[0], theirs.conv_states[0])
+    assert_bitwise(ours.recurrent_states[0], theirs.recurrent_states[0])
 
 
 def test_each_slot_takes_up_the_natural_input_of_a_token_that_skips_the_loop(load):
@@ -173,6 +174,7 @@ def test_each_slot_takes_up_the_natural_input_of_a_token_that_skips_the_loop(loa
 
     for index in range(SPAN[0], SPAN[1] + 1):  # the layer behind the natural pass is the first copy, which gets n
         layers[index].register_forward_pre_hook(keep(index))
+    for index in range(SPAN[0], SPAN[1] + 1):
         layers[index + width].register_forward_pre_hook(skip(index))
     assert_close(ours, logits(unrolled, TOKENS), tolerance=3e-5)
     assert_differs(ours, logits(looped, TOKENS))
@@ -199,12 +201,17 @@ def test_threads_share_a_model(load):
             assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "granitemoehybrid"])
-def test_compiled_shared_equals_eager(load, family):
+def test_compiled_shared_equals_eager(tmp_path):
+    """Under torch.compile too, a mixer gets our kernels and not the native module's."""
+    types = ["linear_attention", "full_attention"]
+    base = save_tiny("granitemoehybrid", tmp_path / "base", num_hidden_layers=2, layer_types=types)
+    out = loopexport.convert(str(base), tmp_path / "compiled", span=(0, 1), steps=2).root
+    looped = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+    want = logits(looped, TOKENS)
     torch._dynamo.reset()
-    _, looped = load(family)
-    compiled = torch.compile(looped, fullgraph=True, backend="aot_eager")
-    assert_close(logits(compiled, TOKENS), logits(looped, TOKENS))
+    assert_close(logits(torch.compile(looped, fullgraph=True, backend="aot_eager"), TOKENS), want)
+    looped.config.loop_kv = "per_step"
+    assert_differs(logits(looped, TOKENS), want)  # the native kernels' answer
 
 
 def test_gradient_checkpointing_is_exact_or_refused(load):
@@ -225,7 +232,9 @@ def test_gradient_checkpointing_is_exact_or_refused(load):
 
 
 def test_state_outside_of_the_cache_is_refused(load):
-    with pytest.raises(ValueError, match="cannot loop layer 1: MiniMaxLightningAttention keeps a recurrent state where"):
+    with pytest.raises(
+        ValueError, match="cannot loop layer 1: MiniMaxLightningAttention keeps a recurrent state where"
+    ):
         load("minimax")
 
 
