@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from click.testing import CliRunner
 
-from loopexport.base.families import ONNX, grouped_outcomes, outcomes, releases
+from loopexport.base.families import MEDIA, ONNX, READS, grouped_outcomes, outcomes, releases
 from loopexport.cli.commands import main
 from loopexport.cli.text import rule_lines
 from loopexport.loop.presets import PRESETS, STATUSES, Preset, Result
@@ -79,19 +79,33 @@ def rules() -> str:
 
 def family_counts() -> str:
     """How many families came out how, on each release."""
-    lines = []
-    for release in releases():
-        statuses = [record[release].partition(": ")[0] for record in outcomes().values() if release in record]
-        counts = ", ".join(f"{statuses.count(status)} {status}" for status in OUTCOMES)
-        lines.append(f"- transformers {release}, {len(statuses)} families: {counts}")
+    kinds = ((False, "families that read text alone"), (True, "multimodal families"))
+    lines = [_counts(release, *kind) for release in releases() for kind in kinds]
     exported = [record[ONNX].partition(": ")[0] for record in outcomes().values() if ONNX in record]
     counts = ", ".join(f"{exported.count(status)} {status}" for status in ("works", "refused"))
     lines.append(f"- ONNX, {len(exported)} families that can be looped, wholly or in part: {counts}")
     return "\n".join(lines)
 
 
+def _counts(release: str, is_multimodal: bool, kind: str) -> str:
+    records = [each for each in outcomes().values() if release in each and (READS in each) == is_multimodal]
+    statuses = [record[release].partition(": ")[0] for record in records]
+    counts = ", ".join(f"{statuses.count(status)} {status}" for status in OUTCOMES)
+    return f"- transformers {release}, {len(statuses)} {kind}: {counts}"
+
+
+def multimodal_families() -> str:
+    """All multimodal families, those of like outcome in one row."""
+    rows = [
+        (reads, *(status or "absent" for status in statuses), ", ".join(names), reason)
+        for reads in MEDIA
+        for (*statuses, _), reason, names in grouped_outcomes(reads)
+    ]
+    return _table(("reads", *(f"transformers {release}" for release in releases()), "families", "why not"), rows)
+
+
 def families() -> str:
-    """All families, those of like outcome in one row."""
+    """All families that read text alone, those of like outcome in one row."""
     rows = [
         (*(status or "absent" for status in statuses), onnx or "none", ", ".join(names), reason)
         for (*statuses, onnx), reason, names in grouped_outcomes()

@@ -42,20 +42,29 @@ IN_WORDS = (
         "the base's own cached decoding differs from its full forward",
     ),
     (r"the base itself cannot decode with a cache here: .*", "the base's own cached decoding fails on a tiny model"),
+    (r"the base itself fails here: .*", "the base itself fails on a tiny model"),
+    (
+        r"exact with text alone; .*",
+        "with text alone the loop is exact, but its tiny model was given no image or sound",
+    ),
+    (r"missing, unexpected or mismatched keys, .*", "the base itself does not load all of its weights"),
     (r"config.json tells (no number of layers .*)", r"config.json gives \1"),
     (r"\w+ requires the ([\w-]+) library but .*", r"it needs the library \1"),
 )
 NOT_MADE = "no tiny model of it could be built"  # the error of transformers itself would tell a reader nothing
 
 FILE = Path(__file__).with_name("families.json")
-ONNX = "onnx"  # key of the outcome of the ONNX export, beside the keys of the releases
+# Keys beside those of the releases: the outcome of the ONNX export, and what a multimodal family reads beside text.
+ONNX, READS = "onnx", "reads"
+MEDIA = ("images", "sound")  # values of `READS`; some of the first read sound too
 
 
 @lru_cache(maxsize=1)
 def outcomes() -> dict[str, dict[str, str]]:
     """For each `model_type`, its outcome by release of transformers, such as "works" or "refused: why".
 
-    The key `ONNX` has the outcome of the ONNX export, for families that work at least in part on the newest release.
+    The key `ONNX` has the outcome of the ONNX export, for text families that work at least in part on the newest
+    release. The key `READS` has one of `MEDIA`, for multimodal families.
     """
     return json.loads(FILE.read_text(encoding="utf-8"))
 
@@ -74,7 +83,7 @@ def newest_outcome(model_type: str) -> tuple[str, str]:
     `Outcome` in `tests/support/family_walk.py` defines the statuses.
     """
     record = outcomes().get(model_type, {})
-    newest = max(record.keys() - {ONNX}, key=_version, default="")
+    newest = max(record.keys() - {ONNX, READS}, key=_version, default="")
     return _split(record.get(newest, ""))
 
 
@@ -86,17 +95,22 @@ def onnx_outcome(model_type: str) -> tuple[str, str]:
 def releases() -> list[str]:
     """The releases of transformers on which families were tested, newest first."""
     found = {release for record in outcomes().values() for release in record}
-    return sorted(found - {ONNX}, key=_version, reverse=True)
+    return sorted(found - {ONNX, READS}, key=_version, reverse=True)
 
 
-def grouped_outcomes() -> list[tuple[tuple[str, ...], str, list[str]]]:
+def grouped_outcomes(reads: str = "") -> list[tuple[tuple[str, ...], str, list[str]]]:
     """Families grouped by outcome: `(statuses, reason, families)`.
 
     There is one status for each of `releases()`, then one for the ONNX export. "" means that the release does not have
     the family, or that no ONNX export was tested.
+
+    Args:
+        reads: one of `MEDIA`, for the families that read it; "" for those that read text alone.
     """
     groups: dict[tuple, list[str]] = {}
     for family, record in outcomes().items():
+        if record.get(READS, "") != reads:
+            continue
         statuses = tuple(record.get(key, "").partition(": ")[0] for key in (*releases(), ONNX))
         reasons = [_short(newest_outcome(family)[1]), _short(onnx_outcome(family)[1])]
         reason = "; ONNX: ".join(reasons) if all(reasons) else "".join(reasons)
@@ -168,7 +182,7 @@ def check_family(config: dict) -> None:
     if status == "refused":
         raise CheckpointError(f"family {model_type!r} cannot be looped: {reason}")
     if not status:
-        _check_native(model_type)
+        _check_native(model_type, ", or convert its language model with --text-only" if is_multimodal(config) else "")
         _check_generates(config)
 
 
@@ -193,14 +207,14 @@ def _check_generates(config: dict) -> None:
         )
 
 
-def _check_native(model_type: str) -> None:
+def _check_native(model_type: str, or_else: str = "") -> None:
     """Check that transformers has the family's native model, which an export runs; for families without a record."""
     from transformers import CONFIG_MAPPING, __version__
 
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"transformers {__version__} has no model family {model_type!r}, and an export never runs code that comes "
-            "with a checkpoint; install a transformers that has the family"
+            f"with a checkpoint; install a transformers that has the family{or_else}"
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint, Origin
-from loopexport.base.families import grouped_outcomes, releases
+from loopexport.base.families import MEDIA, grouped_outcomes, releases
 from loopexport.export.adoption import AdoptPlan
 from loopexport.export.card_results import difference_text
 from loopexport.export.check import Check
@@ -192,8 +192,15 @@ def _field_text(rule: Rule, field: str) -> str:
 
 def family_lines() -> list[str]:
     """One block for each group of families with the same results: the results, the reason, the names."""
+    lines = _group_lines()
+    for reads in MEDIA:
+        lines += ["", f"Families that read {reads} too:", *_group_lines(reads)]
+    return lines
+
+
+def _group_lines(reads: str = "") -> list[str]:
     lines = []
-    for (*statuses, onnx), reason, names in grouped_outcomes():
+    for (*statuses, onnx), reason, names in grouped_outcomes(reads):
         by_release = zip(statuses, releases(), strict=True)
         outcome = ", ".join(f"{status or 'absent'} on {release}" for status, release in by_release)
         outcome += f", {onnx} in ONNX" if onnx else ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CONFIG
-from loopexport.base.families import is_multimodal, onnx_outcome
+from loopexport.base.families import onnx_outcome
 from loopexport.choices import Attention, OnnxDtype
 from loopexport.errors import OnnxError, OutputError, SpecError
 from loopexport.export.directory import BASE_FOLDER, Export, is_export, open_export
@@ -144,9 +144,10 @@ def plan_onnx(
         )
     if "quantization_config" in export.base.config:
         raise OnnxError("the base is quantised; ONNX export needs a checkpoint in fp32, fp16 or bf16")
-    if is_multimodal(export.base.config):
+    if export.base.is_multimodal:
         raise OnnxError(
-            f"{export.root} is multimodal, and graphs run language models alone; try its base with --text-only"
+            f"{export.root} reads more than text, and these graphs take token ids alone; convert its base with "
+            "--text-only, and export that"
         )
     if attention not in ATTENTION_LAYOUTS:
         raise OnnxError(f"attention {attention!r} must be one of {', '.join(ATTENTION_LAYOUTS)}")

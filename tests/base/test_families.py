@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 
 import pytest
@@ -12,16 +12,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import loopexport
 from loopexport.base import families
-from support.family_walk import RELEASE, check_exact, save_tiny_family, walk
+from support.family_walk import RELEASE, check_exact, save_tiny_family, walk, walked_families
+from support.multimodal_walk import MULTIMODAL_FAMILIES
 from support.structure import REPRESENTATIVES, by_class
 
-# The classes of structure, and what is refused, or works in part.
-SAMPLE = (*REPRESENTATIVES, "xlnet", "qwen3_next")
+# The classes of structure; what is refused, or works in part; images, some of them added between layers; sound.
+SAMPLE = (*REPRESENTATIVES, "xlnet", "qwen3_next", "qwen3_vl", "qwen2_audio")
 
 RAW_WORDS = re.compile(r"['`]\w+['`]|\b(object|attribute|operand|validator|\w*Error|negative|StopIteration)\b|\^")
 
 
-@pytest.mark.parametrize("family", by_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, SAMPLE))
+@pytest.mark.parametrize("family", by_class(walked_families(), SAMPLE))
 def test_every_family_comes_out_as_recorded(family, tmp_path, monkeypatch):
     """`walk` itself fails where an export is not exact; a release that is not recorded has only that to pass."""
     recorded = families.outcomes().get(family, {}).get(RELEASE)
@@ -49,34 +50,6 @@ def test_iterations_place_tokens_where_the_natural_pass_did(tmp_path):
     check_exact(base, (2, 5), tmp_path)  # layer 3 is one of those that do
 
 
-@pytest.fixture
-def hybrid(tmp_path):
-    """A base of linear attention with full attention in layers 3 and up, by the interval that real configs give."""
-    return save_tiny_family("qwen3_next", tmp_path / "hybrid")
-
-
-def test_recurrent_layers_are_refused_and_a_span_around_them_is_not(hybrid, tmp_path):
-    with pytest.raises(loopexport.LoopExportError, match="layer 2 is of type linear_attention; only layers"):
-        loopexport.plan_convert(str(hybrid), span=(2, 4), steps=2)
-    assert loopexport.convert(str(hybrid), tmp_path / "out", span=(3, 4), steps=2)
-
-
-def test_recurrent_layers_are_seen_where_the_config_does_not_tell(hybrid):
-    path = hybrid / "config.json"
-    config = json.loads(path.read_text())
-    del config["layer_types"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(loopexport.LoopExportError, match=r"layer 2 keeps more .*linear_attn"):
-        loopexport.plan_convert(str(hybrid), span=(2, 4), steps=2)
-    assert loopexport.plan_convert(str(hybrid), span=(3, 4), steps=2)
-
-
-def test_run_time_change_to_a_recurrent_layer_is_refused(hybrid, tmp_path):
-    out = loopexport.convert(str(hybrid), tmp_path / "out", span=(3, 4), steps=2).root
-    with pytest.raises(ValueError, match="layer 2 is of type linear_attention"):
-        AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, loop_span=[2, 4])
-
-
 def test_family_that_the_walk_saw_refused_is_refused_by_convert(tiny_base, tmp_path):
     with pytest.raises(
         loopexport.LoopExportError, match="family 'xlnet' cannot be looped: one of its layers takes no K/V cache"
@@ -92,3 +65,21 @@ def test_reasons_are_plain_sentences():
     for record in families.worded_outcomes().values():  # what --json prints, for every release
         for outcome in record.values():
             assert not RAW_WORDS.search(outcome), outcome
+
+
+def test_every_family_of_this_release_has_an_outcome():
+    recorded = {family for family, record in families.outcomes().items() if RELEASE in record}
+    if not recorded:
+        pytest.skip(f"the walk was not recorded on transformers {RELEASE}")
+    assert set(walked_families()) == recorded
+
+
+def test_each_family_is_in_the_groups_of_what_it_reads():
+    groups = {reads: families.grouped_outcomes(reads) for reads in ("", *families.MEDIA)}
+    names = {reads: [name for *_, names in group for name in names] for reads, group in groups.items()}
+    assert sorted(itertools.chain(*names.values())) == sorted(families.outcomes())
+    assert "llava" in names["images"]
+    assert "llama" in names[""]
+    if RELEASE in families.outcomes().get("qwen2_audio", {}):
+        assert "qwen2_audio" in names["sound"]
+    assert not set(names[""]) & set(MULTIMODAL_FAMILIES)

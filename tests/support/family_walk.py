@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 import loopexport
 from loopexport.base import families
-from support.multimodal_walk import MULTIMODAL_FAMILIES, walk_multimodal
+from support.multimodal_walk import MULTIMODAL_FAMILIES, reads, walk_multimodal
 from support.walk_checks import RELEASE, Outcome, check_exact, one_line, try_spans, why_base_cannot_decode
 from support.walk_configs import save_base, save_tiny_family, tiny_family_config
 
@@ -128,11 +128,14 @@ def _forget() -> None:
 def _record(family: str, outcome: str) -> None:
     recorded = _recorded()
     recorded.setdefault(family, {})[RELEASE] = outcome
+    if family in MULTIMODAL_FAMILIES:
+        recorded[family][families.READS] = reads(family)
     _write(recorded)
 
 
 def _write(recorded: dict[str, dict[str, str]]) -> None:
-    kept = {family: dict(sorted(record.items())) for family, record in sorted(recorded.items()) if record}
+    tried = {family: record for family, record in recorded.items() if record.keys() - {families.READS}}
+    kept = {family: dict(sorted(record.items())) for family, record in sorted(tried.items())}
     families.FILE.write_text(json.dumps(kept, indent=1) + "\n")
 
 

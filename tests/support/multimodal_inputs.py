@@ -137,6 +137,20 @@ def _crossed_tiles(tower, count, tiles=4):
     }
 
 
+def _strip_of_patches(tower, count, side=8):
+    pixels = _noise(1, 3, _patch(tower), count * side * side * _patch(tower))
+    return {"pixel_values": pixels, "target_sizes": torch.tensor([[side, side]] * count)}
+
+
+def _crops(tower, count):
+    size, side = _size(tower), _size(tower) // _patch(tower)
+    return {
+        "image_pixel_values": _noise(count, 2, 3, size, size),
+        "image_sizes": torch.tensor([[size, size]] * count),
+        "image_attention_mask": torch.ones(count, 2, side, side, dtype=torch.long),
+    }
+
+
 def _high_and_low(tower, count):
     return _plain(tower, count) | {"high_res_pixel_values": _noise(count, 3, _size(tower), _size(tower))}
 
@@ -165,6 +179,8 @@ IMAGES: dict[str, Recipe] = {
     "patches to merge": Recipe(_merged_patches),
     "patches with positions": Recipe(_positioned_patches),
     "patches with a mask": Recipe(_masked_patches),
+    "a strip of patches": Recipe(_strip_of_patches),
+    "crops": Recipe(_crops),
     "images by row": Recipe(_rows_of_images, by_row=True),
     "tiles by row": Recipe(_tiles_by_row, by_row=True),
     "tiles to attend to": Recipe(_crossed_tiles, by_row=True),
@@ -312,7 +328,8 @@ def _elements(output) -> int:
 
 def _placeholder(config, kind: str) -> int:
     names = (f"{kind}_token_id", f"{kind}_token_index")
-    found = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+    values = (getattr(each, name, None) for each in (config, _tower(config, kind)) for name in names)
+    found = next((value for value in values if value is not None), None)
     return FIRST_SPECIAL_TOKEN if found is None else found
 
 
@@ -360,6 +377,9 @@ def with_types(model, medium: Medium, arguments: dict, prompt_length: int | None
     if model.config.model_type == "paligemma":  # 0: attends in both directions, as all of a prompt does
         types = (torch.arange(types.shape[1]) >= (prompt_length or types.shape[1])).long().repeat(len(types), 1)
     arguments = arguments | {name: types for name in TYPES if name in known}
+    if model.config.model_type == "idefics" and "pixel_values" in arguments:
+        rows, tokens = arguments["input_ids"].shape
+        arguments["image_attention_mask"] = torch.ones(rows, tokens, arguments["pixel_values"].shape[1])
     return arguments | (_cross_mask(arguments) if "cross_attention_mask" in known else {})
 
 

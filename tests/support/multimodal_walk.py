@@ -134,6 +134,12 @@ def _why_refused(family: str, config) -> str:
     return ""
 
 
+def reads(family: str) -> str:
+    """What a family reads beside text, one of `families.MEDIA`; images, if it reads both."""
+    has_vision = "vision_config" in getattr(CONFIG_MAPPING[family], "sub_configs", {})
+    return "images" if family in IMAGE_CLASSES or has_vision else "sound"
+
+
 def _auto_class(family: str):
     return AutoModelForImageTextToText if family in IMAGE_CLASSES else transformers.AutoModelForMultimodalLM
 

@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 import loopexport
 from loopexport.base import families
-from support.family_walk import RELEASE, STEPS, Outcome, WrongError, one_line, save_tiny_family, tiny_family_config
+from support.walk_checks import RELEASE, STEPS, Outcome, WrongError, one_line
+from support.walk_configs import save_tiny_family, tiny_family_config
 
 SPANS = ((2, 4), *((start, start + 1) for start in range(6)))
 # Values for the fields of these names in every config that has them; SWITCHES turn the windows on.
@@ -77,8 +78,9 @@ def _convert(base: Path, out: Path) -> Path:
 
 
 def walked_families() -> list[str]:
-    """The families that work on the installed release, or work in part."""
-    recorded = {family: record.get(RELEASE, "") for family, record in families.outcomes().items()}
+    """The text families that work on the installed release, or work in part."""
+    records = {family: record for family, record in families.outcomes().items() if families.READS not in record}
+    recorded = {family: record.get(RELEASE, "") for family, record in records.items()}
     return [family for family, outcome in recorded.items() if outcome.partition(":")[0] in ("works", "in part")]
 
 

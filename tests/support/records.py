@@ -22,16 +22,19 @@ VERIFY = tuple(
     f"loopexport/checks/{name}.py"
     for name in ("verification", "effect", "probe", "replay", "replay_rules", "replay_states")
 )
-WALK = ("tests/support/family_walk.py", "loopexport/base/families.py", "loopexport/base/families.json")
+WALKS = tuple(f"tests/support/{name}.py" for name in ("family_walk", "walk_checks", "walk_configs"))
+MULTIMODAL = tuple(f"tests/support/multimodal_{name}.py" for name in ("walk", "configs", "inputs"))
+WALK = (*WALKS, *MULTIMODAL, "loopexport/base/families.py", "loopexport/base/families.json")
 ORACLE = (
     *(f"tests/support/{name}.py" for name in ("oracle", "forwards", "routing", "rule_values", "loaded_code")),
-    *(f"tests/support/{name}.py" for name in ("watch_experts", "vllm_double", "family_walk")),
+    *(f"tests/support/{name}.py" for name in ("watch_experts", "vllm_double", "family_walk", "walk_configs")),
     *(f"tests/templates/test_{name}.py" for name in ("semantics", "rules", "frozen_routing", "routers")),
     *(f"tests/templates/test_{name}.py" for name in ("compile", "experts", "vllm_seam")),
 )
 VLLM = (
     *(f"templates/{name}.py" for name in ("configuration_looped", "modeling_looped")),
-    *(f"templates/looped_{name}.py" for name in ("decoder", "walk", "rules", "spec", "routing", "vllm", "vllm_limits")),
+    *(f"templates/looped_{name}.py" for name in ("arguments", "body", "decoder", "walk", "rules", "spec", "routing")),
+    *(f"templates/looped_{name}.py" for name in ("vllm", "vllm_limits")),
     "loopexport/checks/vllm.py", "loopexport/checks/vllm_worker.py", "tests/support/vllm_cases.py",
     "tests/support/tiny.py", "tests/checks/test_vllm.py",
 )  # fmt: skip

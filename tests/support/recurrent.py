@@ -90,7 +90,9 @@ def _delta_rule(mixer, natural, own):
     query, key = (each.unflatten(-1, (mixer.num_k_heads, -1)) for each in (query, key))
     value = value.unflatten(-1, (mixer.num_v_heads, -1))
     repeats = mixer.num_v_heads // mixer.num_k_heads
-    query, key = ((each / (each.square().sum(-1, True) + 1e-6).sqrt()).repeat_interleave(repeats, 2) for each in (query, key))
+    query, key = (
+        (each / (each.square().sum(-1, True) + 1e-6).sqrt()).repeat_interleave(repeats, 2) for each in (query, key)
+    )
     beta = mixer.in_proj_b(natural).sigmoid()
     decay = (-mixer.A_log.exp() * F.softplus(mixer.in_proj_a(natural) + mixer.dt_bias)).exp()
     state = torch.zeros(*value.shape[:1], *value.shape[2:3], key.shape[-1], value.shape[-1])
