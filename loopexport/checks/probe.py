@@ -30,6 +30,10 @@ PACKAGES = {"pillow": "PIL", "torchvision": "torchvision"}
 MAX_REASON_CHARS = 200
 
 
+class _NoImageError(Exception):
+    """There is no prompt with an image, for a reason that we know."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """The inputs of a forward, which can be split into chunks.
@@ -148,14 +152,14 @@ def _image_probe(prompt: dict[str, Any], config) -> Probe:
     """A processed prompt and random tokens after it.
 
     Raises:
-        ValueError: the processor made no pixels of the image.
+        _NoImageError: the processor made no pixels of the image.
     """
     import torch
 
     tokens = prompt.pop("input_ids")
     prompt.pop("attention_mask", None)  # there is no padding
     if not any(name.startswith("pixel_values") for name in prompt):
-        raise ValueError(f"its processor gives {', '.join(prompt) or 'nothing'} for an image, and no pixel_values")
+        raise _NoImageError(f"its processor gives {', '.join(prompt) or 'nothing'} for an image, and no pixel_values")
     more = _random_tokens(config, (1, sum(STEPS_AFTER_IMAGE)))
     by_token = {name: each for name, each in prompt.items() if getattr(each, "shape", None) == tokens.shape}
     return Probe(
@@ -170,10 +174,10 @@ def _processed_prompt(root: Path) -> dict[str, Any]:
     """What the export's processor makes of a question about an image.
 
     Raises:
-        FileNotFoundError: the export has no processor.
+        _NoImageError: the export has no processor.
     """
     if not any((root / name).exists() for name in PROCESSOR_FILES):
-        raise FileNotFoundError(f"the export has none of {', '.join(PROCESSOR_FILES)}")
+        raise _NoImageError(f"the export has none of {', '.join(PROCESSOR_FILES)}")
     from transformers import AutoProcessor
 
     processor: Any = AutoProcessor.from_pretrained(root, trust_remote_code=False)
@@ -200,6 +204,6 @@ def _picture():
 def _why_no_image(error: Exception) -> str:
     """The error, and which packages for images are not installed."""
     absent = [package for package, module in PACKAGES.items() if find_spec(module) is None]
-    if isinstance(error, FileNotFoundError) or not absent:
+    if isinstance(error, _NoImageError) or not absent:
         return one_line(error, MAX_REASON_CHARS)
     return f"{one_line(error, MAX_REASON_CHARS)}; perhaps for lack of a package: `pip install {' '.join(absent)}`"

@@ -200,8 +200,10 @@ class _Replay:
             raise CannotReplayError(f"layer {number} has {why}, for which kv shared is not computed by hand")
 
     def _run(self, number: int, h, cache):
-        """A layer's output for other hidden states and another cache."""
+        """A layer's output for other hidden states and another cache; without one, for whole sequences."""
         args, kwargs = self.calls[number].arguments(h, cache)
+        if cache is None and "attention_mask" in kwargs:
+            kwargs["attention_mask"] = None  # it fits the chunk; there is no padding
         if CHOSEN in kwargs:
             kwargs[CHOSEN] = self.chosen
         self.is_iterating = True
