@@ -20,7 +20,7 @@ TEMPLATES = ("templates/*.py",)
 TINY = ("tests/support/tiny.py", "tests/support/compare.py", "tests/support/structure.py")
 VERIFY = tuple(f"loopexport/checks/{name}.py" for name in ("verification", "effect", "replay", "replay_rules"))
 WALKS = tuple(f"tests/support/{name}.py" for name in ("family_walk", "walk_checks", "walk_configs"))
-MULTIMODAL = tuple(f"tests/support/multimodal_{name}.py" for name in ("walk", "configs", "inputs"))
+MULTIMODAL = tuple(f"tests/support/multimodal_{name}.py" for name in ("walk", "configs", "inputs", "recipes"))
 WALK = (*WALKS, *MULTIMODAL, "loopexport/base/families.py", "loopexport/base/families.json")
 ORACLE = (
     *(f"tests/support/{name}.py" for name in ("oracle", "forwards", "routing", "rule_values", "loaded_code")),
