@@ -6,9 +6,12 @@ the other files through them.
 
 FILES = (
     "configuration_looped.py",
+    "looped_arguments.py",
+    "looped_body.py",
     "looped_cache.py",
     "looped_checkpointing.py",
     "looped_decoder.py",
+    "looped_pools.py",
     "looped_recurrent.py",
     "looped_routing.py",
     "looped_rules.py",

@@ -13,15 +13,13 @@ Indexed attention chooses the positions that it reads. It stores one key more fo
 from __future__ import annotations
 
 import copy
-import inspect
-from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .looped_pools import NaturalSlots, OneSlot, ReplayedPools
 from .looped_spec import FIELDS, LoopSpec
 from .looped_states import (
     HAS_STATE,
@@ -35,9 +33,6 @@ from .looped_states import (
     has_past,
 )
 
-# Names of the K/V cache argument in native layers, newest first.
-CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
-
 # Attribute that we set on a cache: the loop of the latest forward that stored there, as `_fingerprint` gives it.
 FILLED_BY = "loop_filled_by"
 
@@ -46,41 +41,6 @@ FIRST_SLOT = "loop_first_slot"
 
 # Attribute that we set on a cache: the loop that its extra slots are for, as `_fingerprint` gives it.
 SLOTS_FOR = "loop_slots_for"
-
-
-class CacheArgument(NamedTuple):
-    """The argument of a module that takes the K/V cache.
-
-    Attributes:
-        name: its name.
-        position: its position among the positional arguments, counted from 0.
-    """
-
-    name: str
-    position: int
-
-    def value_in(self, args, kwargs):
-        """The cache in the arguments of a call, or None."""
-        return kwargs.get(self.name, args[self.position] if self.position < len(args) else None)
-
-    def put(self, cache, args: list, kwargs: dict) -> None:
-        """Replace the cache in the arguments of a call, in place."""
-        if self.position < len(args):
-            args[self.position] = cache
-        else:
-            kwargs[self.name] = cache
-
-
-def find_cache_argument(module: nn.Module) -> CacheArgument | None:
-    """The argument of a decoder layer or model that takes the K/V cache; None if it has none."""
-    names = list(inspect.signature(module.forward).parameters)
-    found = next((name for name in CACHE_ARGUMENTS if name in names), None)
-    return None if found is None else CacheArgument(found, names.index(found))
-
-
-def self_attention(cache):
-    """The cache of a decoder's own keys and values, also in decoders that can attend to an encoder."""
-    return getattr(cache, "self_attention_cache", cache)
 
 
 class CacheStandIn:
@@ -92,9 +52,11 @@ class CacheStandIn:
             time of an iteration the real cache already holds the chunk.
         states: the recurrent states that the layer saw in the natural pass.
         read: the keys and values that the layer reads, if they are known.
+        pools: for a layer that pools tokens, its slot in the natural pass as recorded, or as replayed; else None.
     """
 
     length: Any = None
+    pools: Any = None
     read: tuple = ()
 
     def __init__(self, cache):
@@ -103,7 +65,7 @@ class CacheStandIn:
 
     def see(self, natural: NaturalPass):
         """Let an iteration find the length and the states that the natural pass found; returns this stand-in."""
-        self.length, self.states = natural.length, natural.states
+        self.length, self.states, self.pools = natural.length, natural.states, natural.pools
         return self
 
     def ask(self, name: str, *args, **kwargs):
@@ -117,7 +79,7 @@ class CacheStandIn:
             return self.__getattr__("layers")
         layer = DynamicLayer()
         layer.update(*self.read[:2])
-        return defaultdict(lambda: layer)
+        return OneSlot(layer)
 
     def get_seq_length(self, *args, **kwargs):
         return self.ask("get_seq_length", *args, **kwargs) if self.length is None else self.length
@@ -148,6 +110,10 @@ class NaturalPass(RecordStates, CacheStandIn):
     rest: tuple = ((), {})
     new_index: tuple = ()
     read_index: tuple = ()
+
+    @property
+    def layers(self):
+        return NaturalSlots(self, super().layers)
 
     @property
     def seen(self) -> tuple:
@@ -189,6 +155,14 @@ class SharedRead(NaturalPresent, CacheStandIn):
     def __init__(self, cache, read):
         super().__init__(cache)
         self.read = read
+
+    @property
+    def layers(self):
+        return super().layers if self.pools is None else OneSlot(self.pools)
+
+    def see(self, natural: NaturalPass):
+        super().see(natural).pools = natural.pools and ReplayedPools(natural.pools.answers)
+        return self
 
     def update(self, keys, values, *args, **kwargs):
         return self.read[:2]
@@ -236,6 +210,10 @@ class OwnSlot(OwnStates, CacheStandIn):
         super().__init__(cache)
         self.read = read
         self.slot = slot
+
+    @property
+    def layers(self):
+        return OneSlot(super().layers[self.slot])
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         own = self.cache.update(keys, values, self.slot, *args, **kwargs)

@@ -19,14 +19,12 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from .looped_arguments import CACHE_ARGUMENTS, find_cache_argument, self_attention
 from .looped_cache import (
-    CACHE_ARGUMENTS,
     add_slots,
     check_filled_by,
     check_paged,
-    find_cache_argument,
     mark_filled,
-    self_attention,
 )
 from .looped_routing import ROUTERS, own_routing
 from .looped_spec import LoopSpec

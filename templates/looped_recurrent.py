@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .looped_cache import CacheArgument, NaturalPass, SharedRead, find_cache_argument
+from .looped_arguments import CacheArgument, find_cache_argument
+from .looped_cache import NaturalPass, SharedRead
 from .looped_states import STATE_CALLS, NaturalStates
 
 CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")

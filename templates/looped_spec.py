@@ -21,7 +21,9 @@ ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_
 # The same for layers that keep a recurrent state, alone or beside keys and values; and for layers without a memory.
 RECURRENT_TYPES = ("linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding")
 MEMORYLESS_TYPES = ("mlp", "moe")
-LOOPABLE_TYPES = ATTENTION_TYPES + RECURRENT_TYPES + MEMORYLESS_TYPES
+# And for layers that pool several tokens into one key, and keep the tokens of an unfinished pool too.
+POOLING_TYPES = ("heavily_compressed_attention", "compressed_sparse_attention")
+LOOPABLE_TYPES = ATTENTION_TYPES + RECURRENT_TYPES + MEMORYLESS_TYPES + POOLING_TYPES
 
 MAX_COUNT = 2**31 - 1  # the limit for steps and other counts: far more than useful, and fits any integer type
 
@@ -210,6 +212,11 @@ class LoopSpec:
         if not isinstance(layer_types, (list, tuple)) or len(layer_types) <= self.layers[-1]:
             return
         for layer in self.layers:
+            if layer_types[layer] in POOLING_TYPES and self.kv == "reference" and not self.is_identity:
+                raise ValueError(
+                    f"layer {layer} is of type {layer_types[layer]}: it pools several tokens into one key, and a pool "
+                    "cannot join natural tokens with an iterate's, as kv reference asks; use kv shared or per_step"
+                )
             if layer_types[layer] not in LOOPABLE_TYPES:
                 raise ValueError(
                     f"layer {layer} is of type {layer_types[layer]}; only layers of types {', '.join(LOOPABLE_TYPES)} "

@@ -13,26 +13,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import MutableMapping
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
+from .looped_arguments import CacheArgument, find_cache_argument, self_attention
+from .looped_body import Body
 from .looped_cache import (
-    CacheArgument,
     NaturalPass,
     OwnChunk,
     OwnSlot,
     SharedRead,
     add_slots,
     chunk_start,
-    find_cache_argument,
     is_empty,
     mark_filled,
-    self_attention,
 )
 from .looped_checkpointing import checkpointing_paused, is_checkpointing
+from .looped_pools import check_not_pooling, natural_cache
 from .looped_recurrent import Mixers
 from .looped_routing import RecordRoute, ReplayRoute, Routers, routing
 from .looped_rules import run_loop
@@ -277,7 +275,7 @@ class LayerCall:
         """The layer's output for the call as recorded; also records what iterations need."""
         spec = self.walk.spec
         if not is_checkpointing(self.native):
-            self.natural = NaturalPass(self.cache)
+            self.natural = NaturalPass(natural_cache(self.native, self.cache))
             # Without a cache, an iteration of another policy needs nothing of the natural pass.
             has_memory = self.cache is not None or spec.kv == "shared"
             with self._frozen(RecordRoute):
@@ -287,6 +285,7 @@ class LayerCall:
             return output
         if spec.kv == "shared":
             self.traits.mixers.check_not_checkpointed()
+            check_not_pooling(self.native)
         if spec.frozen_routing and self.routes:
             raise ValueError("frozen routing does not work with gradient checkpointing; switch one of them off")
         # Gradient checkpointing runs layers without a cache. Then only `shared` needs the natural K/V.
@@ -311,11 +310,11 @@ class LayerCall:
     def store_natural(self) -> None:
         """Store what the natural pass stored in the slots of all iterations, for tokens that do not loop.
 
-        The states of recurrent layers cannot be copied, since each slot has a past of its own. Each slot takes up the
-        natural input of the layer instead, for which the layer has to run.
+        Recurrent states and pools of tokens cannot be copied, since each slot has a past of its own. Each slot takes up
+        the natural input of the layer instead, for which the layer has to run.
         """
         for k in range(1, self.walk.spec.evaluations):
-            if self.natural.states:
+            if self.natural.states or self.natural.pools is not None:
                 self.run(self.hidden, self._iteration_cache(k), k)
             else:
                 self.natural.store_in(self.walk.slot(self.index, k))
@@ -351,53 +350,6 @@ class LayerCall:
     def _run_shared(self, k: int, hidden, *read):
         with checkpointing_paused(self.native):
             return _hidden_of(self.run(hidden, SharedRead(None, read), k))
-
-
-class Body:
-    """g for one span (in layer mode, one layer) in one forward: each call runs the recorded layers once more.
-
-    The first call runs nothing: it returns the result of the natural pass, which the native model has already run.
-
-    Attributes:
-        calls: the recorded calls of the layers, in order.
-        natural_outputs: each layer's output in the natural pass, `(batch, seq, hidden)`.
-
-    It raises ValueError if the model changed the hidden states between two layers: iterations would miss that.
-    """
-
-    def __init__(self, calls: list[LayerCall], natural):
-        for before, after in pairwise(calls):
-            if not _is_same(after.hidden, before.output):
-                raise ValueError(
-                    f"the model changes the hidden states between layers {before.index} and {after.index}, inside a "
-                    "span (it adds features of an image, or drops tokens); choose a span on one side of the change, "
-                    "or mode layer"
-                )
-        self.calls = calls
-        self.natural_outputs = [call.hidden for call in calls[1:]] + [natural]
-        self.count = 0
-
-    @property
-    def natural(self):
-        """n, the output of the natural pass, `(batch, seq, hidden)`."""
-        return self.natural_outputs[-1]
-
-    def __call__(self, hidden, replace=None):
-        """g(hidden), `(batch, seq, hidden)`; `replace(position, output)`, if given, replaces each layer's output."""
-        self.count += 1
-        if self.count == 1:
-            return self.natural
-        for position, call in enumerate(self.calls):
-            hidden = call.run_iteration(self.count - 1, hidden)
-            hidden = hidden if replace is None else replace(position, hidden)
-        return hidden
-
-
-def _is_same(hidden, output) -> bool:
-    """Whether hidden states are a layer's output, untouched; a compiled graph knows no more than that shapes agree."""
-    if hidden is output or hidden.shape != output.shape:
-        return hidden is output
-    return torch.compiler.is_compiling() or hidden.data_ptr() == output.data_ptr()  # a slice of all tokens is the same
 
 
 def _hidden_of(output):

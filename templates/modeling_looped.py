@@ -36,9 +36,12 @@ from .configuration_looped import (
     looped_config_class,
     multimodal_mappings,
 )
-from .looped_cache import CACHE_ARGUMENTS, add_slots, check_continuous_batching, self_attention
-from .looped_checkpointing import CHECKPOINTS  # noqa: F401  transformers 4 copies only files that this one imports
+from .looped_arguments import CACHE_ARGUMENTS, self_attention
+from .looped_body import Body  # noqa: F401  transformers 4 copies only files that this one imports
+from .looped_cache import add_slots, check_continuous_batching
+from .looped_checkpointing import CHECKPOINTS  # noqa: F401  as above
 from .looped_decoder import LOOP, loop_decoder
+from .looped_pools import POOLS  # noqa: F401  as above
 from .looped_recurrent import SCANS  # noqa: F401  as above
 from .looped_routing import ROUTERS  # noqa: F401  as above
 from .looped_rules import run_loop  # noqa: F401  as above

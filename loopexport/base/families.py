@@ -182,7 +182,7 @@ def check_family(config: dict) -> None:
     if status == "refused":
         raise CheckpointError(f"family {model_type!r} cannot be looped: {reason}")
     if not status:
-        _check_native(model_type)
+        _check_native(model_type, ", or convert its language model with --text-only" if is_multimodal(config) else "")
         _check_generates(config)
 
 
@@ -207,14 +207,14 @@ def _check_generates(config: dict) -> None:
         )
 
 
-def _check_native(model_type: str) -> None:
+def _check_native(model_type: str, or_else: str = "") -> None:
     """Check that transformers has the family's native model, which an export runs; for families without a record."""
     from transformers import CONFIG_MAPPING, __version__
 
     if model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"transformers {__version__} has no model family {model_type!r}, and an export never runs code that comes "
-            "with a checkpoint; install a transformers that has the family"
+            f"with a checkpoint; install a transformers that has the family{or_else}"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from loopexport.errors import CheckpointError
 
-from .families import is_multimodal, layer_count, text_config
+from .families import TOWER_CONFIGS, is_multimodal, layer_count, text_config
 from .tensor_names import is_tower
 
 # Fields that a multimodal config may have on top for its language model.
@@ -52,9 +52,10 @@ def language_model_config(config: dict) -> dict:
         )
     text_type = _text_type(config)
     shared = {name: config[name] for name in SHARED_FIELDS if name in config}
+    own = {name: value for name, value in text_config(config).items() if name not in ("text_config", *TOWER_CONFIGS)}
     return {
         **shared,
-        **text_config(config),
+        **own,
         "model_type": text_type,
         "architectures": [_causal_class(str(model_type), text_type)],
         "num_hidden_layers": layer_count(config),

@@ -88,7 +88,7 @@ def cached_logits(model, probe: Probe, lengths: tuple[int, ...]) -> torch.Tensor
     """The logits of forwards of these lengths through one cache, `(batch, seq, vocab)`."""
     import torch
 
-    from loopexport.templates.looped_cache import find_cache_argument
+    from loopexport.templates.looped_arguments import find_cache_argument
 
     argument = find_cache_argument(model)
     name = "past_key_values" if argument is None else argument[0]  # transformers renames it from 5.24 on

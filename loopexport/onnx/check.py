@@ -152,7 +152,7 @@ def run_torch(model, scenario: Scenario) -> np.ndarray:
     """Logits of all tokens, from transformers."""
     from transformers import DynamicCache
 
-    from loopexport.templates.looped_cache import find_cache_argument
+    from loopexport.templates.looped_arguments import find_cache_argument
 
     tokens, mask = torch.from_numpy(scenario.tokens), torch.from_numpy(scenario.mask)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

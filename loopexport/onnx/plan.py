@@ -144,6 +144,11 @@ def plan_onnx(
         )
     if "quantization_config" in export.base.config:
         raise OnnxError("the base is quantised; ONNX export needs a checkpoint in fp32, fp16 or bf16")
+    if export.base.is_multimodal:
+        raise OnnxError(
+            f"{export.root} reads more than text, and these graphs take token ids alone; convert its base with "
+            "--text-only, and export that"
+        )
     if attention not in ATTENTION_LAYOUTS:
         raise OnnxError(f"attention {attention!r} must be one of {', '.join(ATTENTION_LAYOUTS)}")
     stored = _stored_dtype(export)

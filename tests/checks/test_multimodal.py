@@ -10,9 +10,10 @@ from transformers import CONFIG_MAPPING
 
 import loopexport
 from loopexport.base.auto_class import auto_class
+from loopexport.checks import probe as probe_module
 from loopexport.checks.effect import IMAGE_COUNTS, decoder_layers
 from loopexport.checks.probe import make_probe, text_probe
-from loopexport.checks.verification import MODEL
+from loopexport.checks.verification import CACHED_IS_BY_HAND, FULL_IS_BY_HAND, MODEL, ONE_STEP_IS_BASE
 from loopexport.errors import ExportError
 from loopexport.export.directory import open_export
 from support.export_faults import Fault, failures_of
@@ -21,6 +22,7 @@ from support.multimodal import (
     IMAGE_TOKENS,
     KINDS,
     VIDEO_TOKEN,
+    image_prompt,
     multimodal_config,
     multimodal_model,
     save_multimodal,
@@ -73,6 +75,18 @@ def test_every_check_has_an_image_in_its_prompt(export_of, pillow, kind, kv):
     probe = make_probe(open_export(root), multimodal_config(kind))
     assert (probe.tokens == IMAGE_TOKEN).sum() == IMAGE_TOKENS[kind]
     assert "pixel_values" in probe.images
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv"), [(kind, kv) for kind, kv in (("qwen2_5_vl", "shared"), ("qwen3_5", "per_step")) if kind in KNOWN]
+)
+def test_image_at_positions_of_three_coordinates(export_of, monkeypatch, kind, kv):
+    """Transformers makes these processors only where torchvision is installed."""
+    monkeypatch.setattr(probe_module, "_processed_prompt", lambda root: image_prompt(kind))
+    checks = outcome(export_of(kind, kv=kv))
+    assert [check for check in checks.values() if check.passed is False] == []
+    for name in (ONE_STEP_IS_BASE, FULL_IS_BY_HAND, CACHED_IS_BY_HAND, IMAGE_COUNTS):
+        assert checks[name].passed, checks[name]
 
 
 def test_prompt_of_text_alone_says_why(export_of):

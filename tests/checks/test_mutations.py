@@ -82,10 +82,10 @@ FAULTS = {
         '"first_n": _check_first_n', '"first_n": lambda value: 2', decode="first_n", first_n=1
     ),
     # The walk and its cache.
-    "span runs backwards": Fault("looped_walk.py", "in enumerate(self.calls):", "in enumerate(self.calls[::-1]):"),
-    "a layer is left out": Fault("looped_walk.py", "in enumerate(self.calls):", "in enumerate(self.calls[:-1]):"),
+    "span runs backwards": Fault("looped_body.py", "in enumerate(self.calls):", "in enumerate(self.calls[::-1]):"),
+    "a layer is left out": Fault("looped_body.py", "in enumerate(self.calls):", "in enumerate(self.calls[:-1]):"),
     "another layer's iteration": Fault(
-        "looped_walk.py", "hidden = call.run_iteration(", "hidden = self.calls[0].run_iteration("
+        "looped_body.py", "hidden = call.run_iteration(", "hidden = self.calls[0].run_iteration("
     ),
     "one slot for all iterations": Fault("looped_walk.py", "(k - 1) * len(layers)", "0", {"kv": "per_step"}),
     "skipped tokens have no keys": Fault(

@@ -162,10 +162,11 @@ def test_language_models_that_cannot_stand_alone_are_refused(base, change, says)
 def test_fields_that_only_the_top_config_has_are_kept(base, tmp_path):
     config = json.loads((base / "config.json").read_text())
     text = {name: value for name, value in config["text_config"].items() if not name.endswith(("_id", "dtype"))}
-    edit_config(base, text_config=text, eos_token_id=7, dtype="bfloat16")
+    edit_config(base, text_config={**text, "vision_config": {}, "text_config": {}}, eos_token_id=7, dtype="bfloat16")
     plan = loopexport.plan_convert(base, tmp_path / "out", text_only=True, **LOOP)
     assert (plan.base.config["eos_token_id"], plan.base.config["dtype"]) == (7, "bfloat16")
     assert plan.base.config["tie_word_embeddings"] is False
+    assert not plan.base.is_multimodal
 
 
 def test_tied_language_model_stays_tied(tmp_path):
@@ -206,7 +207,9 @@ def test_language_model_of_a_family_that_transformers_lacks(tmp_path):
     (base / "config.json").write_text(json.dumps({**top, "text_config": config}))
     named = {f"language_model.{name}": tensor for name, tensor in load_file(text / "model.safetensors").items()}
     save_file({**named, "vision_tower.encoder.blocks.0.wo.weight": torch.zeros(2)}, base / "model.safetensors")
-    with pytest.raises(CheckpointError, match="no model family 'kimi_vl'"):
+    with pytest.raises(
+        CheckpointError, match=r"no model family 'kimi_vl'.*, or convert its language model with --text-only"
+    ):
         loopexport.plan_convert(base, **LOOP)
     out = loopexport.convert(base, tmp_path / "out", text_only=True, **LOOP).root
     assert_bitwise(text_answer(out, loop_steps=1), text_answer(text))

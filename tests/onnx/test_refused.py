@@ -13,7 +13,9 @@ import loopexport.onnx
 from loopexport.onnx import plan as planning
 from support.commands import run, tree
 from support.family_walk import save_tiny_family
+from support.multimodal import save_multimodal
 from support.onnx_walk import walk_onnx
+from support.tiny import SPAN
 
 
 @pytest.fixture
@@ -59,6 +61,14 @@ def test_window_that_only_the_cache_knows_is_refused(tmp_path):
     outcome, _ = walk_onnx("moshi", tmp_path, sliding_window=3000)
     assert outcome.status == "refused"
     assert "its cache forgets all but the last 3000 tokens, and no mask of its code says so" in outcome.reason
+
+
+def test_multimodal_export_is_refused(tmp_path):
+    base = save_multimodal("qwen2_5_vl", tmp_path / "base")
+    export = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=3).root
+    result = run("onnx", export)
+    assert result.exit_code == 1
+    assert "graphs run language models alone; try its base with --text-only" in result.stderr
 
 
 def test_quantised_base_is_refused(export):

@@ -18,7 +18,10 @@ from support.paths import ROOT
 
 TEMPLATES = ("templates/*.py",)
 TINY = ("tests/support/tiny.py", "tests/support/compare.py", "tests/support/structure.py")
-VERIFY = tuple(f"loopexport/checks/{name}.py" for name in ("verification", "effect", "replay", "replay_rules"))
+VERIFY = tuple(
+    f"loopexport/checks/{name}.py"
+    for name in ("verification", "effect", "probe", "replay", "replay_rules", "replay_states")
+)
 WALKS = tuple(f"tests/support/{name}.py" for name in ("family_walk", "walk_checks", "walk_configs"))
 MULTIMODAL = tuple(f"tests/support/multimodal_{name}.py" for name in ("walk", "configs", "inputs", "recipes"))
 WALK = (*WALKS, *MULTIMODAL, "loopexport/base/families.py", "loopexport/base/families.json")
@@ -30,7 +33,8 @@ ORACLE = (
 )
 VLLM = (
     *(f"templates/{name}.py" for name in ("configuration_looped", "modeling_looped")),
-    *(f"templates/looped_{name}.py" for name in ("decoder", "walk", "rules", "spec", "routing", "vllm", "vllm_limits")),
+    *(f"templates/looped_{name}.py" for name in ("arguments", "body", "decoder", "walk", "rules", "spec", "routing")),
+    *(f"templates/looped_{name}.py" for name in ("vllm", "vllm_limits")),
     "loopexport/checks/vllm.py", "loopexport/checks/vllm_worker.py", "tests/support/vllm_cases.py",
     "tests/support/tiny.py", "tests/checks/test_vllm.py",
 )  # fmt: skip
@@ -84,8 +88,16 @@ RECORDS = {
         ),
         Record(
             "verify",
-            tuple(f"tests/checks/test_{name}.py" for name in ("verify", "mutations", "replay")),
-            (*TEMPLATES, *TINY, *VERIFY, "tests/checks/test_mutations.py", "tests/checks/test_replay.py"),
+            tuple(f"tests/checks/test_{name}.py" for name in ("verify", "mutations", "replay", "states")),
+            (
+                *TEMPLATES,
+                *TINY,
+                *VERIFY,
+                "tests/checks/test_mutations.py",
+                "tests/checks/test_replay.py",
+                "tests/checks/test_states.py",
+                "tests/support/export_faults.py",
+            ),
         ),
         Record("families", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),
         Record("families-oldest", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),

@@ -124,6 +124,32 @@ INDEXED: dict[str, dict] = {
         "linear_value_head_dim": 16,
     },
 }
+# Layers that pool several tokens into one key; the pools close at different tokens, some inside of a chunk.
+POOLED: dict[str, dict] = {
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "q_lora_rank": 32,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+        "partial_rotary_factor": 0.5,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "hc_mult": 2,
+        "sliding_window": 5,
+        "layer_types": [
+            "sliding_attention",
+            *["heavily_compressed_attention", "compressed_sparse_attention"] * 2,
+            "sliding_attention",
+        ],
+        "compress_rates": {"heavily_compressed_attention": 4, "compressed_sparse_attention": 2},
+        "index_topk": 3,
+        "index_n_heads": 16,
+        "index_head_dim": 16,
+        "initializer_range": 0.2,
+    }
+}
 # The families with sparse experts.
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3")
 
@@ -191,7 +217,8 @@ RECURRENT: dict[str, dict] = {
 
 def tiny_config(family: str, **overrides):
     """The tiny config of a family."""
-    return AutoConfig.for_model(family, **{**COMMON, **{**FAMILIES, **INDEXED, **RECURRENT}[family], **overrides})
+    families = {**FAMILIES, **INDEXED, **POOLED, **RECURRENT}
+    return AutoConfig.for_model(family, **{**COMMON, **families[family], **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides):

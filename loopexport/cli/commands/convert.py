@@ -32,6 +32,8 @@ def convert(model, out, repo_id, private, dry_run, as_json, spec_file, **given) 
 
     The weights stay the base's, byte for byte, and are stored once. The export loads without LoopExport:
     AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True).
+
+    A multimodal MODEL loops in its language model alone. Its export loads with AutoModelForImageTextToText.
     """
     from loopexport.cli.text import plan_lines, push_lines
     from loopexport.export.conversion import plan_convert

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache
 
 from loopexport.errors import OnnxError
-from loopexport.templates.looped_cache import find_cache_argument
+from loopexport.templates.looped_arguments import find_cache_argument
 from loopexport.templates.modeling_looped import find_layers
 
 from .attention import ATTENTION, WINDOWS, FusedSlot, TracedSlot

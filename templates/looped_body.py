@@ -1,0 +1,57 @@
+"""The function that an update rule evaluates: one run of the layers of a span, or of one layer, on given hidden states.
+
+Every export has a copy of this file. It needs only torch.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+
+class Body:
+    """g for one span (in layer mode, one layer) in one forward: each call runs the recorded layers once more.
+
+    The first call runs nothing: it returns the result of the natural pass, which the native model has already run.
+
+    Attributes:
+        calls: the `LayerCall` of each layer, in order.
+        natural_outputs: each layer's output in the natural pass, `(batch, seq, hidden)`.
+
+    It raises ValueError if the model changed the hidden states between two layers: iterations would miss that.
+    """
+
+    def __init__(self, calls: list, natural):
+        for before, after in pairwise(calls):
+            if not _is_same(after.hidden, before.output):
+                raise ValueError(
+                    f"the model changes the hidden states between layers {before.index} and {after.index}, inside a "
+                    "span (it adds features of an image, or drops tokens); choose a span on one side of the change, "
+                    "or mode layer"
+                )
+        self.calls = calls
+        self.natural_outputs = [call.hidden for call in calls[1:]] + [natural]
+        self.count = 0
+
+    @property
+    def natural(self):
+        """n, the output of the natural pass, `(batch, seq, hidden)`."""
+        return self.natural_outputs[-1]
+
+    def __call__(self, hidden, replace=None):
+        """g(hidden), `(batch, seq, hidden)`; `replace(position, output)`, if given, replaces each layer's output."""
+        self.count += 1
+        if self.count == 1:
+            return self.natural
+        for position, call in enumerate(self.calls):
+            hidden = call.run_iteration(self.count - 1, hidden)
+            hidden = hidden if replace is None else replace(position, hidden)
+        return hidden
+
+
+def _is_same(hidden, output) -> bool:
+    """Whether hidden states are a layer's output, untouched; a compiled graph knows no more than that shapes agree."""
+    if hidden is output or hidden.shape != output.shape:
+        return hidden is output
+    return torch.compiler.is_compiling() or hidden.data_ptr() == output.data_ptr()  # a slice of all tokens is the same
