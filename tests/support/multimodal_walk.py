@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto import modeling_auto
 
 import loopexport
@@ -141,6 +141,10 @@ def reads(family: str) -> str:
 
 
 def _auto_class(family: str):
+    if family in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and MULTIMODAL_FAMILIES[family].endswith(
+        "ForCausalLM"
+    ):
+        return AutoModelForCausalLM
     return AutoModelForImageTextToText if family in IMAGE_CLASSES else transformers.AutoModelForMultimodalLM
 
 

@@ -23,7 +23,7 @@ VERIFY = tuple(
     for name in ("verification", "effect", "probe", "replay", "replay_rules", "replay_states")
 )
 WALKS = tuple(f"tests/support/{name}.py" for name in ("family_walk", "walk_checks", "walk_configs"))
-MULTIMODAL = tuple(f"tests/support/multimodal_{name}.py" for name in ("walk", "configs", "inputs"))
+MULTIMODAL = tuple(f"tests/support/multimodal_{name}.py" for name in ("walk", "configs", "inputs", "recipes"))
 WALK = (*WALKS, *MULTIMODAL, "loopexport/base/families.py", "loopexport/base/families.json")
 ORACLE = (
     *(f"tests/support/{name}.py" for name in ("oracle", "forwards", "routing", "rule_values", "loaded_code")),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, __version__
+from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
 import loopexport
 from support.compare import LARGEST, TOLERANCE
@@ -51,7 +51,10 @@ class TextCase:
     auto = AutoModelForCausalLM
 
     def load(self, path: Path):
-        """The model in a directory. WrongError if its weights do not fit."""
+        """The model in a directory. WrongError if its weights do not fit, or if it is not for the Auto class."""
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+        known = type(config) in self.auto._model_mapping or self.auto.__name__ in getattr(config, "auto_map", {})
+        require(known, f"the export does not load with {self.auto.__name__}, as the base does")
         model, keys = self.auto.from_pretrained(path, trust_remote_code=True, output_loading_info=True)
         wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in keys[kind]]
         require(not wrong, f"missing, unexpected or mismatched keys, the first of them {wrong[:2]}")

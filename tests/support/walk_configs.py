@@ -26,7 +26,8 @@ TINY = {
     "n_embd": 64, "n_layer": 6, "n_layers": 6, "num_layers": 6, "n_head": 4, "n_heads": 4, "n_inner": 96,
     "n_positions": 64, "ffn_hidden_size": 96, "d_model": 64, "rotary_dim": 8,
     "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_expand": 2,
-    "linear_head_dim": 16, "linear_num_heads": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_head_dim": 16, "linear_num_heads": 4, "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
 MLA = {
     "q_lora_rank": 32, "kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
