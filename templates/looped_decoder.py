@@ -160,7 +160,7 @@ def loop_decoder(decoder: nn.Module, list_name: str, config, native: type | None
         decoder: the module that owns the layer list.
         list_name: its attribute for the list.
         config: the model's config.
-        native: the native class of the decoder if its own class is to be changed; None for a subclass of it.
+        native: the native class of the decoder if its class is ours already, else None.
     """
     loop = DecoderLoop(config, decoder, list_name)
     setattr(decoder, LOOP, loop)
@@ -169,8 +169,8 @@ def loop_decoder(decoder: nn.Module, list_name: str, config, native: type | None
     cls: Any = type(decoder)
     if native is None:
         decoder.__class__ = looped_decoder_class(cls, list_name)
-    elif list_name not in vars(cls):
-        for name, member in _members(native.forward, list_name).items():
+    elif list_name not in vars(cls):  # not another class: vLLM wraps the constructor of the class that it finds
+        for name, member in _members(native, list_name).items():
             setattr(cls, name, member)
     return loop
 
@@ -189,18 +189,18 @@ def looped_decoder_class(native: type, list_name: str) -> type:
         "__doc__": native.__doc__,
         "__reduce_ex__": reduce,  # pickle finds a class by its name, and this name is the native class's
     }
-    return type(native.__name__, (native,), body | _members(native.forward, list_name))
+    return type(native.__name__, (native,), body | _members(native, list_name))
 
 
-def _members(native_forward: Any, list_name: str) -> dict[str, Any]:
-    """What the class of a looped decoder has in place of the native layer list and forward."""
+def _members(native: Any, list_name: str) -> dict[str, Any]:
+    """What the class of a looped decoder has in place of the native layer list and the native forward."""
 
     def layers(self):
         return _layers_for(self, sys._getframe(1) if not torch.compiler.is_compiling() else None)
 
-    @functools.wraps(native_forward)
+    @functools.wraps(native.forward)
     def forward(self, *args, **kwargs):
-        return _run(self, native_forward, args, kwargs)
+        return _run(self, native, args, kwargs)
 
     return {list_name: property(layers), "forward": forward}
 
@@ -209,7 +209,7 @@ def _new_decoder(native: type, list_name: str):
     return object.__new__(looped_decoder_class(native, list_name))
 
 
-def _run(decoder: nn.Module, native_forward: Any, args, kwargs):
+def _run(decoder: nn.Module, native: Any, args, kwargs):
     """The decoder's forward.
 
     Raises:
@@ -218,16 +218,16 @@ def _run(decoder: nn.Module, native_forward: Any, args, kwargs):
     loop = vars(decoder)[LOOP]
     walk = loop.begin(loop.layers_of(decoder), args, kwargs)
     if walk is None and _THREAD.decoder is None:
-        return native_forward(decoder, *args, **kwargs)
+        return native.forward(decoder, *args, **kwargs)
     # A hook may run a forward, of this decoder or another one, in the middle of a forward.
     outer, _THREAD.decoder, _THREAD.walk = (_THREAD.decoder, _THREAD.walk), decoder, walk
     try:
         with own_routing():
-            output = native_forward(decoder, *args, **_all_tokens(decoder, walk, kwargs))
+            output = native.forward(decoder, *args, **_all_tokens(decoder, walk, kwargs))
     finally:
         _THREAD.decoder, _THREAD.walk = outer
     if walk is not None:
-        walk.check_complete(type(decoder).__name__)
+        walk.check_complete(native.__name__)
     return output
 
 

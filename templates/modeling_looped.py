@@ -76,13 +76,10 @@ class LoopedModelMixin:
         decoder, list_name = find_layers(language_model, text_config.num_hidden_layers)
         if LOOP in vars(decoder):  # this head let AutoModel make its body, and that is looped already
             return
-        is_served = text_config._attn_implementation == VLLM
-        # vLLM wraps the constructor of the decoder's class, so there that class has to stay what it was when it ran.
-        native = self.native_class if decoder is self else type(decoder) if is_served else None
-        loop = loop_decoder(decoder, list_name, config, native)
+        loop = loop_decoder(decoder, list_name, config, self.native_class if decoder is self else None)
         layers = loop.layers_of(decoder)
         spec = loop.checked_spec(layers)
-        if not is_served:
+        if text_config._attn_implementation != VLLM:  # of a multimodal model, vLLM sets it there alone
             return
         check_vllm(config, spec)
         scale_logits(config)
