@@ -87,7 +87,7 @@ class CacheStandIn:
     def __getattr__(self, name):
         if name in STATE_CALLS:
             return getattr(NoPast() if self.cache is None else self.cache, name)
-        if "conv" in name or "recurrent" in name or "ssm" in name or "linear" in name or "indexer" in name:
+        if "conv" in name or "recurrent" in name or "ssm" in name or "linear" in name:
             raise ValueError(
                 f"cannot loop a layer that keeps more than keys and values in its cache ({name}); choose another span"
             )

@@ -27,12 +27,11 @@ from .looped_cache import (
     mark_filled,
 )
 from .looped_routing import ROUTERS, own_routing
-from .looped_spec import LoopSpec
+from .looped_spec import ADDED_FEATURES, LoopSpec
 from .looped_vllm import VllmSeam
 from .looped_walk import HANDED_OVER, LayerTraits, Walk
 
 LOOP = "_loop"  # the attribute of a looped decoder that holds its `DecoderLoop`
-ADDED_FEATURES = "deepstack_visual_indexes"  # in a vision config: as many of the first decoder layers add features
 FIRST_REUSER = "first_kv_shared_layer_idx"  # attribute of decoders whose late layers reuse the keys of earlier ones
 
 
@@ -86,23 +85,10 @@ class DecoderLoop:
         spec.check_depth(len(layers))
         spec.check_layer_types(getattr(self.text_config, "layer_types", None))
         spec.check_layer_types(getattr(self.text_config, "layers_block_type", None))
-        self._check_added_features(spec)
+        spec.check_added_features(getattr(getattr(self.config, "vision_config", None), ADDED_FEATURES, None))
         for index in spec.layers:
             self._check_layer(index, layers, spec)
         return spec
-
-    def _check_added_features(self, spec: LoopSpec) -> None:
-        """Refuse a span inside of which the model adds features of images to the hidden states.
-
-        Iterations would miss them, and a release that adds them in place gives no other sign.
-        """
-        indexes = getattr(getattr(self.config, "vision_config", None), ADDED_FEATURES, None) or ()
-        for start, stop in spec.bodies:
-            if start < min(stop - 1, len(indexes)):
-                raise ValueError(
-                    f"the model adds features of images to the hidden states after each of its first {len(indexes)} "
-                    f"layers, inside span {start}:{stop}; choose a span that starts at {len(indexes)}, or mode layer"
-                )
 
     def _check_layer(self, index: int, layers: nn.ModuleList, spec: LoopSpec) -> None:
         if self.traits[index].cache_argument is None:

@@ -25,6 +25,9 @@ MEMORYLESS_TYPES = ("mlp", "moe")
 POOLING_TYPES = ("heavily_compressed_attention", "compressed_sparse_attention")
 LOOPABLE_TYPES = ATTENTION_TYPES + RECURRENT_TYPES + MEMORYLESS_TYPES + POOLING_TYPES
 
+# In a `vision_config`: layers of the tower whose features the model adds to outputs of as many first decoder layers.
+ADDED_FEATURES = "deepstack_visual_indexes"
+
 MAX_COUNT = 2**31 - 1  # the limit for steps and other counts: far more than useful, and fits any integer type
 
 FIELD_PREFIX = "loop_"
@@ -202,6 +205,20 @@ class LoopSpec:
                 f"span {start}:{stop} ends outside the model, which has {num_layers} layers; "
                 f"a span is half-open and can end at {num_layers} at most"
             )
+
+    def check_added_features(self, vision_layers) -> None:
+        """Raise ValueError if the model adds features of images inside of what loops: iterations would miss them.
+
+        Args:
+            vision_layers: the value of `ADDED_FEATURES` in the config; None if it has none.
+        """
+        count = len(vision_layers) if isinstance(vision_layers, (list, tuple)) else 0
+        for start, stop in self.bodies:
+            if start < min(stop - 1, count):
+                raise ValueError(
+                    f"the model adds features of images to the hidden states after each of its first {count} layers, "
+                    f"inside span {start}:{stop}; choose a span that starts at {count}, or mode layer"
+                )
 
     def check_layer_types(self, layer_types) -> None:
         """Raise ValueError if a looped layer has a memory of unknown kind.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loopexport.errors import CheckpointError
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
+from loopexport.templates.looped_spec import ADDED_FEATURES
 
 # Config keys for the number of decoder layers; the first one present counts.
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -272,6 +273,12 @@ def _default_layer_count(text: dict) -> int | None:
 
     model_type = str(text.get("model_type"))
     return getattr(CONFIG_MAPPING[model_type](), "num_hidden_layers", None) if model_type in CONFIG_MAPPING else None
+
+
+def vision_layers_added(config: dict) -> list | None:
+    """The layers of the vision tower whose features the model adds to outputs of its first decoder layers."""
+    vision = config.get("vision_config")
+    return vision.get(ADDED_FEATURES) if isinstance(vision, dict) else None
 
 
 def layer_types(config: dict) -> list | None:

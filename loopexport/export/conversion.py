@@ -12,7 +12,7 @@ from loopexport._keywords import suggest_keywords
 from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.base.download import find_checkpoint
-from loopexport.base.families import layer_types
+from loopexport.base.families import layer_types, vision_layers_added
 from loopexport.choices import DecodeMode, KvPolicy, Mode, RuleName, Span, Weights
 from loopexport.errors import OutputError, SpecError
 from loopexport.files.digests import Progress, bytes_sha256
@@ -338,6 +338,7 @@ def check_layers(base: Checkpoint, loop: LoopSpec) -> None:
     try:
         loop.check_depth(base.num_layers)
         loop.check_layer_types(layer_types(base.config))
+        loop.check_added_features(vision_layers_added(base.config))
     except ValueError as error:
         raise SpecError(str(error)) from None
     layer = next((layer for layer in loop.layers if layer in base.unloopable_tensors), None)
