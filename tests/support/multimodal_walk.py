@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto
 
 import loopexport
 from loopexport.base import families
+from support.compare import TOLERANCE
 from support.multimodal_configs import FIRST_SPECIAL_TOKEN, VOCABULARY, tiny_multimodal_config
 from support.multimodal_inputs import Medium, behind_padding, find_medium, for_longer, key_of_medium, prompt
 from support.walk_checks import (
@@ -34,6 +35,7 @@ OTHER_CLASSES = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", 
 MULTIMODAL_FAMILIES = {**OTHER_CLASSES, **IMAGE_CLASSES}
 ROWS = ([1], [1, 0], [2], [0])  # how many images the rows of a prompt have
 NEW_TOKENS = 3
+SEEDS = range(1, 9)
 
 
 class MultimodalCase(TextCase):
@@ -43,7 +45,10 @@ class MultimodalCase(TextCase):
         auto: their Auto class.
         medium: what they take beside text.
         rows: the prompts, as numbers of images in each row.
+        seed: the seed of their text.
     """
+
+    seed = 1
 
     def __init__(self, auto, medium: Medium, model, rows=ROWS):
         self.auto = auto
@@ -52,7 +57,7 @@ class MultimodalCase(TextCase):
         self._model = model
 
     def prompts(self) -> list[dict]:
-        return [prompt(self._model, self.medium, rows) for rows in self.rows]
+        return [prompt(self._model, self.medium, rows, seed=self.seed) for rows in self.rows]
 
     @torch.no_grad()
     def decoded(self, model, prompt: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,9 +162,19 @@ def _case(auto, base: Path) -> MultimodalCase:
     case.check_medium_matters(model)
     try:
         case.full(model, case.prompts()[-1])
-    except ValueError:  # Idefics takes no prompts without an image
+    except (TypeError, ValueError):  # Idefics and BLIP-2 take no prompts without an image
         case.rows = ROWS[:-1]
+    case.seed = next((seed for seed in SEEDS if _rounds_little(case, model, seed)), SEEDS[0])
     return case
+
+
+def _rounds_little(case: MultimodalCase, model, seed: int) -> bool:
+    """Whether the base's own decoding differs from its full forward by less than half of what a loop may."""
+    case.seed = seed
+    try:
+        return max(relative(*case.decoded(model, each)) for each in case.prompts()) < TOLERANCE / 2
+    except Exception:  # the base cannot decode at all, which the walk finds and says
+        return False
 
 
 class TextAlone(TextCase):
