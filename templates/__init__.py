@@ -11,6 +11,7 @@ FILES = (
     "looped_cache.py",
     "looped_checkpointing.py",
     "looped_decoder.py",
+    "looped_fields.py",
     "looped_pools.py",
     "looped_recurrent.py",
     "looped_routing.py",

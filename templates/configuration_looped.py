@@ -7,6 +7,7 @@ also where the fields of the language model are in `text_config`.
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import lru_cache
 from importlib import import_module
@@ -16,7 +17,7 @@ _DIGEST_BEFORE = globals().get("CODE_DIGEST")  # not None if transformers runs t
 # Start of the sha256 of all other copied files. transformers 5 caches local code by directory name and the content of
 # this file: without the digest, two exports with one directory name but different code would, in one process, both run
 # the code that was loaded first.
-CODE_DIGEST = "620c9f792078838b"
+CODE_DIGEST = "9199ce307d0269ee"
 
 if _DIGEST_BEFORE not in (None, CODE_DIGEST):
     # transformers 4 copies the code of all exports with one directory name to one place. It runs a changed file again,
@@ -24,6 +25,7 @@ if _DIGEST_BEFORE not in (None, CODE_DIGEST):
     for _name in [each for each in sys.modules if each.startswith(f"{__name__.rpartition('.')[0]}.looped_")]:
         del sys.modules[_name]
 
+from .looped_fields import MAX_COUNT  # noqa: E402, F401  transformers 4 copies only files that this one imports
 from .looped_spec import FIELD_PREFIX, LoopSpec, as_json  # noqa: E402
 
 MODEL_TYPE_PREFIX = "looped_"
@@ -89,7 +91,7 @@ def base_model_type(model_type: str) -> str:
 
 def family_name(model_type: str) -> str:
     """The spelling of a base `model_type` in class names, such as `Qwen3Moe` for `qwen3_moe`."""
-    return "".join(part[:1].upper() + part[1:] for part in model_type.replace("-", "_").split("_"))
+    return "".join(part[:1].upper() + part[1:] for part in re.split(r"[-_.]", model_type))
 
 
 def auto_map(model_type: str, is_multimodal: bool = False) -> dict[str, str]:

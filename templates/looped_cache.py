@@ -48,24 +48,24 @@ class CacheStandIn:
 
     Attributes:
         cache: the real cache, or None.
-        length: the cache length that the layer saw in the natural pass. Llama 4 computes positions from it, and by the
-            time of an iteration the real cache already holds the chunk.
+        answers: the lengths and offsets that the layer was told in the natural pass, by the name of the call. Llama 4
+            and Inkling compute positions from them, and in an iteration the real cache already holds the chunk.
         states: the recurrent states that the layer saw in the natural pass.
         read: the keys and values that the layer reads, if they are known.
         pools: for a layer that pools tokens, its slot in the natural pass as recorded, or as replayed; else None.
     """
 
-    length: Any = None
     pools: Any = None
     read: tuple = ()
 
     def __init__(self, cache):
         self.cache = cache
+        self.answers: dict[str, Any] = {}
         self.states = NaturalStates()
 
     def see(self, natural: NaturalPass):
-        """Let an iteration find the length and the states that the natural pass found; returns this stand-in."""
-        self.length, self.states, self.pools = natural.length, natural.states, natural.pools
+        """Let an iteration find the lengths and the states that the natural pass found; returns this stand-in."""
+        self.answers, self.states, self.pools = natural.answers, natural.states, natural.pools
         return self
 
     def ask(self, name: str, *args, **kwargs):
@@ -82,7 +82,16 @@ class CacheStandIn:
         return OneSlot(layer)
 
     def get_seq_length(self, *args, **kwargs):
-        return self.ask("get_seq_length", *args, **kwargs) if self.length is None else self.length
+        return self._answer("get_seq_length", *args, **kwargs)
+
+    def get_mask_sizes(self, *args, **kwargs):
+        return self._answer("get_mask_sizes", *args, **kwargs)
+
+    def get_query_offset(self, *args, **kwargs):
+        return self._answer("get_query_offset", *args, **kwargs)
+
+    def _answer(self, name: str, *args, **kwargs):
+        return self.answers[name] if name in self.answers else self.ask(name, *args, **kwargs)
 
     def __getattr__(self, name):
         if name in STATE_CALLS:
@@ -120,11 +129,11 @@ class NaturalPass(RecordStates, CacheStandIn):
         """All that the layer read: keys, values and, if it has an indexer, index keys."""
         return (*self.read, *self.read_index)
 
-    def get_seq_length(self, *args, **kwargs):
-        length = self.ask("get_seq_length", *args, **kwargs)
-        if self.length is None:  # a static cache updates its count in place
-            self.length = length.clone() if isinstance(length, torch.Tensor) else length
-        return length
+    def _answer(self, name: str, *args, **kwargs):
+        answer = self.ask(name, *args, **kwargs)
+        if name not in self.answers:  # a static cache updates its count in place
+            self.answers[name] = answer.clone() if isinstance(answer, torch.Tensor) else answer
+        return answer
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         self.new, self.rest = (keys, values), (args, kwargs)

@@ -27,7 +27,7 @@ from .looped_cache import (
     mark_filled,
 )
 from .looped_routing import ROUTERS, own_routing
-from .looped_spec import ADDED_FEATURES, LoopSpec
+from .looped_spec import ADDED_FEATURES, CROSS_ATTENTION, LoopSpec
 from .looped_vllm import VllmSeam
 from .looped_walk import HANDED_OVER, LayerTraits, Walk
 
@@ -85,6 +85,7 @@ class DecoderLoop:
         spec.check_depth(len(layers))
         spec.check_layer_types(getattr(self.text_config, "layer_types", None))
         spec.check_layer_types(getattr(self.text_config, "layers_block_type", None))
+        spec.check_cross_attention(getattr(self.text_config, CROSS_ATTENTION, None))
         spec.check_added_features(getattr(getattr(self.config, "vision_config", None), ADDED_FEATURES, None))
         for index in spec.layers:
             self._check_layer(index, layers, spec)

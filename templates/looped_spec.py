@@ -7,9 +7,20 @@ Source: "Training-Free Looped Transformers" (arXiv 2605.23872).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from itertools import pairwise
+
+from .looped_fields import (
+    check_anchor,
+    check_damping,
+    check_first_n,
+    check_history,
+    check_momentum,
+    check_schedule_numbers,
+    check_span,
+    check_steps,
+    flag,
+    one_of,
+)
 
 MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")
@@ -27,8 +38,8 @@ LOOPABLE_TYPES = ATTENTION_TYPES + RECURRENT_TYPES + MEMORYLESS_TYPES + POOLING_
 
 # In a `vision_config`: layers of the tower whose features the model adds to outputs of as many first decoder layers.
 ADDED_FEATURES = "deepstack_visual_indexes"
-
-MAX_COUNT = 2**31 - 1  # the limit for steps and other counts: far more than useful, and fits any integer type
+# In a `text_config`: the layers that attend to an image instead of the text.
+CROSS_ATTENTION = "cross_attention_layers"
 
 FIELD_PREFIX = "loop_"
 
@@ -220,6 +231,19 @@ class LoopSpec:
                     f"inside span {start}:{stop}; choose a span that starts at {count}, or mode layer"
                 )
 
+    def check_cross_attention(self, crossed) -> None:
+        """Raise ValueError if a looped layer attends to an image: the model skips it where there is none.
+
+        Args:
+            crossed: the numbers of such layers, the value of `CROSS_ATTENTION` in the config; None if it has none.
+        """
+        found = [layer for layer in self.layers if isinstance(crossed, (list, tuple)) and layer in crossed]
+        if found:
+            raise ValueError(
+                f"layer {found[0]} attends to an image, and the model skips it for text alone, so it cannot be run "
+                f"again; choose a span without layers {', '.join(map(str, crossed))}"
+            )
+
     def check_layer_types(self, layer_types) -> None:
         """Raise ValueError if a looped layer has a memory of unknown kind.
 
@@ -278,123 +302,19 @@ def as_json(value):
     return [as_json(each) for each in value] if isinstance(value, tuple) else value
 
 
-def _check_span(value) -> tuple:
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(each, (list, tuple)) for each in value):
-        return _check_bounds(value)
-    spans = tuple(_check_bounds(each) for each in value)
-    for (start, stop), (next_start, next_stop) in pairwise(spans):
-        if next_start < stop:
-            raise ValueError(
-                f"spans {start}:{stop} and {next_start}:{next_stop} overlap or are out of order; give them in order"
-            )
-    return spans if len(spans) > 1 else spans[0]
-
-
-def _check_bounds(value) -> tuple[int, int]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_int(bound) for bound in value):
-        raise ValueError(f"span {value!r} is not a pair of layer numbers [start, stop]")
-    start, stop = value
-    if start < 0:
-        raise ValueError(f"span {start}:{stop} starts before the first layer, which is 0")
-    if start >= stop:
-        kind = "is empty" if start == stop else "is reversed"
-        raise ValueError(f"span {start}:{stop} {kind}; give start:stop with start < stop (stop is not included)")
-    return (start, stop)
-
-
-def _check_steps(value) -> int:
-    if not _is_count(value, least=1):
-        raise ValueError(f"steps {value!r} must be a whole number from 1 (the base model) to {MAX_COUNT}")
-    return value
-
-
-def _check_damping(value) -> float | None:
-    if value is None:
-        return None
-    if not _is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"damping {value!r} must be a step size in (0, 1]; leave it out for the rule's default")
-    return float(value)
-
-
-def _check_anchor(value) -> float:
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"anchor {value!r} must be a weight in [0, 1] (1 is the base model)")
-    return float(value)
-
-
-def _check_first_n(value) -> int:
-    if not _is_count(value, least=0):
-        raise ValueError(f"first_n {value!r} must be a whole number from 0 to {MAX_COUNT}")
-    return value
-
-
-def _check_schedule_numbers(value) -> tuple[float, ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple)) or not all(_is_number(each) and 0 <= each <= 1 for each in value):
-        raise ValueError(f"schedule {value!r} must be a list of numbers in [0, 1]")
-    return tuple(float(each) for each in value)
-
-
-def _check_momentum(value) -> float | None:
-    if value is None:
-        return None
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"momentum {value!r} must be a number in [0, 1)")
-    return float(value)
-
-
-def _check_history(value) -> int | None:
-    if value is None:
-        return None
-    if not _is_count(value, least=1):
-        raise ValueError(f"history {value!r} must be a whole number from 1 to {MAX_COUNT}")
-    return value
-
-
-def _one_of(name: str, allowed):
-    def check(value) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"{name} {value!r} must be one of {', '.join(allowed)}")
-        return value
-
-    return check
-
-
-def _flag(name: str):
-    def check(value) -> bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} {value!r} must be true or false")
-        return value
-
-    return check
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value, least: int) -> bool:
-    return _is_int(value) and least <= value <= MAX_COUNT
-
-
-def _is_number(value) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
 _FIELD_CHECKS = {
-    "span": _check_span,
-    "steps": _check_steps,
-    "damping": _check_damping,
-    "anchor": _check_anchor,
-    "mode": _one_of("mode", MODES),
-    "kv": _one_of("kv", KV_POLICIES),
-    "decode": _one_of("decode", DECODE_MODES),
-    "first_n": _check_first_n,
-    "rule": _one_of("rule", RULES),
-    "schedule": _check_schedule_numbers,
-    "momentum": _check_momentum,
-    "history": _check_history,
-    "frozen_routing": _flag("frozen_routing"),
-    "norm_interpolation": _flag("norm_interpolation"),
+    "span": check_span,
+    "steps": check_steps,
+    "damping": check_damping,
+    "anchor": check_anchor,
+    "mode": one_of("mode", MODES),
+    "kv": one_of("kv", KV_POLICIES),
+    "decode": one_of("decode", DECODE_MODES),
+    "first_n": check_first_n,
+    "rule": one_of("rule", RULES),
+    "schedule": check_schedule_numbers,
+    "momentum": check_momentum,
+    "history": check_history,
+    "frozen_routing": flag("frozen_routing"),
+    "norm_interpolation": flag("norm_interpolation"),
 }

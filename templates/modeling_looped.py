@@ -41,6 +41,7 @@ from .looped_body import Body  # noqa: F401  transformers 4 copies only files th
 from .looped_cache import add_slots, check_continuous_batching
 from .looped_checkpointing import CHECKPOINTS  # noqa: F401  as above
 from .looped_decoder import LOOP, loop_decoder
+from .looped_fields import MAX_COUNT  # noqa: F401  as above
 from .looped_pools import POOLS  # noqa: F401  as above
 from .looped_recurrent import SCANS  # noqa: F401  as above
 from .looped_routing import ROUTERS  # noqa: F401  as above
@@ -68,7 +69,8 @@ class LoopedModelMixin:
     def __init__(self, config, *inputs, **kwargs):
         text_config = config.get_text_config(decoder=True)
         count_layers(text_config)
-        if type(config) not in MODEL_MAPPING:  # a head may make its body by AutoModel
+        has_body = type(config).native_config_class in MODEL_MAPPING
+        if has_body and type(config) not in MODEL_MAPPING:  # a head may make its body by AutoModel
             body = f"{CLASS_PREFIX}{family_name(base_model_type(config.model_type))}Model"
             MODEL_MAPPING.register(type(config), getattr(sys.modules[__name__], body), exist_ok=True)
         super().__init__(config, *inputs, **kwargs)

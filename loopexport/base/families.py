@@ -20,6 +20,9 @@ from loopexport.templates.looped_spec import ADDED_FEATURES
 # Config keys for the number of decoder layers; the first one present counts.
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+# Text families that transformers loads with the Auto classes of multimodal models alone.
+LISTED_AS_MULTIMODAL = ("mistral4",)
+
 # Config keys for the towers of a multimodal model: the parts that read images, video or sound.
 TOWER_CONFIGS = ("vision_config", "audio_config", "codec_config", "vq_config")
 
@@ -230,7 +233,7 @@ def text_config(config: dict) -> dict:
 
 def is_multimodal(config: dict) -> bool:
     """Whether a config is of a model that reads more than text."""
-    if isinstance(config.get("text_config"), dict):
+    if isinstance(config.get("text_config"), dict) or config.get("model_type") in LISTED_AS_MULTIMODAL:
         return True
     has_tower = any(isinstance(config.get(key), dict) for key in TOWER_CONFIGS)
     return has_tower and not _names_class(config, TEXT_CLASSES)

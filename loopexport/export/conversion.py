@@ -12,7 +12,7 @@ from loopexport._keywords import suggest_keywords
 from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.base.download import find_checkpoint
-from loopexport.base.families import layer_types, vision_layers_added
+from loopexport.base.families import layer_types, text_config, vision_layers_added
 from loopexport.choices import DecodeMode, KvPolicy, Mode, RuleName, Span, Weights
 from loopexport.errors import OutputError, SpecError
 from loopexport.files.digests import Progress, bytes_sha256
@@ -23,6 +23,7 @@ from loopexport.loop.auto_span import AUTO, auto_span, why_auto_span
 from loopexport.loop.cost import Cost, loop_cost
 from loopexport.loop.presets import find_preset, preset_fields
 from loopexport.loop.spec import LoopSpec, check_first_n, make_spec
+from loopexport.templates.looped_spec import CROSS_ATTENTION
 
 from .directory import Export, is_export, open_export
 from .manifest import MANIFEST, FileRecord, Manifest
@@ -338,6 +339,7 @@ def check_layers(base: Checkpoint, loop: LoopSpec) -> None:
     try:
         loop.check_depth(base.num_layers)
         loop.check_layer_types(layer_types(base.config))
+        loop.check_cross_attention(text_config(base.config).get(CROSS_ATTENTION))
         loop.check_added_features(vision_layers_added(base.config))
     except ValueError as error:
         raise SpecError(str(error)) from None
