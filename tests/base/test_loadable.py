@@ -77,7 +77,7 @@ def test_no_family_that_can_be_looped_is_refused_by_its_own_names():
     """Each with the names of the installed transformers, and with those of its bare model."""
     seen = 0
     for family, outcomes in families.outcomes().items():
-        if outcomes.get(RELEASE, "").partition(":")[0] not in ("works", "in part"):
+        if outcomes.get(RELEASE, "").partition(":")[0] not in ("works", "in part") or families.READS in outcomes:
             continue
         config = tiny_family_config(family)
         with torch.device("meta"):

@@ -68,7 +68,7 @@ def test_multimodal_export_is_refused(tmp_path):
     export = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=3).root
     result = run("onnx", export)
     assert result.exit_code == 1
-    assert "graphs run language models alone; try its base with --text-only" in result.stderr
+    assert "these graphs take token ids alone; convert its base with --text-only" in result.stderr
 
 
 def test_quantised_base_is_refused(export):

@@ -50,7 +50,8 @@ def test_decoding_into_no_numbers_is_a_failure_even_where_it_may_differ():
 
     broken = torch.full((1, 3, 4), float("nan"))
     spec = make_spec(span=SPAN, steps=2, kv="reference")
-    check = verification._check_cached_decode(broken, broken, spec, 0.0)
+    looped = verification._LoopedRun([], broken, broken, broken)
+    check = verification._check_cached_decode(looped, spec, 0.0)
     assert check.passed is False
 
 
