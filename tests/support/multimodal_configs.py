@@ -37,6 +37,7 @@ SPECIAL_PARTS: dict[str, dict] = {
         "rope_scaling": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
     },
     "gemma3": {"mm_tokens_per_image": 4},
+    "gemma4_unified_text": {"global_head_dim": 16},
     "gemma4_text": {"global_head_dim": 16},  # long heads make attention so sharp that rounding shows
     "shieldgemma2": {"mm_tokens_per_image": 4},
     "glm4v_text": {"rope_scaling": MROPE},
