@@ -33,11 +33,15 @@ def check_memory(config: Any) -> None:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionCacheLayerMixin
 
+    from loopexport.templates.looped_pools import POOLS
+
     kinds = {
         LinearAttentionCacheLayerMixin: "the state of a recurrence or convolution",
         DynamicIndexedLayer: "the keys of an index",
     }
     for index, slot in enumerate(DynamicCache(config=config).layers):
-        for kind, what in kinds.items():
-            if isinstance(slot, kind):
-                raise OnnxError(f"layer {index} keeps {what} in its cache, for which an ONNX graph has no input")
+        kept = [what for kind, what in kinds.items() if isinstance(slot, kind)]
+        if hasattr(slot, POOLS):
+            kept.append("pools of tokens")
+        if kept:
+            raise OnnxError(f"layer {index} keeps {kept[0]} in its cache, for which an ONNX graph has no input")
