@@ -97,9 +97,7 @@ class CacheStandIn:
         if name in STATE_CALLS:
             return getattr(NoPast() if self.cache is None else self.cache, name)
         if "conv" in name or "recurrent" in name or "ssm" in name or "linear" in name:
-            raise ValueError(
-                f"cannot loop a layer that keeps more than keys and values in its cache ({name}); choose another span"
-            )
+            raise ValueError(f"cannot loop a layer that keeps {name} in its cache; choose another span")
         return getattr(DynamicCache() if self.cache is None else self.cache, name)
 
 
@@ -112,8 +110,10 @@ class NaturalPass(RecordStates, CacheStandIn):
         rest: the other arguments of `update`, as `(args, kwargs)`.
         states: the states of recurrent layers from before this chunk.
         new_index, read_index: the same of the index keys, each a tuple of one; empty for a layer without an indexer.
+        is_shared: whether the policy is `shared`, for which `looped_recurrent` records mixers.
     """
 
+    is_shared = False
     new: tuple = ()
     read: tuple = ()
     rest: tuple = ((), {})

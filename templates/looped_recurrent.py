@@ -183,8 +183,12 @@ _THREAD = _Thread()
 
 
 def _convolution_in(module_globals: dict, name: str):
+    native = module_globals.get(name)
+
     def convolution(*args, **kwargs):
         run: Any = _THREAD.run
+        if module_globals[name] is not native and isinstance(run, MixerReplay):
+            raise ValueError(f"kv shared computes {name} by itself, and somebody replaced it; use kv per_step")
         return run.convolve(name, module_globals[name], args, kwargs)
 
     return convolution
@@ -199,7 +203,11 @@ def _scan_in(module_globals: dict, name: str):
 
 
 def _tapped(forward):
-    """A copy of a forward that calls our functions in place of the kernels, with all of its decorators."""
+    """A copy of a forward that calls our functions in place of the kernels, with all of its decorators.
+
+    Returns:
+        The copy, and a function that brings its globals up to date with those of the native module.
+    """
     inner = getattr(forward, "__wrapped__", None)
     if inner is None:
         module_globals = forward.__globals__
@@ -207,10 +215,17 @@ def _tapped(forward):
         ours |= {name: _scan_in(module_globals, name) for name in SCANS if name in module_globals}
         own_globals = {**module_globals, **ours}
         del own_globals["__name__"]  # by this name, torch.compile would look the kernels up in the native module
-        return _copied(forward, own_globals, forward.__closure__)
-    tapped = _tapped(inner)
+        names = [name for name in forward.__code__.co_names if name in module_globals and name not in ours]
+        return _copied(forward, own_globals, forward.__closure__), functools.partial(
+            _refresh, own_globals, module_globals, names
+        )
+    tapped, refresh = _tapped(inner)
     cells = [types.CellType(tapped) if cell.cell_contents is inner else cell for cell in forward.__closure__]
-    return _copied(forward, forward.__globals__, tuple(cells))
+    return _copied(forward, forward.__globals__, tuple(cells)), refresh
+
+
+def _refresh(own_globals: dict, module_globals: dict, names: list[str]) -> None:
+    own_globals.update((name, module_globals[name]) for name in names)
 
 
 def _copied(function, function_globals: dict, closure):
@@ -237,26 +252,37 @@ class MixerForward:
 
     def __setstate__(self, state: dict):
         self.mixer, self.path = state["mixer"], state["path"]
-        native = type(self.mixer).forward
+        self.native = native = type(self.mixer).forward
         self.scans = not _kernels(native).isdisjoint(SCANS)
         self.cache_argument: CacheArgument | None = find_cache_argument(self.mixer.__class__)
-        self.tapped = _tapped(native)
+        self.tapped, self.refresh = _tapped(native)
 
     def __call__(self, *args, **kwargs):
         cache = None if self.cache_argument is None else self.cache_argument.value_in((self.mixer, *args), kwargs)
-        if isinstance(cache, NaturalPass):
+        if type(self.mixer).forward is not self.native:  # somebody replaced it since; `shared` will see no record
+            return type(self.mixer).forward(self.mixer, *args, **kwargs)
+        if isinstance(cache, NaturalPass) and cache.is_shared:
             record = cache.states.mixers[self.path] = MixerRecord()
             return self._run(record, args, kwargs)
         if isinstance(cache, SharedRead):
             return self._run(MixerReplay(cache.states.mixers[self.path]), args, kwargs)
-        return type(self.mixer).forward(self.mixer, *args, **kwargs)
+        return self.native(self.mixer, *args, **kwargs)
 
     def _run(self, run, args, kwargs):
+        if not torch.compiler.is_compiling():
+            self.refresh()
         before, _THREAD.run = _THREAD.run, run
         try:
             return self.tapped(self.mixer, *args, **kwargs)
         finally:
             _THREAD.run = before
+
+
+def _replicated(mixer: nn.Module) -> nn.Module:
+    """A replica of a mixer for nn.DataParallel, which copies what the instance holds, with a forward of its own."""
+    replica = type(mixer)._replicate_for_data_parallel(mixer)
+    vars(replica)["forward"] = MixerForward(replica, vars(mixer)["forward"].path)
+    return replica
 
 
 class Mixers(NamedTuple):
@@ -277,13 +303,15 @@ class Mixers(NamedTuple):
         """Find the mixers of a native layer, and give the known ones a `MixerForward`."""
         known, unknown, foreign = {}, [], []
         for path, module in layer.named_modules():
-            names = _names(type(module))  # type: ignore[arg-type]
+            native: Any = type(module)
+            names = _names(native, native.forward)
             if any(FOREIGN_STATE.search(name) for name in names.difference(STATE_CALLS)):
                 foreign.append(type(module).__name__)
             elif names.isdisjoint(STATE_CALLS):
                 continue
             elif _is_known(type(module)):
                 vars(module)["forward"] = MixerForward(module, path)
+                vars(module)["_replicate_for_data_parallel"] = functools.partial(_replicated, module)
                 known[path] = vars(module)["forward"].scans
             else:
                 unknown.append(type(module).__name__)
@@ -304,6 +332,8 @@ class Mixers(NamedTuple):
 
     def check_recorded(self, states: NaturalStates) -> None:
         """Raise ValueError unless each mixer ran its kernels in the natural pass: one convolution, and scans if any."""
+        if states and not self.known:
+            raise ValueError("kv shared found a recurrent state, but no module whose code it knows; use kv per_step")
         for path, scans in self.known.items():
             record = states.mixers.get(path, MixerRecord())
             if record.convolutions != 1 or bool(record.scans) != scans:
@@ -323,7 +353,7 @@ class Mixers(NamedTuple):
 
 def _is_known(mixer: type) -> bool:
     """Whether a mixer runs a convolution and at most one scan, and keeps no other state."""
-    forward, names = mixer.forward, _names(mixer)  # type: ignore[attr-defined]
+    forward, names = mixer.forward, _names(mixer, mixer.forward)  # type: ignore[attr-defined]
     kernels = _kernels(forward)
     has_scan = not kernels.isdisjoint(SCANS)
     keeps_state = not names.isdisjoint(("get_recurrent_state", "update_recurrent_state"))
@@ -345,8 +375,8 @@ def _kernels(forward) -> set[str]:
 
 
 @functools.lru_cache(maxsize=None)
-def _names(module: type) -> frozenset[str]:
-    """The names in the code of a module's class: attributes and globals."""
+def _names(module: Any, forward) -> frozenset[str]:
+    """The names in the code of a module's class, with this `forward`: attributes and globals."""
     members = [
         inspect.unwrap(each)
         for cls in module.__mro__

@@ -69,7 +69,8 @@ class RouterForward:
     def __init__(self, router: nn.Module, path: str):
         self.router = router
         self.path = path
-        self.replaced = vars(router).get("forward")
+        replaced = vars(router).get("forward")  # a replica of nn.DataParallel has that of the original
+        self.replaced: Any = replaced.replaced if isinstance(replaced, RouterForward) else replaced
 
     def __call__(self, *args, **kwargs):
         router: Any = self.router
@@ -118,7 +119,7 @@ def own_routing():
 def _routable(layer: nn.Module, path: str) -> nn.Module:
     """The router at a path, with a `RouterForward`."""
     router = layer.get_submodule(path)
-    if not isinstance(vars(router).get("forward"), RouterForward):
+    if getattr(vars(router).get("forward"), "router", None) is not router:
         vars(router)["forward"] = RouterForward(router, path)
     return router
 

@@ -276,6 +276,7 @@ class LayerCall:
         spec = self.walk.spec
         if not is_checkpointing(self.native):
             self.natural = NaturalPass(natural_cache(self.native, self.cache))
+            self.natural.is_shared = spec.kv == "shared"
             # Without a cache, an iteration of another policy needs nothing of the natural pass.
             has_memory = self.cache is not None or spec.kv == "shared"
             with self._frozen(RecordRoute):
