@@ -178,9 +178,7 @@ def _processed_prompt(root: Path) -> dict[str, Any]:
     """
     if not any((root / name).exists() for name in PROCESSOR_FILES):
         raise _NoImageError(f"the export has none of {', '.join(PROCESSOR_FILES)}")
-    from transformers import AutoProcessor
-
-    processor: Any = AutoProcessor.from_pretrained(root, trust_remote_code=False)
+    processor = _processor_of(root)
     if getattr(processor, "chat_template", None):
         content = [{"type": "image", "image": _picture()}, {"type": "text", "text": QUESTION}]
         chat = [{"role": "user", "content": content}]
@@ -191,6 +189,19 @@ def _processed_prompt(root: Path) -> dict[str, Any]:
         )
     token = getattr(processor, "boi_token", None) or processor.image_token  # Gemma 3 writes the first one
     return dict(processor(text=f"{token} {QUESTION}", images=[_picture()], return_tensors="pt"))
+
+
+def _processor_of(root: Path) -> Any:
+    """The processor of an export, without code of the export."""
+    from transformers import AutoProcessor
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of the type in the config, and does not use it
+    try:
+        return AutoProcessor.from_pretrained(root, trust_remote_code=False)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _picture():
