@@ -20,12 +20,8 @@ from support.tiny import save_tiny, tiny_tokens
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 KV_POLICIES = ("shared", "per_step", "reference")
 DECODES = {"full": {}, "bypass": {"decode": "bypass"}, "first_n": {"decode": "first_n", "first_n": 2}}
-FULLGRAPH_SAMPLE = {("shared", "block"), ("per_step", "layer"), ("reference", "block")}
-DECODE_SAMPLE = {
-    ("llama", "per_step", "bypass"),
-    ("llama", "reference", "full"),
-    ("gemma3_text", "shared", "full"),
-}
+FULLGRAPH_SAMPLE = {("shared", "block"), ("reference", "layer")}
+DECODE_SAMPLE = {("llama", "per_step", "bypass"), ("gemma3_text", "shared", "full")}
 
 
 FOUR_LAYERS = {
