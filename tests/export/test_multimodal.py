@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProces
 
 import loopexport
 from loopexport.base import processor
+from loopexport.errors import CheckpointError
 from loopexport.export.directory import open_export
 from loopexport.export.own_code import foreign_code
 from loopexport.export.small_files import export_card, export_warnings
@@ -123,6 +124,24 @@ def test_processor_class_in_the_tokenizers_config_is_foreign_code_too():
     kept = dict(files)
     assert processor.without_foreign_code(files) == kept
     assert json.loads(files["tokenizer_config.json"]) == {"pad_token": "x"}
+
+
+def test_parts_of_a_processor_lose_the_code_of_the_base_too():
+    """transformers 5 writes the image processor into processor_config.json, with an `auto_map` of its own."""
+    parts = {"image_processor": {"size": 3, "auto_map": {"AutoImageProcessor": ["a.Slow", "org/b--a.Fast"]}}}
+    content = json.dumps({"auto_map": {"AutoProcessor": "a.Own"}, **parts, "more": [{"auto_map": {}}]}).encode()
+    files = {"processor_config.json": content}
+    assert processor.foreign_classes(files) == ["a.Fast", "a.Own", "a.Slow"]
+    assert processor.without_foreign_code(files) == {"processor_config.json": content}
+    assert json.loads(files["processor_config.json"]) == {"image_processor": {"size": 3}, "more": [{}]}
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+def test_broken_processor_file_is_refused(base, tmp_path, name, content):
+    (base / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"{name} is not a JSON object; download"):
+        loopexport.plan_convert(base, tmp_path / "out", **LOOP)
 
 
 def test_trained_multimodal_model_is_adopted_with_the_processor_of_its_base(base, tmp_path):
