@@ -16,7 +16,7 @@ SHARED_FIELDS = (*DTYPES, "bos_token_id", "eos_token_id", "pad_token_id", "trans
 
 # Fields of the text family that the class of the whole model does not apply to its logits, and the values with which
 # the text family does not apply them either.
-NOT_APPLIED = {
+NOT_APPLIED: dict[str, dict] = {
     "aya_vision": {"logit_scale": 1.0},
     "cohere2_vision": {"logit_scale": 1.0},
     "gemma3": {"final_logit_softcapping": None},

@@ -39,7 +39,7 @@ def without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
     for name, content in processor_files(files).items():
         try:
             config = _read(name, content)
-            if any(True for _ in values_of("auto_map", config)):
+            if list(values_of("auto_map", config)):
                 originals[name] = content
                 files[name] = (json.dumps(without_key("auto_map", config), indent=2) + "\n").encode()
         except RecursionError:
@@ -69,8 +69,12 @@ def processor_warnings(files: Mapping[str, bytes], base_name: str) -> list[str]:
             f"{base_name} has no {PREPROCESSOR}; AutoProcessor will not load, so only text can be prepared: add the "
             "base's processor files to its directory and convert again"
         ]
-    classes = ", ".join(foreign_classes(files))
-    return [f"code of the base is not copied ({classes}): {OWN_CLASSES}"] if classes else []
+    return [foreign_code_warning(files)] if foreign_classes(files) else []
+
+
+def foreign_code_warning(files: Mapping[str, bytes]) -> str:
+    """The warning about processor files, contents by name, that ask for code of the base."""
+    return f"code of the base is not copied ({', '.join(foreign_classes(files))}): {OWN_CLASSES}"
 
 
 # What becomes of a processor that asked for code of the base.
@@ -91,12 +95,7 @@ def _is_empty_object(content: bytes) -> bool:
 
 def _foreign(config: dict) -> Iterator[str]:
     """The classes of a processor for which a file asks code of the base; its parts may have an `auto_map` each."""
-    for entries in values_of("auto_map", config):
-        named = (
-            {auto: entry for auto, entry in entries.items() if auto != "AutoTokenizer"}
-            if isinstance(entries, dict)
-            else {}
-        )
-        for entry in named.values():
-            names = entry if isinstance(entry, list) else [entry]
-            yield from (name.rsplit("--", 1)[-1] for name in names if isinstance(name, str))
+    for classes in values_of("auto_map", config):
+        known = classes.items() if isinstance(classes, dict) else ()
+        entries = [entry if isinstance(entry, list) else [entry] for auto, entry in known if auto != "AutoTokenizer"]
+        yield from (str(name).rsplit("--", 1)[-1] for entry in entries for name in entry if name)

@@ -173,7 +173,7 @@ def _check_content(root: Path, name: str, content: bytes, is_public: bool) -> No
         values = json.loads(content)
     except ValueError:
         raise PushError(f"{name} is not JSON; convert the base again") from None
-    if name not in (CONFIG, f"{BASE_FOLDER}/{CONFIG}") and any(True for _ in values_of("auto_map", values)):
+    if name not in (CONFIG, f"{BASE_FOLDER}/{CONFIG}") and list(values_of("auto_map", values)):
         _check_auto_map(name)
     for value in _strings(values):
         if ABSOLUTE_PATH.match(value) and not (is_public and name not in (MANIFEST, RESULTS)):

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProces
 import loopexport
 from loopexport.base import processor
 from loopexport.errors import CheckpointError
+from loopexport.export.adoption import plan_adopt
 from loopexport.export.directory import open_export
 from loopexport.export.own_code import foreign_code
 from loopexport.export.small_files import export_card, export_warnings
@@ -149,6 +150,12 @@ def test_trained_multimodal_model_is_adopted_with_the_processor_of_its_base(base
     model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
     torch.nn.init.normal_(model.lm_head.weight)
     model.save_pretrained(tmp_path / "tuned")
+    assert any("no tokenizer and no processor" in line for line in plan_adopt(tmp_path / "tuned").warnings)
+    assert not any("no processor" in line for line in plan_adopt(tmp_path / "tuned", base=base).warnings)
+    write_processor(tmp_path / "tuned", auto_map={"AutoImageProcessor": "own.Images"})
+    assert any("not copied (own.Images)" in line for line in plan_adopt(tmp_path / "tuned").warnings)
+    for name in (*processor.NAMES, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "tuned" / name).unlink(missing_ok=True)
     adopted = loopexport.adopt(tmp_path / "tuned", base=base)
     assert adopted.base.config["architectures"] == ["LlavaForConditionalGeneration"]
     assert sha256(adopted.root / "preprocessor_config.json") == sha256(base / "preprocessor_config.json")
@@ -163,4 +170,7 @@ def test_inspect_tells_the_layers_of_the_language_model(base, tmp_path):
     out = loopexport.convert(base, tmp_path / "out", **LOOP).root
     shown = json.loads(run("inspect", out, "--json").stdout)
     assert shown["cost"]["base_layer_evaluations"] == 6
-    assert "6 layers" in run("inspect", out).stdout
+    assert (shown["multimodal"], shown["text_only"]) == (True, False)
+    text = run("inspect", out).stdout
+    assert "6 layers" in text
+    assert "Parts    multimodal: the loop is in the language model" in text

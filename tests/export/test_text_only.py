@@ -229,6 +229,11 @@ def test_tied_language_model_stays_tied(tmp_path):
     assert loopexport.plan_convert(base, text_only=True, **LOOP).base.config["tie_word_embeddings"] is True
 
 
+def test_default_name_differs_from_that_of_the_whole_model(llava):
+    names = {only: loopexport.plan_convert(llava, text_only=only, **LOOP).out.name for only in (False, True)}
+    assert names == {False: "llava-looped-2-3-k2", True: "llava-text-looped-2-3-k2"}
+
+
 def test_cut_file_leaves_nothing(base, tmp_path):
     plan = loopexport.plan_convert(base, tmp_path / "out", text_only=True, **LOOP)
     with (base / "model.safetensors").open("r+b") as file:
@@ -243,12 +248,15 @@ def test_command_says_what_is_shared_and_processors_stay_behind(base, tmp_path):
     arguments = ("convert", base, tmp_path / "out", "--span", "2:3", "--steps", "2", "--text-only")
     planned = run(*arguments, "--dry-run")
     assert not (tmp_path / "out").exists()
-    assert "0 files as in the base; rewritten with its tensors alone: model.safetensors" in planned.stdout
+    assert "0 of 1 weights file unchanged, 1 rewritten without the other parts" in planned.stdout
     assert "Leaves   preprocessor_config.json" in planned.stdout
     assert run(*arguments).exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert read_metadata(card)["pipeline_tag"] == "text-generation"
     assert "Only its language model is here" in card
+    assert "Parts    the language model alone of the multimodal base" in run("inspect", tmp_path / "out").stdout
+    told = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert (told["multimodal"], told["text_only"]) == (False, True)
     assert sha256(base / "config.json") != sha256(tmp_path / "out" / "base" / "config.json")
 
 
