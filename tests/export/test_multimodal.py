@@ -15,7 +15,7 @@ from loopexport.errors import CheckpointError
 from loopexport.export.adoption import plan_adopt
 from loopexport.export.directory import open_export
 from loopexport.export.own_code import foreign_code
-from loopexport.export.small_files import export_card, export_warnings
+from loopexport.export.small_files import export_card, export_warnings, without_foreign_code
 from support.commands import run, sha256, tree
 from support.multimodal import KINDS, image_prompt, save_multimodal
 from support.small_tokenizer import write_tokenizer
@@ -135,6 +135,14 @@ def test_parts_of_a_processor_lose_the_code_of_the_base_too():
     assert processor.foreign_classes(files) == ["a.Fast", "a.Own", "a.Slow"]
     assert processor.without_foreign_code(files) == {"processor_config.json": content}
     assert json.loads(files["processor_config.json"]) == {"image_processor": {"size": 3}, "more": [{}]}
+
+
+def test_original_of_a_config_with_code_at_two_levels_is_whole():
+    config = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "part": {"auto_map": {"AutoProcessor": "own.More"}}}
+    content = json.dumps(config).encode()
+    files = {"tokenizer_config.json": content, "tokenizer.json": b"{}"}
+    assert without_foreign_code(files) == {"tokenizer_config.json": content}
+    assert b"auto_map" not in files["tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])
