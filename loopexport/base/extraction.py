@@ -20,7 +20,7 @@ from loopexport.files.placement import copy_bytes
 
 from .checkpoint import CONFIG, INDEX, Checkpoint, Shard
 from .language_model import language_model_config, native_names
-from .loadable import check_loadable
+from .loadable import check_loadable, check_text_names, is_tied
 from .processor import NAMES as PROCESSOR_NAMES
 from .safetensors_header import Header, Tensor, header_bytes
 from .tensor_names import HEAD, layer_of
@@ -69,8 +69,9 @@ def text_checkpoint(base: Checkpoint) -> Checkpoint:
     """
     config = language_model_config(base.config)
     names = native_names(config["model_type"], base.tensors)
-    # Weights say it better than two configs with defaults: transformers ties a head only where there is none.
-    config["tie_word_embeddings"] = not any(HEAD.search(name) and layer_of(name) is None for name in names.values())
+    has_head = any(HEAD.search(name) and layer_of(name) is None for name in names.values())
+    config["tie_word_embeddings"] = not has_head and is_tied(base.config)  # a head in the weights is never tied
+    check_text_names(config["model_type"], names.values())
     check_loadable(config, list(names.values()))
     shards = tuple(filter(None, (_text_shard(shard, names) for shard in base.shards)))
     edited = {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}

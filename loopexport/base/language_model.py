@@ -10,8 +10,20 @@ from loopexport.errors import CheckpointError
 from .families import TOWER_CONFIGS, is_multimodal, layer_count, text_config
 from .tensor_names import is_tower
 
+DTYPES = ("dtype", "torch_dtype")  # the whole model loads in that of its top config, whatever its text_config says
 # Fields that a multimodal config may have on top for its language model.
-SHARED_FIELDS = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+SHARED_FIELDS = (*DTYPES, "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+
+# Fields of the text family that the class of the whole model does not apply to its logits, and the values with which
+# the text family does not apply them either.
+NOT_APPLIED: dict[str, dict] = {
+    "aya_vision": {"logit_scale": 1.0},
+    "cohere2_vision": {"logit_scale": 1.0},
+    "gemma3": {"final_logit_softcapping": None},
+}
+
+# Gemma's text tokens attend to later ones; in the whole model, which ones depends on the inputs beside the tokens.
+BIDIRECTIONAL = (True, "all")
 
 # How multimodal checkpoints name the tensors of their language model, and how the text family names them.
 RENAMED = (
@@ -44,18 +56,23 @@ def language_model_config(config: dict) -> dict:
     """
     model_type = config.get("model_type")
     if not is_multimodal(config):
-        raise CheckpointError(f"{model_type} is a language model already; leave --text-only out")
+        raise CheckpointError(_nothing_to_take_out(config))
     if config.get("quantization_config") or text_config(config).get("quantization_config"):
         raise CheckpointError(
             f"{model_type} is quantised, and its quantization_config is for the whole model; leave --text-only out, or "
             "convert the checkpoint that was not quantised"
         )
+    if text_config(config).get("use_bidirectional_attention") in BIDIRECTIONAL:
+        raise CheckpointError(
+            f"{model_type} has use_bidirectional_attention, with which its language model alone attends to other "
+            "tokens than in the whole; leave --text-only out"
+        )
     text_type = _text_type(config)
-    shared = {name: config[name] for name in SHARED_FIELDS if name in config}
-    own = {name: value for name, value in text_config(config).items() if name not in ("text_config", *TOWER_CONFIGS)}
+    if text_type == model_type:
+        raise CheckpointError(_nothing_to_take_out(config))
     return {
-        **shared,
-        **own,
+        **_fields(config),
+        **NOT_APPLIED.get(str(model_type), {}),
         "model_type": text_type,
         "architectures": [_causal_class(str(model_type), text_type)],
         "num_hidden_layers": layer_count(config),
@@ -71,6 +88,20 @@ def native_names(text_type: str, names: Collection[str]) -> dict[str, str]:
     as_named = READ_AS_NAMED.get(text_type)
     is_read = as_named is not None and all(name.startswith((as_named, "lm_head.")) for name in found)
     return {name: name if is_read else renamed for name, renamed in found.items()}
+
+
+def _fields(config: dict) -> dict:
+    """The fields of the `text_config`, and those of the top config that it does not have or has as null."""
+    shared = {name: config[name] for name in SHARED_FIELDS if config.get(name) is not None}
+    others = ("text_config", *TOWER_CONFIGS, *DTYPES)
+    own = {name: value for name, value in text_config(config).items() if name not in others}
+    return shared | {name: value for name, value in own.items() if value is not None or name not in shared}
+
+
+def _nothing_to_take_out(config: dict) -> str:
+    has_tower = any(isinstance(config.get(key), dict) for key in TOWER_CONFIGS)
+    what = "has no text_config to take out" if has_tower else "is a language model already"
+    return f"{config.get('model_type')} {what}; leave --text-only out"
 
 
 def _renamed(name: str) -> str | None:
@@ -94,7 +125,7 @@ def _causal_class(model_type: str, text_type: str) -> str:
     from transformers import __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-    if text_type not in NAMES or model_type in UNREADABLE or text_type == model_type:
+    if text_type not in NAMES or model_type in UNREADABLE:
         raise CheckpointError(
             f"the language model of {model_type} is a {text_type}, for which transformers {__version__} has no causal "
             "language model that reads its tensors; leave --text-only out"

@@ -34,6 +34,9 @@ WITHOUT_LANGUAGE_MODEL = (
     "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe_thinker", "step3p7", "unlimited_ocr",
 )  # fmt: skip
 
+# Multimodal families whose config takes `tie_word_embeddings` of the `text_config` if its own is false.
+TIED_BY_TEXT = ("fast_vlm", "llava", "llava_next_video", "llava_onevision", "minimax_m3_vl", "video_llama_3")
+
 # Where the layers are; in all other families that were tried, at `model.layers`.
 LAYERS = {
     "transformer.h": (
@@ -85,9 +88,9 @@ def check_loadable(config: dict, names: Collection[str]) -> None:
     outside = [name for name in names if layer_of(name) is None and not is_tower(name)]
     has_head = any(SOME_HEAD.search(name) for name in outside)
     has_embedding = any(SOME_EMBEDDING.search(name) for name in outside)
-    if not has_embedding and not (has_head and _is_tied(config)):
+    if not has_embedding and not (has_head and is_tied(config)):
         raise CheckpointError(f"the weights have no token embeddings, and transformers would make random ones; {AGAIN}")
-    if not has_head and not _is_tied(config):
+    if not has_head and not is_tied(config):
         raise CheckpointError(_no_head(config))
     if was_tried:
         _check_norm(config["model_type"], outside)
@@ -142,20 +145,44 @@ def _check_multimodal_names(config: dict, names: Collection[str]) -> None:
         )
 
 
+def check_text_names(text_type: str, names: Collection[str]) -> None:
+    """Check that a text family reads the layers of a language model that is taken out of a multimodal one.
+
+    Raises:
+        CheckpointError: it has its layers elsewhere.
+    """
+    found = _unread_layers(text_type, names) if newest_outcome(text_type)[0] in TRIED else {}
+    if found:
+        raise CheckpointError(
+            f"the language model has names such as {min(found.values())}, which its text family does not read: "
+            f"{text_type} has its layers at {_own_path(text_type)}; leave --text-only out"
+        )
+
+
 def _check_own_names(model_type: str, names: Collection[str]) -> None:
     """Check that the layers are where the family has them, with or without the name of the model around them."""
-    own = next((path for path, families in LAYERS.items() if model_type in families), ORDINARY_LAYERS)
+    if not any(layers_path(name) for name in names):
+        raise CheckpointError(f"the weights have no layers, and transformers would make random ones; {AGAIN}")
+    found = _unread_layers(model_type, names)
+    if found:
+        raise CheckpointError(
+            f"the weights have names such as {min(found.values())}, but {model_type} has its layers at "
+            f"{_own_path(model_type)}, and transformers would make random ones; correct model_type in config.json, or "
+            "rename the tensors"
+        )
+
+
+def _unread_layers(model_type: str, names: Collection[str]) -> dict[str, str]:
+    """A tensor of each list of layers by the list's path, if the family has its layers at none of them; else empty."""
+    own = _own_path(model_type)
     found = {path: name for name in names if (path := layers_path(name)) is not None}
     reads_more = any(model_type in families for families in MULTIMODAL.values())
     readable = {own, own.partition(".")[2], RENAMED_LAYERS.get(model_type)}
-    if not readable.isdisjoint(found) or (found and reads_more):
-        return
-    if not found:
-        raise CheckpointError(f"the weights have no layers, and transformers would make random ones; {AGAIN}")
-    raise CheckpointError(
-        f"the weights have names such as {min(found.values())}, but {model_type} has its layers at {own}, and "
-        "transformers would make random ones; correct model_type in config.json, or rename the tensors"
-    )
+    return {} if reads_more or not readable.isdisjoint(found) else found
+
+
+def _own_path(model_type: str) -> str:
+    return next((path for path, families in LAYERS.items() if model_type in families), ORDINARY_LAYERS)
 
 
 def _check_norm(model_type: str, outside: Collection[str]) -> None:
@@ -173,13 +200,14 @@ def _check_layers(count: int, names: Collection[str]) -> None:
         )
 
 
-def _is_tied(config: dict) -> bool:
-    """Whether the token embeddings serve as the head; one of two configs of a multimodal model is enough to say so."""
-    values = [each["tie_word_embeddings"] for each in (config, text_config(config)) if "tie_word_embeddings" in each]
-    values = [tied for tied in values if tied is not None]
-    if not values:  # the family decides; most bases that leave it out are tied
+def is_tied(config: dict) -> bool:
+    """Whether the token embeddings serve as the head; the top config of a multimodal model comes before its text's."""
+    values = [each.get("tie_word_embeddings") for each in (config, text_config(config))]
+    given = [value for value in values if value is not None]
+    if not given:  # the family decides; most bases that leave it out are tied
         return is_language_model(config) or ties_by_default(config["model_type"])
-    return any(values) or "shared_input_output_embedding" in config  # the second is open-llama's own key
+    tied = any(given) if config["model_type"] in TIED_BY_TEXT else given[0]
+    return bool(tied) or "shared_input_output_embedding" in config  # the second is open-llama's own key
 
 
 def _no_head(config: dict) -> str:

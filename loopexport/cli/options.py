@@ -141,7 +141,11 @@ adapter_option = option(
     FILES, "--without-adapter", is_flag=True, help="Ignore a PEFT adapter beside the weights instead of refusing MODEL."
 )
 text_only_option = option(
-    FILES, "--text-only", is_flag=True, help="Take the language model alone out of a multimodal MODEL."
+    FILES,
+    "--text-only",
+    is_flag=True,
+    help="Take the language model alone out of a multimodal MODEL; AutoModelForCausalLM loads it. Refused if "
+    "transformers has no causal language model of its type (Qwen-VL, GLM-V, Mllama).",
 )
 overwrite_option = option(FILES, "--overwrite", is_flag=True, help="Replace an existing export at OUT.")
 

@@ -92,6 +92,7 @@ def export_lines(export: Export) -> list[str]:
     """The lines of an export: its loop, cost and origin."""
     return [
         *_model_lines(export.base, export.spec, export.cost),
+        *_parts_lines(export),
         _export_weights_text(export),
         f"Written  by LoopExport {export.manifest.loopexport}",
         *([f"Edited   since: {_edits(export)}"] if export.edited else []),
@@ -313,9 +314,20 @@ def _weights_text(plan: ConvertPlan) -> str:
 
 
 def _text_only(plan: ConvertPlan) -> str:
-    made = [shard.name for shard in made_shards(plan.base)]
-    rewritten = f"; rewritten with its tensors alone: {', '.join(made)}" if made else ""
-    return f"Text     the language model alone, {_files(len(plan.base.shards) - len(made))} as in the base{rewritten}"
+    count, made = len(plan.base.shards), len(made_shards(plan.base))
+    files = "weights file" if count == 1 else "weights files"
+    return (
+        f"Text     the language model alone: {count - made} of {count} {files} unchanged, "
+        f"{made} rewritten without the other parts"
+    )
+
+
+def _parts_lines(export: Export) -> list[str]:
+    """A line on which parts of a multimodal base are there and loop; none for other bases."""
+    if export.base.is_multimodal:
+        return ["Parts    multimodal: the loop is in the language model, the other parts run once"]
+    name = export.manifest.base.name
+    return [f"Parts    the language model alone of the multimodal {name}"] if export.manifest.text_only else []
 
 
 def _export_weights_text(export: Export) -> str:

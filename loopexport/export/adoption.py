@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from loopexport._keywords import suggest_keywords
 from loopexport._version import __version__
-from loopexport.base import tokenizer
+from loopexport.base import processor, tokenizer
 from loopexport.base.checkpoint import CARD, CONFIG, Checkpoint, Origin, open_checkpoint, read_config
 from loopexport.base.licence import licence_warnings
 from loopexport.files.digests import Progress, bytes_sha256, file_sha256
@@ -115,7 +115,7 @@ def plan_adopt(root: str | Path, *, base: str | Path | None = None) -> AdoptPlan
     Args:
         root: the directory that `save_pretrained` of the trained looped model wrote.
         base: the model that was trained: a Hub id, a directory, or an export. It gives the name and the licence on the
-            card, and the tokenizer where `root` has none. None takes the name from `root`.
+            card, and the tokenizer and the processor where `root` has none. None takes the name from `root`.
 
     Raises:
         ExportError: the directory cannot be adopted; the message says what to do.
@@ -144,7 +144,7 @@ def adopt(root: str | Path, *, base: str | Path | None = None, progress: Progres
     Args:
         root: the directory that `save_pretrained` of the trained looped model wrote.
         base: the model that was trained: a Hub id, a directory, or an export. It gives the name and the licence on the
-            card, and the tokenizer where `root` has none. None takes the name from `root`.
+            card, and the tokenizer and the processor where `root` has none. None takes the name from `root`.
         progress: called with the number of weight bytes just hashed.
 
     Raises:
@@ -176,15 +176,19 @@ def _warnings(model: Checkpoint, source: BaseFiles, files: dict[str, bytes]) -> 
     """What the user should know, one line each."""
     for name in training_files(model.root)[:1]:
         yield f"{name} may be a pickle, and `push` stops at it: move it and other files of the training elsewhere"
-    if not any(tokenizer.FILES.fullmatch(name.removeprefix(f"{BASE_FOLDER}/")) for name in files):
+    lacking = " and no ".join(_lacking(model, {name.removeprefix(f"{BASE_FOLDER}/") for name in files}))
+    if lacking:
         yield (
-            "there is no tokenizer, and a file added later is not part of the export: give the base's directory with "
-            "--base, or save the tokenizer here before you adopt"
+            f"there is no {lacking}, and a file added later is not part of the export: give the base's directory with "
+            "--base, or save it here before you adopt"
         )
     original = files.get(f"{BASE_FOLDER}/{tokenizer.CONFIG}", b"")
     if tokenizer.foreign_class(original) is not None:
         warning = tokenizer.tokenizer_warning(original, files, source.name, is_on_hub="/" in source.name)
         yield from filter(None, [warning])
+    originals = {name: files.get(f"{BASE_FOLDER}/{name}", b"") for name in processor.NAMES}
+    if processor.foreign_classes(originals):
+        yield processor.foreign_code_warning(originals)
     if "rope_parameters" in model.config and "rope_theta" not in model.config:
         yield f"{CONFIG} was written by transformers 5: transformers 4 does not read rope_parameters and would differ"
     if model.config.get("use_cache") is False:
@@ -196,6 +200,14 @@ def _warnings(model: Checkpoint, source: BaseFiles, files: dict[str, bytes]) -> 
     if "license" not in metadata:
         yield "no licence is known for the card: give the base's directory with --base, or edit README.md afterwards"
     yield from licence_warnings(metadata, list(files))
+
+
+def _lacking(model: Checkpoint, names: Collection[str]) -> Iterator[str]:
+    """What prepares the inputs of the model, but is not among the files."""
+    if not any(map(tokenizer.FILES.fullmatch, names)):
+        yield "tokenizer"
+    if model.is_multimodal and not processor.has_processor(names):
+        yield "processor"
 
 
 def _holds(path: Path, content: bytes) -> bool:

@@ -23,7 +23,7 @@ from loopexport.loop.wording import (
 )
 
 from .card_results import MODEL_INDEX, model_index, results_section
-from .card_usage import multimodal_section, on_the_hub, onnx_section, pipeline_tag, transformers_section, vllm_section
+from .card_usage import multimodal_section, on_the_hub, onnx_section, pipeline_tag, text_section, vllm_section
 from .foreign_text import markdown_code, markdown_text, python_literal
 from .manifest import HUB_ID, OnnxRecord
 from .results_file import Measured
@@ -201,10 +201,10 @@ def _use(facts: CardFacts) -> list[str]:
 
 
 def _transformers(facts: CardFacts) -> str:
-    if not facts.is_multimodal:
-        return transformers_section(facts.spec.steps, _tokenizer(facts), facts.trained)
-    section = multimodal_section(facts.spec.steps, facts.config, facts.trained)
-    return section if facts.processor else f"{_NO_PROCESSOR}\n{section}"
+    if facts.is_multimodal and facts.processor:
+        return multimodal_section(facts.spec.steps, facts.config, facts.trained)
+    section = text_section(facts.spec.steps, _tokenizer(facts), facts.trained, facts.config)
+    return f"{_NO_PROCESSOR}\n{section}" if facts.is_multimodal else section
 
 
 def _tokenizer(facts: CardFacts) -> str | None:
@@ -310,12 +310,12 @@ the base model's.** They are stored once."""
 
 _LANGUAGE_MODEL = """\
 The model reads more than text. The loop runs in its language model alone: the span counts the {num_layers} decoder
-layers there. The vision and audio towers are the base's and run once."""
+layers there. Its other parts run once, as in the base."""
 
 _TEXT_ONLY = """\
-The base reads more than text. Only its language model is here; its vision and audio towers were left out."""
+The base reads more than text. Only its language model is here; its other parts were left out."""
 
-_NO_PROCESSOR = "The base's directory had no processor: AutoProcessor will not load from here.\n"
+_NO_PROCESSOR = "The base's directory had no processor: AutoProcessor will not load from here. Text alone works:\n"
 
 _BODY = """
 # {name}, {title}

@@ -34,26 +34,28 @@ def on_the_hub(card: str, repo_id: str) -> str:
     return card
 
 
-def transformers_section(steps: int, tokenizer: str | None, trained: bool) -> str:
-    """The section for transformers and a model that reads text alone.
+def text_section(steps: int, tokenizer: str | None, trained: bool, config: dict) -> str:
+    """The section for transformers and text alone, as input of any model.
 
     Args:
         steps: K.
         tokenizer: the Python expression to load the tokenizer from; None if the base had none.
         trained: whether the weights were trained since the conversion.
+        config: the base's config.
     """
+    auto = _sample(config)["auto"] if is_multimodal(config) else "AutoModelForCausalLM"
     one = "the model without its loop" if trained else "the base model"
     if tokenizer is None:
-        names, line = "AutoModelForCausalLM", "# The base's directory had no tokenizer: this model takes token ids."
+        names, line = auto, "# The base's directory had no tokenizer: this model takes token ids."
     else:
-        names = "AutoModelForCausalLM, AutoTokenizer"
+        names = f"{auto}, AutoTokenizer"
         line = f"tokenizer = AutoTokenizer.from_pretrained({tokenizer}, trust_remote_code=True)"
     return f"""\
 ```python
 from transformers import {names}
 
 {LOCAL_PATH}{line}
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+model = {auto}.from_pretrained(path, trust_remote_code=True)
 model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
 ```
 """
@@ -68,8 +70,7 @@ def multimodal_section(steps: int, config: dict, trained: bool) -> str:
         trained: whether the weights were trained since the conversion.
     """
     one = "the model without its loop" if trained else "the base model"
-    sample = _IMAGE if _reads_images(config) else _SOUND
-    return _MULTIMODAL.format(path=LOCAL_PATH, steps=steps, one=one, **sample)
+    return _MULTIMODAL.format(path=LOCAL_PATH, steps=steps, one=one, **_sample(config))
 
 
 def pipeline_tag(config: dict, base_card: Mapping) -> str:
@@ -87,6 +88,11 @@ def pipeline_tag(config: dict, base_card: Mapping) -> str:
     if not _reads_images(config):
         return "audio-text-to-text"
     return "any-to-any" if _reads_sound(config) else "image-text-to-text"
+
+
+def _sample(config: dict) -> dict[str, str]:
+    """The Auto class of a multimodal model, and what its example asks about."""
+    return _IMAGE if _reads_images(config) else _SOUND
 
 
 def _reads_sound(config: dict) -> bool:

@@ -314,7 +314,7 @@ def _given(**fields: Any) -> dict[str, Any]:
 
 
 def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
-    name = base.origin.name.rsplit("/", 1)[-1]
+    name = base.origin.name.rsplit("/", 1)[-1] + ("-text" if base.edited else "")
     spans = "-".join(f"{start}-{stop}" for start, stop in spec.spans)
     return Path(f"{name}-looped-{spans}-k{spec.steps}")
 

@@ -53,7 +53,7 @@ def _content(base: Checkpoint, name: str) -> bytes:
 def without_foreign_code(files: dict[str, bytes]) -> dict[str, bytes]:
     """Edit `files`, contents by name, so that nothing needs code of the base; return the files it replaced."""
     originals = tokenizer.without_foreign_code(files)
-    return originals | processor.without_foreign_code(files)
+    return processor.without_foreign_code(files) | originals
 
 
 def _check_distinct(names: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -27,3 +28,20 @@ def read_object(content: bytes) -> dict:
     except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def values_of(key: str, values: Any) -> Iterator[Any]:
+    """The values of a key in a JSON value, at every level."""
+    waiting = [values]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict) and key in each:
+            yield each[key]
+        waiting += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+
+
+def without_key(key: str, values: Any) -> Any:
+    """A JSON value without a key, at every level."""
+    if isinstance(values, dict):
+        return {name: without_key(key, each) for name, each in values.items() if name != key}
+    return [without_key(key, each) for each in values] if isinstance(values, list) else values

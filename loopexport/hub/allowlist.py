@@ -28,6 +28,7 @@ from loopexport.export.onnx_files import FILES as ONNX_FILES
 from loopexport.export.own_code import CODE_NAMES, foreign_code
 from loopexport.export.results_file import RESULTS, remedy
 from loopexport.export.stale_graphs import stale_graphs
+from loopexport.files.json_text import values_of
 
 LARGE_BYTES = 64 * 2**20
 
@@ -172,7 +173,7 @@ def _check_content(root: Path, name: str, content: bytes, is_public: bool) -> No
         values = json.loads(content)
     except ValueError:
         raise PushError(f"{name} is not JSON; convert the base again") from None
-    if isinstance(values, dict) and "auto_map" in values and name not in (CONFIG, f"{BASE_FOLDER}/{CONFIG}"):
+    if name not in (CONFIG, f"{BASE_FOLDER}/{CONFIG}") and list(values_of("auto_map", values)):
         _check_auto_map(name)
     for value in _strings(values):
         if ABSOLUTE_PATH.match(value) and not (is_public and name not in (MANIFEST, RESULTS)):

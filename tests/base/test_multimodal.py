@@ -142,6 +142,20 @@ def test_head_of_an_untied_language_model_is_asked_for(tmp_path, monkeypatch):
         open_checkpoint(base)
 
 
+@pytest.mark.parametrize(
+    ("family", "top", "text", "tied"),
+    [
+        ("gemma3", False, True, False),
+        ("gemma3", True, False, True),
+        ("gemma3", None, False, False),
+        ("llava", False, True, True),
+    ],
+)
+def test_top_config_says_whether_the_head_is_tied(family, top, text, tied):
+    config = {"model_type": family, "tie_word_embeddings": top, "text_config": {"tie_word_embeddings": text}}
+    assert loadable.is_tied(config) is tied
+
+
 def test_span_counts_the_layers_of_the_language_model(base):
     assert loopexport.plan_convert(base, span=(4, NUM_LAYERS), steps=2, dry_run=True)
     with pytest.raises(loopexport.LoopExportError, match="6 layers"):

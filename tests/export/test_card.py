@@ -131,7 +131,10 @@ def test_task_is_that_of_the_base_or_of_what_it_reads(config, base_card, task):
 
 
 def test_card_without_a_processor_says_so():
-    assert "had no processor" in card(LLAVA, config=MULTIMODAL, processor=False)
+    text = card(LLAVA, config=MULTIMODAL, processor=False)
+    assert "had no processor" in text
+    assert "import AutoModelForImageTextToText, AutoTokenizer\n" in text
+    assert "AutoProcessor.from_pretrained" not in text
     assert "had no processor" not in card(LLAVA, config=MULTIMODAL)
 
 

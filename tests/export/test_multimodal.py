@@ -11,9 +11,11 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoProces
 
 import loopexport
 from loopexport.base import processor
+from loopexport.errors import CheckpointError
+from loopexport.export.adoption import plan_adopt
 from loopexport.export.directory import open_export
 from loopexport.export.own_code import foreign_code
-from loopexport.export.small_files import export_card, export_warnings
+from loopexport.export.small_files import export_card, export_warnings, without_foreign_code
 from support.commands import run, sha256, tree
 from support.multimodal import KINDS, image_prompt, save_multimodal
 from support.small_tokenizer import write_tokenizer
@@ -125,11 +127,43 @@ def test_processor_class_in_the_tokenizers_config_is_foreign_code_too():
     assert json.loads(files["tokenizer_config.json"]) == {"pad_token": "x"}
 
 
+def test_parts_of_a_processor_lose_the_code_of_the_base_too():
+    """transformers 5 writes the image processor into processor_config.json, with an `auto_map` of its own."""
+    parts = {"image_processor": {"size": 3, "auto_map": {"AutoImageProcessor": ["a.Slow", "org/b--a.Fast"]}}}
+    content = json.dumps({"auto_map": {"AutoProcessor": "a.Own"}, **parts, "more": [{"auto_map": {}}]}).encode()
+    files = {"processor_config.json": content}
+    assert processor.foreign_classes(files) == ["a.Fast", "a.Own", "a.Slow"]
+    assert processor.without_foreign_code(files) == {"processor_config.json": content}
+    assert json.loads(files["processor_config.json"]) == {"image_processor": {"size": 3}, "more": [{}]}
+
+
+def test_original_of_a_config_with_code_at_two_levels_is_whole():
+    config = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "part": {"auto_map": {"AutoProcessor": "own.More"}}}
+    content = json.dumps(config).encode()
+    files = {"tokenizer_config.json": content, "tokenizer.json": b"{}"}
+    assert without_foreign_code(files) == {"tokenizer_config.json": content}
+    assert b"auto_map" not in files["tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+def test_broken_processor_file_is_refused(base, tmp_path, name, content):
+    (base / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"{name} is not a JSON object; download"):
+        loopexport.plan_convert(base, tmp_path / "out", **LOOP)
+
+
 def test_trained_multimodal_model_is_adopted_with_the_processor_of_its_base(base, tmp_path):
     out = loopexport.convert(base, tmp_path / "out", **LOOP).root
     model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
     torch.nn.init.normal_(model.lm_head.weight)
     model.save_pretrained(tmp_path / "tuned")
+    assert any("no tokenizer and no processor" in line for line in plan_adopt(tmp_path / "tuned").warnings)
+    assert not any("no processor" in line for line in plan_adopt(tmp_path / "tuned", base=base).warnings)
+    write_processor(tmp_path / "tuned", auto_map={"AutoImageProcessor": "own.Images"})
+    assert any("not copied (own.Images)" in line for line in plan_adopt(tmp_path / "tuned").warnings)
+    for name in (*processor.NAMES, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "tuned" / name).unlink(missing_ok=True)
     adopted = loopexport.adopt(tmp_path / "tuned", base=base)
     assert adopted.base.config["architectures"] == ["LlavaForConditionalGeneration"]
     assert sha256(adopted.root / "preprocessor_config.json") == sha256(base / "preprocessor_config.json")
@@ -144,4 +178,7 @@ def test_inspect_tells_the_layers_of_the_language_model(base, tmp_path):
     out = loopexport.convert(base, tmp_path / "out", **LOOP).root
     shown = json.loads(run("inspect", out, "--json").stdout)
     assert shown["cost"]["base_layer_evaluations"] == 6
-    assert "6 layers" in run("inspect", out).stdout
+    assert (shown["multimodal"], shown["text_only"]) == (True, False)
+    text = run("inspect", out).stdout
+    assert "6 layers" in text
+    assert "Parts    multimodal: the loop is in the language model" in text

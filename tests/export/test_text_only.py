@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import loopexport
 from loopexport.base.checkpoint import Origin
-from loopexport.base.language_model import native_names
+from loopexport.base.language_model import language_model_config, native_names
 from loopexport.errors import CheckpointError, OutputError, SpecError
 from loopexport.export.card import read_metadata
 from loopexport.loop.presets import find_preset, published_cell
@@ -147,16 +147,71 @@ def test_language_model_is_refused_as_one_already(tmp_path):
             "is quantised, and its quantization_config is for the whole",
         ),
         ({"text_config": {"model_type": "qwen2_vl_text"}}, "is a qwen2_vl_text, for which transformers"),
+        ({"text_config": None, "architectures": ["XForCausalLM"]}, "llava has no text_config to take out; leave"),
+        (
+            {"model_type": "mistral4", "text_config": None, "vision_config": None},
+            "mistral4 is a language model already",
+        ),
+        ({"text_config": {"use_bidirectional_attention": True}}, "llava has use_bidirectional_attention, with which"),
         ({"model_type": "minimax_m3_vl"}, "no causal language model that reads its tensors"),
         ({"text_config": {"model_type": "bart", "decoder_layers": 3}}, "half of an encoder-decoder"),
         ({"text_config": {"model_type": "llama", "num_hidden_layers": 9}}, "says 9 layers, but the weights have none"),
-        ({"text_config": {"model_type": "gpt2", "num_hidden_layers": 6}}, "gpt2 has its layers at transformer.h"),
+        (
+            {"text_config": {"model_type": "gpt2", "num_hidden_layers": 6}},
+            "its text family does not read: gpt2 has its layers at",
+        ),
     ],
 )
 def test_language_models_that_cannot_stand_alone_are_refused(base, change, says):
     edit_config(base, **change)
     with pytest.raises(CheckpointError, match=says):
         loopexport.plan_convert(base, text_only=True, **LOOP)
+
+
+def test_softcapping_that_the_multimodal_class_does_not_apply_is_off(tmp_path):
+    base = save_multimodal("gemma3", tmp_path / "base", final_logit_softcapping=2.0)
+    model = AutoModelForImageTextToText.from_pretrained(base).eval()
+    with torch.no_grad():
+        whole = model(input_ids=TOKENS, token_type_ids=torch.zeros_like(TOKENS)).logits
+    out = loopexport.convert(base, tmp_path / "out", text_only=True, **LOOP).root
+    assert_bitwise(text_answer(out, loop_steps=1), whole)
+
+
+@pytest.mark.parametrize("family", ["aya_vision", "cohere2_vision"])
+def test_logits_that_the_multimodal_class_does_not_scale_stay_as_they_are(family):
+    text = {"model_type": "cohere2", "logit_scale": 0.0625, "num_hidden_layers": 4}
+    assert language_model_config({"model_type": family, "text_config": text})["logit_scale"] == 1.0
+
+
+def test_attention_to_later_tokens_of_an_image_alone_is_no_obstacle():
+    text = {"model_type": "gemma4_text", "use_bidirectional_attention": "vision", "num_hidden_layers": 4}
+    config = {"model_type": "gemma4", "text_config": text}
+    if "gemma4" not in CONFIG_MAPPING:
+        pytest.skip("gemma4 came with transformers 5")
+    assert language_model_config(config)["use_bidirectional_attention"] == "vision"
+
+
+def test_top_dtype_counts_and_nulls_replace_nothing(base):
+    text = json.loads((base / "config.json").read_text())["text_config"]
+    nulls = {"eos_token_id": None, "pad_token_id": None, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    edit_config(base, text_config={**text, **nulls}, eos_token_id=[5, 6], dtype="float16", pad_token_id=None)
+    config = loopexport.plan_convert(base, text_only=True, **LOOP).base.config
+    assert (config["eos_token_id"], config["pad_token_id"], config["dtype"]) == ([5, 6], None, "float16")
+    assert "torch_dtype" not in config
+    edit_config(base, dtype=None)  # transformers then takes the dtype of the weights
+    assert "dtype" not in loopexport.plan_convert(base, text_only=True, **LOOP).base.config
+
+
+def test_missing_head_that_is_not_tied_is_refused(base):
+    weights = load_file(base / "model.safetensors")
+    del weights["language_model.lm_head.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    edit_config(base, tie_word_embeddings=False)
+    for text_only in (False, True):
+        with pytest.raises(CheckpointError, match="the weights have no head"):
+            loopexport.plan_convert(base, text_only=text_only, **LOOP)
+    edit_config(base, tie_word_embeddings=True)
+    assert loopexport.plan_convert(base, text_only=True, **LOOP).base.config["tie_word_embeddings"] is True
 
 
 def test_fields_that_only_the_top_config_has_are_kept(base, tmp_path):
@@ -174,6 +229,11 @@ def test_tied_language_model_stays_tied(tmp_path):
     assert loopexport.plan_convert(base, text_only=True, **LOOP).base.config["tie_word_embeddings"] is True
 
 
+def test_default_name_differs_from_that_of_the_whole_model(llava):
+    names = {only: loopexport.plan_convert(llava, text_only=only, **LOOP).out.name for only in (False, True)}
+    assert names == {False: "llava-looped-2-3-k2", True: "llava-text-looped-2-3-k2"}
+
+
 def test_cut_file_leaves_nothing(base, tmp_path):
     plan = loopexport.plan_convert(base, tmp_path / "out", text_only=True, **LOOP)
     with (base / "model.safetensors").open("r+b") as file:
@@ -188,12 +248,15 @@ def test_command_says_what_is_shared_and_processors_stay_behind(base, tmp_path):
     arguments = ("convert", base, tmp_path / "out", "--span", "2:3", "--steps", "2", "--text-only")
     planned = run(*arguments, "--dry-run")
     assert not (tmp_path / "out").exists()
-    assert "0 files as in the base; rewritten with its tensors alone: model.safetensors" in planned.stdout
+    assert "0 of 1 weights file unchanged, 1 rewritten without the other parts" in planned.stdout
     assert "Leaves   preprocessor_config.json" in planned.stdout
     assert run(*arguments).exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert read_metadata(card)["pipeline_tag"] == "text-generation"
     assert "Only its language model is here" in card
+    assert "Parts    the language model alone of the multimodal base" in run("inspect", tmp_path / "out").stdout
+    told = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert (told["multimodal"], told["text_only"]) == (False, True)
     assert sha256(base / "config.json") != sha256(tmp_path / "out" / "base" / "config.json")
 
 

@@ -63,6 +63,16 @@ LEAKS = {
         lambda root: write_listed(root, "processor_config.json", '{"auto_map": {"AutoProcessor": "a.B"}}'),
         "the auto_map of processor_config.json is not the installed LoopExport's",
     ),
+    "foreign code of a part of the processor": (
+        lambda root: write_listed(
+            root, "processor_config.json", '{"a": [{"auto_map": {"AutoImageProcessor": "a.B"}}]}'
+        ),
+        "the auto_map of processor_config.json is not the installed LoopExport's",
+    ),
+    "foreign code in another file": (
+        lambda root: write_listed(root, "generation_config.json", '{"a": {"auto_map": {"AutoConfig": "a.B"}}}'),
+        "generation_config.json asks for foreign code (auto_map)",
+    ),
     "foreign tokenizer code": (
         lambda root: write_listed(root, "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a.B", null]}}'),
         "the auto_map of tokenizer_config.json is not the installed LoopExport's",

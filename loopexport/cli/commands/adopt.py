@@ -15,7 +15,7 @@ from loopexport.cli.progress import ByteBar
     "--base",
     metavar="MODEL",
     help="The model that was trained: a Hub id, a directory, or an export. It gives the name and the licence on the "
-    "card, and the tokenizer if DIRECTORY has none.",
+    "card, and the tokenizer and the processor if DIRECTORY has none.",
 )
 @dry_run_option
 @json_option

@@ -28,7 +28,7 @@ from .push import push_export
 def convert(model, out, repo_id, private, dry_run, as_json, spec_file, **given) -> None:
     """Write MODEL (a directory or a Hub id) as a looped model directory.
 
-    OUT defaults to MODEL-looped-START-STOP-kK.
+    OUT defaults to MODEL-looped-START-STOP-kK, with --text-only to MODEL-text-looped-...
 
     The weights stay the base's, byte for byte, and are stored once. The export loads without LoopExport:
     AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True).

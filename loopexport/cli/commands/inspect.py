@@ -33,6 +33,8 @@ def _values(export) -> dict:
     return {
         "manifest": json.loads(export.manifest.to_json()),
         "spec": export.spec.to_config_fields(),
+        "multimodal": export.base.is_multimodal,
+        "text_only": export.manifest.text_only,
         "edited": export.edited,
         "cost": export.cost.to_dict(),
         "notices": export_warnings(export),
