@@ -70,7 +70,7 @@ FAULTS = {
         "return self.span if isinstance(self.span[0], tuple) else (self.span,)",
         "return ((self.span[0], self.span[1] - 1),)",
     ),
-    "one more step": field_of_spec('"steps": _check_steps', '"steps": lambda value: 4 if value == 3 else value'),
+    "one more step": field_of_spec('"steps": check_steps', '"steps": lambda value: 4 if value == 3 else value'),
     "layers loop as a block": field_of_spec('one_of("mode", MODES)', 'lambda value: "block"', mode="layer"),
     "a block loops by layers": field_of_spec('one_of("mode", MODES)', 'lambda value: "layer"'),
     "keys of another pass": field_of_spec('one_of("kv", KV_POLICIES)', 'lambda value: "per_step"'),
@@ -79,7 +79,7 @@ FAULTS = {
     "decode steps loop": field_of_spec('one_of("decode", DECODE_MODES)', 'lambda value: "full"', decode="bypass"),
     "no decode step loops": field_of_spec('one_of("decode", DECODE_MODES)', 'lambda value: "bypass"'),
     "one decode step more": field_of_spec(
-        '"first_n": _check_first_n', '"first_n": lambda value: 2', decode="first_n", first_n=1
+        '"first_n": check_first_n', '"first_n": lambda value: 2', decode="first_n", first_n=1
     ),
     # The walk and its cache.
     "span runs backwards": Fault("looped_body.py", "in enumerate(self.calls):", "in enumerate(self.calls[::-1]):"),

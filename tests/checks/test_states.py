@@ -96,7 +96,10 @@ TAKES_UP = '{"key": 1, "value": 2, "g": 3, "beta": 4}'
 FAULTS = {
     "one state for all passes": ("qwen3_5_text", states(GET.format("self.slot"), GET.format("layer_idx"), **PER_STEP)),
     "one window for all passes": ("lfm2", states(UPDATE.format("self.slot"), UPDATE.format("layer_idx"), **PER_STEP)),
-    "the window has its own past": ("lfm2", recurrent("earlier = F.pad(natural,", "earlier = F.pad(own,")),
+    "the window has its own past": (
+        "lfm2",
+        recurrent("earlier = functional.pad(natural,", "earlier = functional.pad(own,"),
+    ),
     "the state takes up its own values": ("qwen3_5_text", recurrent(TAKES_UP, '{"key": 1, "g": 3, "beta": 4}')),
     "a chunk has no past": ("granitemoehybrid", states("_copy(self.states.recurrent.get(state_idx))", "None")),
     "the index has a chunk of its own": (
