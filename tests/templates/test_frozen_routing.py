@@ -24,7 +24,11 @@ def has_experts(family: str) -> bool:
     return any(f"self.{name} = " in source for name in ("experts", "router", "router_gate"))
 
 
-SPARSE_FAMILIES = [family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if has_experts(family)]
+# A multimodal family has the experts of its text family.
+MULTIMODAL_FAMILIES = [family for family, outcomes in families.outcomes().items() if families.READS in outcomes]
+SPARSE_FAMILIES = [
+    family for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in MULTIMODAL_FAMILIES and has_experts(family)
+]
 
 
 def scatter_biases(model) -> None:
