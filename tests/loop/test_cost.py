@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache
 
 import loopexport
 from loopexport.base import families
+from loopexport.onnx.limits import check_memory
 from support.commands import run
 from support.family_walk import RELEASE, save_tiny_family
 from support.multimodal import save_multimodal
@@ -224,7 +225,7 @@ def test_layers_without_keys_and_values_add_none(tmp_path):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("family", families.outcomes())
+@pytest.mark.parametrize("family", [name for name, each in families.outcomes().items() if families.READS not in each])
 def test_kv_bytes_of_every_family_are_right_or_left_open(tmp_path, family):
     """Never a wrong number; None only where layers keep something that the config does not size."""
     outcome = families.outcomes()[family].get(RELEASE, "")
@@ -234,10 +235,20 @@ def test_kv_bytes_of_every_family_are_right_or_left_open(tmp_path, family):
     try:
         spec = next(spec for spec in ((start, start + 1) for start in range(6)) if is_allowed(base, spec))
         found = cost(base, span=spec).base_kv_bytes
-        real = cache_bytes_a_token(AutoModelForCausalLM.from_pretrained(base).eval(), tiny_tokens(1, 5))
+        model = AutoModelForCausalLM.from_pretrained(base).eval()
+        real = cache_bytes_a_token(model, tiny_tokens(1, 5))
     except (AttributeError, StopIteration, ValueError) as error:
         pytest.skip(f"no stock cache to compare with: {error}")
-    assert found == real or (found is None and not outcome.startswith("works"))
+    assert found == real or (found is None and (keeps_a_state(model.config) or not outcome.startswith("works")))
+
+
+def keeps_a_state(config) -> bool:
+    """Whether a layer keeps more than keys and values."""
+    try:
+        check_memory(config)
+    except loopexport.LoopExportError:
+        return True
+    return False
 
 
 def is_allowed(base, span) -> bool:
