@@ -103,12 +103,11 @@ class OnnxModel:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer, from the export's configs."""
+        """Tokens that end an answer: like transformers, from `generation_config.json` alone if there is one."""
         for name in ("generation_config.json", CONFIG):
             if (self.root / name).is_file():
                 value = _read_json(self.root / name).get("eos_token_id")
-                if value is not None:
-                    return _token_ids(value, self.root / name)
+                return () if value is None else _token_ids(value, self.root / name)
         return ()
 
     def empty_cache(self, batch: int) -> OnnxCache:
