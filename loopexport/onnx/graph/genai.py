@@ -5,6 +5,7 @@ Source: onnxruntime-genai 0.18, `src/config.h` and its model builder.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpe
             "type": "decoder",
             "vocab_size": config["vocab_size"],
             "context_length": context_length,
-            **_special_tokens(config, generation),
+            **_special_tokens(generation, config["vocab_size"]),
             "decoder": {
                 "session_options": {"provider_options": []},
                 "filename": graph_name,
@@ -71,7 +72,7 @@ def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpe
         "search": {
             "max_length": context_length,
             "past_present_share_buffer": attention == "gqa",
-            **_sampling(generation),
+            **_sampling(generation, config["vocab_size"]),
         },
     }
 
@@ -86,25 +87,62 @@ def genai_graph(root: Path) -> str | None:
 
 
 def _generation_config(export: Export) -> dict:
+    """The fields that decide how to generate: like transformers, `generation_config.json` alone if there is one."""
     path = export.root / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else export.base.config
 
 
-def _special_tokens(config: dict, generation: dict) -> dict:
+def _special_tokens(generation: dict, vocab_size: int) -> dict:
+    """The special tokens, without ids that onnxruntime-genai refuses and the model cannot make.
+
+    Without any end token, transformers never stops, and onnxruntime-genai stops at the padding token.
+    """
     tokens: dict[str, Any] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = generation.get(name, config.get(name))
-        if value is not None:
-            tokens[name] = value
-    if "eos_token_id" in tokens and "pad_token_id" not in tokens:
-        eos = tokens["eos_token_id"]
-        tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    return tokens
+        ids = _token_ids(generation.get(name), vocab_size)
+        if ids:
+            tokens[name] = ids if name == "eos_token_id" and len(ids) > 1 else ids[0]
+    ends = _token_ids(generation.get("eos_token_id"), vocab_size)
+    return {**tokens, "pad_token_id": tokens.get("pad_token_id", ends[0])} if ends else tokens
 
 
-def _sampling(generation: dict) -> dict:
-    names = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
-    return {name: generation[name] for name in names if generation.get(name) is not None}
+def _token_ids(value: Any, vocab_size: int) -> list[int]:
+    """The ids of a token id or of a list of them that are in the vocabulary."""
+    numbers = [_number(each) for each in (value if isinstance(value, list) else [value])]
+    return [int(each) for each in numbers if each is not None and each in range(vocab_size)]
+
+
+def _sampling(generation: dict, vocab_size: int) -> dict:
+    """How to sample. Values that onnxruntime-genai refuses are left out, or replaced by others that mean the same."""
+    found: dict[str, Any] = {}
+    if generation.get("do_sample") is not None:
+        found["do_sample"] = bool(generation["do_sample"])
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    numbers = {name: number for name in names if (number := _number(generation.get(name))) is not None}
+    if numbers.get("temperature", -1) >= 0:
+        found["temperature"] = numbers["temperature"]
+    if "top_k" in numbers:
+        found["top_k"] = min(max(int(numbers["top_k"]), 0), vocab_size)  # some write -1 for all tokens
+    if 0 < numbers.get("top_p", -1) <= 1:
+        found["top_p"] = numbers["top_p"]
+    elif numbers.get("top_p") == 0:
+        found["top_k"] = 1  # the likeliest token alone; onnxruntime-genai takes a top_p of 0 for none
+    elif found.get("top_k") == 0:
+        found["top_p"] = 1.0  # it needs one of the two
+    if numbers.get("repetition_penalty", 0) > 0:
+        found["repetition_penalty"] = numbers["repetition_penalty"]
+    return found
+
+
+def _number(value: Any) -> int | float | None:
+    """A number, also one written as text; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if is_number else None
 
 
 def _first(config: dict, *names: str):
