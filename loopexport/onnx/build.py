@@ -33,6 +33,7 @@ from loopexport.onnx.graph.genai import genai_config, genai_graph
 from loopexport.onnx.graph.positions import max_positions
 
 from .plan import OnnxPlan, Say, native_config, plan_onnx
+from .weights import open_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -161,7 +162,7 @@ def trace_export(export: Export, dtype: str, attention: str = "portable") -> tup
     if model_class._can_set_experts_implementation():
         options["experts_implementation"] = "batched_mm"
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    skeleton = build_skeleton(config, export.base.tensors, torch_dtype, **options)
+    skeleton = build_skeleton(config, open_weights(export).tensors, torch_dtype, **options)
     return skeleton, trace(skeleton)
 
 
@@ -222,7 +223,7 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedF
     check_space(path, size, remedy="use --out")
     dtypes: Any = {value.name: value.dtype for value in traced.model.graph.inputs}
     with explain_os_errors(path):
-        write_file(files.partial(plan.data), layout, skeleton.recipes, export.base, dtypes, progress)
+        write_file(files.partial(plan.data), layout, skeleton.recipes, open_weights(export), dtypes, progress)
     files.move_in(plan.data)
     return layout, OnnxRecord(path.stat().st_size, xxh3_128=file_xxh3(path))
 

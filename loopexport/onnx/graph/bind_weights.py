@@ -16,6 +16,7 @@ from loopexport.files.digests import Progress
 from loopexport.onnx.trace.nodes import int_constant
 from loopexport.onnx.trace.recipes import Recipe
 from loopexport.onnx.trace.skeleton import STORED_DTYPES
+from loopexport.onnx.weights import Weights
 
 IR_DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "I64": ir.DataType.INT64,
@@ -87,7 +88,7 @@ def write_file(
     path: Path,
     layout: Mapping[str, tuple[int, int]],
     recipes: Mapping[str, Recipe],
-    checkpoint: Checkpoint,
+    weights: Weights,
     dtypes: Mapping[str, ir.DataType],
     progress: Progress = lambda count: None,
 ) -> None:
@@ -97,21 +98,13 @@ def write_file(
         path: the file.
         layout: from `file_layout`.
         recipes: how each weight is made of stored tensors.
-        checkpoint: the stored tensors.
+        weights: the stored tensors.
         dtypes: the dtype of each weight.
         progress: called with the number of bytes after each tensor.
     """
-    from contextlib import ExitStack
-
-    from safetensors import safe_open
-
-    with ExitStack() as stack, path.open("wb") as file:
-        shards: dict[str, Any] = {}
-        for shard in checkpoint.shards:
-            handle = stack.enter_context(safe_open(shard.path, "pt"))
-            shards |= dict.fromkeys(shard.header.tensors, handle)
+    with path.open("wb") as file:
         for name, (start, length) in layout.items():
-            value = recipes[name].evaluate(lambda stored: shards[stored].get_tensor(stored))
+            value = recipes[name].evaluate(weights.read)
             raw = value.to(TORCH_DTYPES[dtypes[name]]).contiguous().reshape(-1).view(torch.uint8)
             file.seek(start)
             file.write(raw.numpy().data)
