@@ -1,6 +1,7 @@
-"""The model that a quantised graph stands for: torch on the dequantised weights, and a copy of the graph in full precision.
+"""What a quantised graph stands for: torch on the dequantised weights, and a copy of the graph in full precision.
 
-The weights are quantised here once more, from the checkpoint, and not read from the data file: damage to the file shows.
+The weights are quantised here once more, from the checkpoint, and not read from the data file, so that damage to the
+file shows.
 """
 
 from __future__ import annotations
