@@ -162,7 +162,7 @@ def trace_export(export: Export, dtype: str, attention: str = "portable") -> tup
     if model_class._can_set_experts_implementation():
         options["experts_implementation"] = "batched_mm"
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    skeleton = build_skeleton(config, open_weights(export).tensors, torch_dtype, **options)
+    skeleton = build_skeleton(config, open_weights(export), torch_dtype, **options)
     return skeleton, trace(skeleton)
 
 

@@ -25,6 +25,9 @@ from loopexport.files.output import check_output, output_path
 from loopexport.loop.spec import LoopSpec
 
 from .limits import check_memory, check_spec
+from .quantise.stored_matrices import stored_warnings
+from .quantise.stored_scheme import without_quantiser
+from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from .build import OnnxOutcome
@@ -73,7 +76,7 @@ class OnnxPlan:
     def data_bytes(self) -> int:
         """Bytes of weights to write, without padding."""
         itemsize = {"fp32": 4, "fp16": 2, "bf16": 2}[self.dtype]
-        return 0 if self.as_is else self.export.base.num_params * itemsize
+        return 0 if self.as_is else open_weights(self.export).num_params * itemsize
 
     def to_dict(self) -> dict:
         """The plan for `--json`."""
@@ -142,8 +145,6 @@ def plan_onnx(
             f"{export.lacking[0]} is not in {export.root}, and a graph needs the weights: "
             "convert without --weights none"
         )
-    if "quantization_config" in export.base.config:
-        raise OnnxError("the base is quantised; ONNX export needs a checkpoint in fp32, fp16 or bf16")
     if export.base.is_multimodal:
         raise OnnxError(
             f"{export.root} reads more than text, and these graphs take token ids alone; convert its base with "
@@ -151,7 +152,8 @@ def plan_onnx(
         )
     if attention not in ATTENTION_LAYOUTS:
         raise OnnxError(f"attention {attention!r} must be one of {', '.join(ATTENTION_LAYOUTS)}")
-    stored = _stored_dtype(export)
+    weights = open_weights(export)
+    stored = _stored_dtype(weights)
     if dtype != "as-is" and dtype not in DTYPES:
         raise OnnxError(f"dtype {dtype!r} must be one of as-is, {', '.join(DTYPES)}")
     chosen = stored if dtype == "as-is" else dtype
@@ -159,10 +161,11 @@ def plan_onnx(
     _check_specs(specs)
     check_memory(native_config(export))
     target = _checked_out(export, out, overwrite)
-    if chosen == stored and target is None:
+    as_is = chosen == stored and weights.scheme is None
+    if as_is and target is None:
         _check_real_shards(export)
-    warnings = tuple(_warnings(export, chosen, attention))
-    return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, overwrite, warnings)
+    warnings = tuple(_warnings(export, weights, chosen, attention))
+    return OnnxPlan(export, target, specs, chosen, as_is, attention, overwrite, warnings)
 
 
 def check_installed() -> None:
@@ -189,11 +192,12 @@ def _release(package: str) -> tuple[int, ...] | None:
         return None
 
 
-def _stored_dtype(export: Export) -> str:
-    """The dtype of most stored numbers."""
+def _stored_dtype(weights: Weights) -> str:
+    """The dtype of most stored numbers, without quantised ones."""
     counts: Counter[str] = Counter()
-    for tensor in export.base.tensors.values():
-        counts[tensor.dtype] += tensor.num_elements
+    for name, tensor in weights.tensors.items():
+        if name not in weights.matrices:
+            counts[tensor.dtype] += tensor.num_elements
     names = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
     stored = counts.most_common(1)[0][0]
     if stored not in names:
@@ -209,10 +213,10 @@ def _spec_for(spec: LoopSpec, steps: int) -> LoopSpec:
 
 
 def native_config(export: Export) -> Any:
-    """The base's config, as an object of transformers."""
+    """The base's config, as an object of transformers, without a quantiser."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False)
+    return without_quantiser(AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False))
 
 
 def _check_specs(specs: tuple[LoopSpec, ...]) -> None:
@@ -250,13 +254,15 @@ def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Pat
     return path
 
 
-def _warnings(export: Export, dtype: str, attention: str) -> Iterator[str]:
+def _warnings(export: Export, weights: Weights, dtype: str, attention: str) -> Iterator[str]:
     import onnxruntime
 
     model_type = export.base.config["model_type"]
     status, reason = onnx_outcome(model_type)
     if status == "refused":
         yield f"a tiny model of family {model_type!r} could not be exported: {reason}"
+    if weights.scheme is not None:
+        yield from stored_warnings(weights.scheme, weights.matrices, dtype)
     if dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         yield (
             "ONNX Runtime computes in bf16 on CUDA only, so the graph can be neither verified nor run here; "

@@ -90,6 +90,20 @@ def companions(matrices: Mapping[str, StoredMatrix]) -> set[str]:
     return beside | {part for matrix in matrices.values() for part in matrix.parts.values()}
 
 
+def stored_warnings(scheme: Scheme, matrices: Mapping[str, StoredMatrix], dtype: str) -> Iterator[str]:
+    """What the user should know before a graph is made of quantised matrices, one line each.
+
+    Args:
+        scheme: how the checkpoint was quantised.
+        matrices: its quantised matrices.
+        dtype: the number format in which the graph computes.
+    """
+    if any(matrix.layout is None for matrix in matrices.values()):
+        yield f"the base has weights in fp8, which ONNX Runtime does not multiply by: the graph has them in {dtype}"
+    if scheme.rounds_activations:
+        yield f"quantised with {scheme.method}, the base may round activations, too; the graph does not"
+
+
 def _matrices(scheme: Scheme, tensors: Mapping[str, Any], read) -> Iterator[StoredMatrix]:
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
@@ -114,6 +128,7 @@ def _int32(scheme: Scheme, module: str, tensors: Mapping[str, Any], read) -> Sto
     bits = WORD_BITS * zeros[1] // rows
     columns = codes[0] * WORD_BITS // bits if scheme.method == "gptq" and bits else codes[0]
     is_whole = codes[1] == rows if scheme.method == "gptq" else codes[1] * WORD_BITS == rows * bits
+    is_whole = is_whole and ("order" not in parts or tensors[parts["order"]].shape == (columns,))
     if bits not in BITS or zeros[0] != groups or not is_whole or not groups:
         raise OnnxError(
             f"{module} is stored as qweight {codes}, qzeros {zeros} and scales {scales}, which is no matrix of "

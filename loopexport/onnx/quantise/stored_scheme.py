@@ -64,6 +64,14 @@ def read_scheme(checkpoint: Checkpoint) -> Scheme | None:
     return readers[method](config)
 
 
+def without_quantiser(config: Any) -> Any:
+    """Take the quantiser out of a config of transformers, in place."""
+    for each in (config, config.get_text_config()):
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config
+    return config
+
+
 def _gptq(config: Mapping[str, Any]) -> Scheme:
     layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if config.get("is_marlin_format"):
