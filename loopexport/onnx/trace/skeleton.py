@@ -55,9 +55,9 @@ def build_skeleton(config, weights: Weights, dtype: torch.dtype, **implementatio
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
         tensors = {
-            name: torch.empty(tensor.shape, dtype=_torch_dtype(name, tensor))
+            name: torch.empty(tensor.shape, dtype=dtype if name in weights.matrices else _torch_dtype(name, tensor))
             for name, tensor in weights.tensors.items()
-        }
+        }  # a quantised matrix has no dtype yet; without a conversion, its recipe is that of its codes, too
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     recorder = Recorder(tensors)
     with _loading_in_this_thread(), recorder:

@@ -1,0 +1,74 @@
+"""Weights of a graph that keep the codes of the checkpoint, alone or stacked as the native model has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from loopexport.onnx.trace.recipes import Recipe
+from loopexport.onnx.weights import Weights
+
+from .blocks import QuantisedMatrix
+from .stored_matrices import Layout
+
+# Operators that move rows and change no number. Blocks lie in rows, so they do the same to codes and to scales.
+MOVES_ROWS = frozenset(("stack", "cat", "slice", "select", "split", "split_with_sizes", "unsqueeze", "squeeze"))
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSource:
+    """A weight in the codes of the checkpoint.
+
+    Attributes:
+        recipe: how it is made of stored matrices, none of which it cuts or turns.
+        layout: the blocks of all of them.
+        scale_dtype: of its scales, the dtype that the graph computes in.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    scale_dtype: torch.dtype
+
+    def matrix(self, weights: Weights) -> QuantisedMatrix:
+        """The codes, scales and zero points, as one matrix of all rows."""
+        parts = {name: weights.quantised(name) for name in self.recipe.names}
+
+        def rows(array: Callable[[QuantisedMatrix], np.ndarray]) -> np.ndarray:
+            value = self.recipe.evaluate(lambda name: torch.from_numpy(array(parts[name])))
+            return np.ascontiguousarray(value.reshape(-1, value.shape[-1]).numpy())
+
+        scales = torch.from_numpy(rows(lambda part: part.scales)).to(self.scale_dtype).float().numpy()
+        zeros = None if self.layout.symmetric else rows(lambda part: part.zero_points)
+        codes = rows(lambda part: part.codes)
+        return QuantisedMatrix(self.layout.bits, self.layout.block_size, codes, scales, zeros)
+
+
+def stored_layout(recipe: Recipe, shape: tuple[int, ...], weights: Weights) -> Layout | None:
+    """The blocks of a weight in the codes of the checkpoint; None if it has none, or not in one piece.
+
+    Args:
+        recipe: of the weight.
+        shape: of the weight, with the inputs last.
+        weights: the checkpoint.
+    """
+    matrices = [weights.matrices.get(name) for name in recipe.names]
+    layouts = {None if matrix is None else matrix.layout for matrix in matrices}
+    layout = layouts.pop() if len(layouts) == 1 else None
+    if layout is None or recipe.operators - MOVES_ROWS:
+        return None
+
+    def width(columns: int) -> int:
+        return -(-columns // layout.block_size)
+
+    def shape_of(function: Callable[[int], int]) -> tuple[int, ...]:
+        read = {each.name: torch.empty(each.shape[0], function(each.shape[1]), device="meta") for each in matrices if each}
+        return tuple(recipe.evaluate(read.__getitem__).shape)
+
+    try:
+        is_whole = shape_of(int) == shape and shape_of(width) == (*shape[:-1], width(shape[-1]))
+    except (RuntimeError, IndexError):  # an operator that the blocks do not allow
+        return None
+    return layout if is_whole else None
