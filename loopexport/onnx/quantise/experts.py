@@ -101,12 +101,14 @@ class _Experts:
         codes, scales, zeros, block_size = self._arrays(gate_up, is_gated=True)
         codes_down, scales_down, zeros_down, _ = self._arrays(down, is_gated=False)
         chosen = self._chosen(index, weights, gate_up)
-        inputs = [tokens, chosen, codes, scales, None, codes_down, scales_down, *[None] * 4, zeros, zeros_down, None, chosen]
+        arrays = [codes, scales, None, codes_down, scales_down, *[None] * 4, zeros, zeros_down, None]
+        inputs = [tokens, chosen, *arrays, chosen]
         product = self._add("QMoE", inputs, {**_ATTRIBUTES, "k": count, "block_size": block_size}, "com.microsoft")
         product.type, product.shape = self.node.outputs[0].type, self.node.outputs[0].shape
         replace_value(self.node.outputs[0], product)
         self.graph.remove(self.node, safe=True)
         for weight in (gate_up, down):
+            assert weight is not None
             self.graph.inputs.remove(weight)
             del self.made[str(weight.name)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,14 +35,13 @@ class StoredSource:
         """The codes, scales and zero points, as one matrix of all rows."""
         parts = {name: weights.quantised(name) for name in self.recipe.names}
 
-        def rows(array: Callable[[QuantisedMatrix], np.ndarray]) -> np.ndarray:
-            value = self.recipe.evaluate(lambda name: torch.from_numpy(array(parts[name])))
+        def rows(attribute: str) -> np.ndarray:
+            value = self.recipe.evaluate(lambda name: torch.from_numpy(getattr(parts[name], attribute)))
             return np.ascontiguousarray(value.reshape(-1, value.shape[-1]).numpy())
 
-        scales = torch.from_numpy(rows(lambda part: part.scales)).to(self.scale_dtype).float().numpy()
-        zeros = None if self.layout.symmetric else rows(lambda part: part.zero_points)
-        codes = rows(lambda part: part.codes)
-        return QuantisedMatrix(self.layout.bits, self.layout.block_size, codes, scales, zeros)
+        scales = torch.from_numpy(rows("scales")).to(self.scale_dtype).float().numpy()
+        zeros = None if self.layout.symmetric else rows("zero_points")
+        return QuantisedMatrix(self.layout.bits, self.layout.block_size, rows("codes"), scales, zeros)
 
 
 def stored_layout(recipe: Recipe, shape: tuple[int, ...], weights: Weights) -> Layout | None:
@@ -54,21 +52,20 @@ def stored_layout(recipe: Recipe, shape: tuple[int, ...], weights: Weights) -> L
         shape: of the weight, with the inputs last.
         weights: the checkpoint.
     """
-    matrices = [weights.matrices.get(name) for name in recipe.names]
-    layouts = {None if matrix is None else matrix.layout for matrix in matrices}
+    matrices = {name: weights.matrices.get(name) for name in recipe.names}
+    layouts = {None if matrix is None else matrix.layout for matrix in matrices.values()}
     layout = layouts.pop() if len(layouts) == 1 else None
     if layout is None or recipe.operators - MOVES_ROWS:
         return None
+    shapes = {name: matrix.shape for name, matrix in matrices.items() if matrix is not None}
 
-    def width(columns: int) -> int:
-        return -(-columns // layout.block_size)
-
-    def shape_of(function: Callable[[int], int]) -> tuple[int, ...]:
-        read = {each.name: torch.empty(each.shape[0], function(each.shape[1]), device="meta") for each in matrices if each}
+    def shape_of(width: int) -> tuple[int, ...]:
+        read = {name: torch.empty(rows, -(-columns // width), device="meta") for name, (rows, columns) in shapes.items()}
         return tuple(recipe.evaluate(read.__getitem__).shape)
 
+    *rows, columns = shape
     try:
-        is_whole = shape_of(int) == shape and shape_of(width) == (*shape[:-1], width(shape[-1]))
-    except (RuntimeError, IndexError):  # an operator that the blocks do not allow
+        is_whole = shape_of(1) == shape and shape_of(layout.block_size) == (*rows, -(-columns // layout.block_size))
+    except (RuntimeError, IndexError):  # a slice that codes allow and scales do not
         return None
     return layout if is_whole else None
