@@ -46,9 +46,9 @@ class Weights:
             self.tensors = plain | {name: _plain(matrix) for name, matrix in self.matrices.items()}
 
     @property
-    def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(tensor.num_elements for tensor in self.tensors.values())
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self._checkpoint.num_layers
 
     @cached_property
     def _files(self) -> dict[str, Any]:

@@ -9,13 +9,13 @@ Source: ONNX Runtime, `docs/ContribOperators.md`, com.microsoft.MatMulNBits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-BITS = (4, 8)
-BLOCK_SIZES = (16, 32, 64, 128, 256)  # that `MatMulNBits` takes
+_CHUNK_ELEMENTS = 2**24  # elements of a matrix that are quantised at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class PackedMatrix:
 
     Attributes:
         B: the codes, uint8 `(out, blocks, block_size * bits / 8)`; two codes of 4 bits share a byte, the first one low.
-        scales: float32 `(out * blocks,)`.
-        zero_points: uint8 `(out * ceil(blocks * bits / 8),)`, packed like the codes; None for a symmetric matrix.
+        scales: float32 `(out, blocks)`.
+        zero_points: uint8 `(out, ceil(blocks * bits / 8))`, packed like the codes; None for a symmetric matrix.
     """
 
     B: np.ndarray
@@ -39,7 +39,7 @@ class QuantisedMatrix:
 
     Attributes:
         bits: 4 or 8.
-        block_size: columns that share a scale, one of `BLOCK_SIZES`.
+        block_size: columns that share a scale, one of those that `MatMulNBits` takes.
         codes: uint8 `(out, in)`.
         scales: float32 `(out, blocks)`.
         zero_points: uint8 `(out, blocks)`; None for `2 ** (bits - 1)` everywhere.
@@ -63,23 +63,43 @@ class QuantisedMatrix:
         filling = np.uint8(2 ** (self.bits - 1)) if self.zero_points is None else self.zero_points[:, -1:]
         codes = np.empty((rows, blocks * self.block_size), np.uint8)
         codes[:, :columns], codes[:, columns:] = self.codes, filling
-        zeros = None if self.zero_points is None else _join_nibbles(self.zero_points, self.bits).reshape(-1)
+        zeros = None if self.zero_points is None else _join_nibbles(self.zero_points, self.bits)
         joined = _join_nibbles(codes, self.bits).reshape(rows, blocks, -1)
-        return PackedMatrix(joined, np.ascontiguousarray(self.scales).reshape(-1), zeros)
+        return PackedMatrix(joined, np.ascontiguousarray(self.scales), zeros)
 
     def _by_column(self, values: np.ndarray) -> np.ndarray:
         return np.repeat(values.astype(np.float32), self.block_size, axis=1)[:, : self.codes.shape[1]]
 
 
-def quantise_matrix(weight: np.ndarray, bits: int, block_size: int, symmetric: bool) -> QuantisedMatrix:
+def quantise_matrix(
+    weight: np.ndarray,
+    bits: int,
+    block_size: int,
+    symmetric: bool,
+    rounding: Callable[[np.ndarray], np.ndarray] = lambda scales: scales,
+) -> QuantisedMatrix:
     """Quantise a matrix to the nearest codes.
 
     Args:
         weight: `(out, in)`.
         bits: 4 or 8.
-        block_size: one of `BLOCK_SIZES`.
+        block_size: one of those that `MatMulNBits` takes.
         symmetric: without zero points. The number farthest from 0 in a block then gets code 0, so that it is exact.
+        rounding: rounds scales to the dtype in which they are stored.
     """
+    step = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    parts = [
+        _quantise_rows(weight[start : start + step], bits, block_size, symmetric, rounding)
+        for start in range(0, weight.shape[0], step)
+    ]
+    codes, scales, zeros = (None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True))
+    assert codes is not None
+    assert scales is not None
+    return QuantisedMatrix(bits, block_size, codes, scales, zeros)
+
+
+def _quantise_rows(weight: np.ndarray, bits: int, block_size: int, symmetric: bool, rounding):
+    """Codes, scales and zero points of some rows."""
     rows, columns = weight.shape
     blocks = -(-columns // block_size)
     padded = np.zeros((rows, blocks * block_size), np.float32)
@@ -87,13 +107,13 @@ def quantise_matrix(weight: np.ndarray, bits: int, block_size: int, symmetric: b
     padded = padded.reshape(rows, blocks, block_size)
     lowest, highest = np.minimum(padded.min(-1), 0), np.maximum(padded.max(-1), 0)
     if symmetric:
-        scales, zeros = _farthest(lowest, highest) / -(2 ** (bits - 1)), None
+        scales, zeros = rounding(_farthest(lowest, highest) / -(2 ** (bits - 1))), None
     else:
-        scales = (highest - lowest) / (2**bits - 1)
+        scales = rounding((highest - lowest) / (2**bits - 1))
         zeros = _codes(-lowest, scales, bits)
-    offset = np.float32(2 ** (bits - 1)) if zeros is None else zeros[..., None].astype(np.float32)
+    offset = 2 ** (bits - 1) if zeros is None else zeros[..., None].astype(np.float32)
     codes = _codes(padded, scales[..., None], bits, offset).reshape(rows, -1)[:, :columns]
-    return QuantisedMatrix(bits, block_size, np.ascontiguousarray(codes), scales, zeros)
+    return np.ascontiguousarray(codes), scales, zeros
 
 
 def _farthest(lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:

@@ -96,8 +96,7 @@ class _Experts:
     def replace(self) -> None:
         """Put `QMoE` in the place of the node."""
         tokens, index, weights, gate_up, down = self.node.inputs
-        assert index is not None and index.shape is not None
-        count = index.shape[-1]
+        count = self.node.attributes["k"].as_int()
         codes, scales, zeros, block_size = self._arrays(gate_up, is_gated=True)
         codes_down, scales_down, zeros_down, _ = self._arrays(down, is_gated=False)
         chosen = self._chosen(index, weights, gate_up)
@@ -134,9 +133,7 @@ class _Experts:
         blocks = columns // source.block_size
 
         def array(suffix: str, part: str, dtype: ir.DataType, width: int) -> ir.Value:
-            value = ir.Value(
-                name=f"{name}.{suffix}", type=ir.TensorType(dtype), shape=ir.Shape((experts, rows, width))
-            )
+            value = ir.Value(name=f"{name}.{suffix}", type=ir.TensorType(dtype), shape=ir.Shape((experts, rows, width)))
             self.made[str(value.name)] = MatrixPart(all_experts, part)
             self.graph.inputs.append(value)
             return value

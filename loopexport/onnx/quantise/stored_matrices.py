@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from loopexport.errors import OnnxError
+from loopexport.export.quantisation import BITS, BLOCK_SIZES, Quantisation
 
-from .blocks import BITS, BLOCK_SIZES
 from .stored_scheme import INSTEAD, Scheme, act_order
 
 FLOATS = ("F8_E4M3", "F8_E5M2")
@@ -90,14 +92,32 @@ def companions(matrices: Mapping[str, StoredMatrix]) -> set[str]:
     return beside | {part for matrix in matrices.values() for part in matrix.parts.values()}
 
 
-def stored_warnings(scheme: Scheme, matrices: Mapping[str, StoredMatrix], dtype: str) -> Iterator[str]:
+def stored_quantisation(matrices: Mapping[str, StoredMatrix]) -> Quantisation | None:
+    """The quantisation that keeps the codes of a checkpoint, with the layout of most of them; None without codes."""
+    counts: Counter[Layout] = Counter()
+    for matrix in matrices.values():
+        if matrix.layout is not None:
+            counts[matrix.layout] += math.prod(matrix.shape)
+    if not counts:
+        return None
+    layout = counts.most_common(1)[0][0]
+    return Quantisation(layout.bits, layout.block_size, not layout.symmetric, kept=True)
+
+
+def stored_warnings(
+    scheme: Scheme, matrices: Mapping[str, StoredMatrix], dtype: str, quantisation: Quantisation | None
+) -> Iterator[str]:
     """What the user should know before a graph is made of quantised matrices, one line each.
 
     Args:
         scheme: how the checkpoint was quantised.
         matrices: its quantised matrices.
         dtype: the number format in which the graph computes.
+        quantisation: of the graph's weights.
     """
+    kept = stored_quantisation(matrices)
+    if kept is not None and quantisation is None:
+        yield f"the weights of the base are {kept.dtype}, and the graph has them in {dtype}; --dtype as-is keeps them"
     if any(matrix.layout is None for matrix in matrices.values()):
         yield f"the base has weights in fp8, which ONNX Runtime does not multiply by: the graph has them in {dtype}"
     if scheme.rounds_activations:
@@ -129,10 +149,10 @@ def _int32(scheme: Scheme, module: str, tensors: Mapping[str, Any], read) -> Sto
     columns = codes[0] * WORD_BITS // bits if scheme.method == "gptq" and bits else codes[0]
     is_whole = codes[1] == rows if scheme.method == "gptq" else codes[1] * WORD_BITS == rows * bits
     is_whole = is_whole and ("order" not in parts or tensors[parts["order"]].shape == (columns,))
-    if bits not in BITS or zeros[0] != groups or not is_whole or not groups:
+    if bits not in BITS.values() or zeros[0] != groups or not is_whole or not groups:
         raise OnnxError(
             f"{module} is stored as qweight {codes}, qzeros {zeros} and scales {scales}, which is no matrix of "
-            f"{scheme.method} in {' or '.join(str(each) for each in BITS)} bits; {INSTEAD}"
+            f"{scheme.method} in {' or '.join(str(each) for each in BITS.values())} bits; {INSTEAD}"
         )
     size = _group_size(module, scheme, columns, groups)
     if "order" in parts and not _is_in_order(read(parts["order"]), size):
@@ -148,7 +168,7 @@ def _packed(scheme: Scheme, module: str, tensors: Mapping[str, Any], read) -> St
         raise act_order(scheme.method, module)
     codes = _shape(tensors, parts["codes"], 2)
     rows, columns = (int(size) for size in read(f"{module}.weight_shape"))
-    fitting = [bits for bits in BITS if codes == (rows, -(-columns * bits // WORD_BITS))]
+    fitting = [bits for bits in BITS.values() if codes == (rows, -(-columns * bits // WORD_BITS))]
     if not fitting:
         raise OnnxError(
             f"{module} is stored as weight_packed {codes} for a weight {(rows, columns)}, which is neither 4 nor 8 "

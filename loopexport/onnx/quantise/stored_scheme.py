@@ -8,8 +8,7 @@ from typing import Any
 
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.errors import OnnxError
-
-from .blocks import BITS
+from loopexport.export.quantisation import BITS
 
 INSTEAD = "convert the checkpoint that was not quantised"
 PACKED = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense")  # of compressed-tensors
@@ -153,7 +152,7 @@ def _check_layout(method: str, layout: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_bits(method: str, bits: Any) -> None:
-    if bits not in BITS:
+    if bits not in BITS.values():
         raise OnnxError(
-            f"{method} with {bits!r} bits, and graphs take {' or '.join(str(each) for each in BITS)}; {INSTEAD}"
+            f"{method} with {bits!r} bits, and graphs take {' or '.join(map(str, BITS.values()))}; {INSTEAD}"
         )

@@ -31,6 +31,21 @@ class StoredSource:
     layout: Layout
     scale_dtype: torch.dtype
 
+    @property
+    def bits(self) -> int:
+        """4 or 8."""
+        return self.layout.bits
+
+    @property
+    def block_size(self) -> int:
+        """Columns of a block."""
+        return self.layout.block_size
+
+    @property
+    def zero_points(self) -> bool:
+        """Whether each block has a zero point of its own."""
+        return not self.layout.symmetric
+
     def matrix(self, weights: Weights) -> QuantisedMatrix:
         """The codes, scales and zero points, as one matrix of all rows."""
         parts = {name: weights.quantised(name) for name in self.recipe.names}
@@ -60,7 +75,9 @@ def stored_layout(recipe: Recipe, shape: tuple[int, ...], weights: Weights) -> L
     shapes = {name: matrix.shape for name, matrix in matrices.items() if matrix is not None}
 
     def shape_of(width: int) -> tuple[int, ...]:
-        read = {name: torch.empty(rows, -(-columns // width), device="meta") for name, (rows, columns) in shapes.items()}
+        read = {
+            name: torch.empty(rows, -(-columns // width), device="meta") for name, (rows, columns) in shapes.items()
+        }
         return tuple(recipe.evaluate(read.__getitem__).shape)
 
     *rows, columns = shape

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from loopexport.base.checkpoint import open_checkpoint
 from loopexport.errors import OnnxError
-from loopexport.onnx.quantise.blocks import BLOCK_SIZES
+from loopexport.export.quantisation import BLOCK_SIZES
 from loopexport.onnx.quantise.stored_scheme import read_scheme
 from loopexport.onnx.weights import Weights
 from support.quantised import GROUP, as_awq, as_fp8, as_gptq, by_compressed_tensors, restored
