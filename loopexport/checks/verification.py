@@ -186,7 +186,8 @@ def _check_model(export: Export) -> list[Check]:
         try:
             base = _run_base(export, probe)
         except _BaseDoesNotRunError as error:
-            return [Check(name, None, f"the base itself does not run on this machine: {error}") for name in MODEL]
+            reason = f"the base itself does not run on this machine: {error}"
+            return [*(Check(name, None, reason) for name in MODEL), *_check_graphs(export, None)]
         gc.collect()  # the base is not needed any more
         try:
             model, loading = _load(export, base.dtype)
@@ -355,15 +356,20 @@ def _check_cached_decode(looped: _LoopedRun, spec: LoopSpec, base_difference: fl
 
 
 def _check_graphs(export: Export, model) -> list[Check]:
-    """Compare each ONNX graph with the model in torch, with the graph's loop."""
+    """Compare each ONNX graph with the model in torch, with the graph's loop.
+
+    A quantised model is loaded again, without its quantiser: a graph computes with what the codes stand for.
+    """
     graphs = {name: record for name, record in export.manifest.onnx.items() if record.spec is not None}
     if graphs and find_spec("onnxruntime") is None:
         why = "not compared: onnxruntime is not installed; run `pip install loopexport[onnx]`"
         return [Check(f"{name} computes what torch does", None, why) for name in graphs]
     if not graphs:
         return []
-    from loopexport.onnx.check import check_recorded
+    from loopexport.onnx.check import check_recorded, load_torch
 
+    if export.base.quantisation:
+        model = load_torch(export.root, export.spec.steps)
     checks = []
     for name, record in graphs.items():
         spec = make_spec(**(record.spec or {}))

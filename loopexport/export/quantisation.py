@@ -21,6 +21,7 @@ class Quantisation:
         zero_points: whether each block has a zero point; else its codes are symmetric.
         head: whether the head is quantised, to 8 bits, and with it the embedding that it is tied to.
         mixed: whether the layers that lose most have 8 bits in place of 4.
+        kept: whether these are the codes of a base that was quantised already; then the rest is that of most of them.
     """
 
     bits: int
@@ -28,11 +29,12 @@ class Quantisation:
     zero_points: bool = True
     head: bool = False
     mixed: bool = False
+    kept: bool = False
 
     def __post_init__(self):
         if self.bits not in BITS.values() or self.block_size not in BLOCK_SIZES:
             raise ValueError(f"{self} is not a quantisation of LoopExport")
-        if not all(type(value) is bool for value in (self.zero_points, self.head, self.mixed)):
+        if not all(type(value) is bool for value in (self.zero_points, self.head, self.mixed, self.kept)):
             raise TypeError(f"{self} is not a quantisation of LoopExport")
 
     @property
@@ -46,11 +48,14 @@ class Quantisation:
         parts = [f"{self.dtype} in blocks of {self.block_size}{' with zero points' if self.zero_points else ''}"]
         parts += ["sensitive layers in int8"] if self.mixed else []
         parts += ["the head in int8"] if self.head else []
+        parts += ["the codes of the base as they are"] if self.kept else []
         return ", ".join(parts)
 
     @property
     def options(self) -> str:
         """The options of `loopexport onnx` beyond `--dtype`, each with a space before it."""
+        if self.kept:
+            return ""
         default = Quantisation(self.bits)
         parts = [f" --block-size {self.block_size}"] if self.block_size != default.block_size else []
         parts += [" --symmetric"] if not self.zero_points else []

@@ -37,7 +37,7 @@ from loopexport.onnx.graph.releases import min_onnxruntime, release_text
 
 from .data_files import LAYOUT, holds_the_weights
 from .plan import OnnxPlan, Say, native_config, plan_onnx
-from .weights import open_weights
+from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -147,9 +147,10 @@ def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Pr
     with staged_files(root, WRITTEN, last=MANIFEST, is_new=plan.out is not None) as files:
         export = open_export(root)
         say("tracing the model")
-        skeleton, traced = trace_export(export, plan.dtype, plan.attention)
+        kind = (plan.dtype, plan.attention, *(["whole"] if plan.whole_experts else []))
+        skeleton, traced = trace_export(export, *kind)
         if plan.data is not None:
-            skeleton, traced = prepare(plan, skeleton, traced)
+            skeleton, traced = prepare(plan, open_weights(export), skeleton, traced)
         layout: dict = {}
         records: dict[str, OnnxRecord] = {}
         checks: dict[str, list[Check]] = {}
@@ -214,8 +215,16 @@ def _with_costs(records: dict[str, OnnxRecord], costs: dict[str, Cost] | str) ->
     return {name: replace(records[name], cost=asdict(cost)) for name, cost in costs.items()}
 
 
-def trace_export(export: Export, dtype: str, attention: str = "portable") -> tuple[Skeleton, Traced]:
+def trace_export(
+    export: Export, dtype: str, attention: str = "portable", experts: str = "single"
+) -> tuple[Skeleton, Traced]:
     """Build the skeleton of an export's native model, and trace it.
+
+    Args:
+        export: the export.
+        dtype: the number format in which the model computes.
+        attention: one of `ATTENTION_LAYOUTS`.
+        experts: "whole" for sparse experts as one node, which `quantise_experts` has to replace.
 
     Raises:
         OnnxError: the family cannot be traced.
@@ -224,6 +233,7 @@ def trace_export(export: Export, dtype: str, attention: str = "portable") -> tup
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from loopexport.onnx.trace.attention import ATTENTION, register
+    from loopexport.onnx.trace.experts import IMPLEMENTATION, register_experts
     from loopexport.onnx.trace.skeleton import build_skeleton
     from loopexport.onnx.trace.tracer import trace
 
@@ -235,13 +245,14 @@ def trace_export(export: Export, dtype: str, attention: str = "portable") -> tup
         raise OnnxError(f"{model_class.__name__} implements attention itself; use --attention portable")
     options = {"attn_implementation": ATTENTION[attention] if can_choose else "eager"}
     if model_class._can_set_experts_implementation():
-        options["experts_implementation"] = "batched_mm"
+        register_experts()
+        options["experts_implementation"] = IMPLEMENTATION[experts]
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    skeleton = build_skeleton(config, open_weights(export).tensors, torch_dtype, **options)
+    skeleton = build_skeleton(config, open_weights(export), torch_dtype, **options)
     return skeleton, trace(skeleton)
 
 
-def prepare(plan: OnnxPlan, skeleton: Skeleton, traced: Traced) -> tuple[Skeleton, Traced]:
+def prepare(plan: OnnxPlan, weights: Weights, skeleton: Skeleton, traced: Traced) -> tuple[Skeleton, Traced]:
     """A trace for a data file of ours: quantised, with the other weights as the graph multiplies by them.
 
     Returns:
@@ -253,7 +264,7 @@ def prepare(plan: OnnxPlan, skeleton: Skeleton, traced: Traced) -> tuple[Skeleto
     traced = replace(traced, model=traced.model.clone())
     recipes: Any = skeleton.recipes
     if plan.quantisation is not None:
-        recipes = quantise_products(traced, skeleton.model, recipes, plan.quantisation)
+        recipes = quantise_products(traced, skeleton.model, recipes, plan.quantisation, weights)
     recipes = use_weights_directly(traced.model.graph, recipes)
     return replace(skeleton, recipes=recipes), traced
 
@@ -266,6 +277,7 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     """
     from loopexport.onnx.graph.bind_weights import attach_file, attach_stored, stored_bytes
     from loopexport.onnx.graph.unroll import unroll
+    from loopexport.onnx.quantise.experts import MIN_ONNXRUNTIME
     from loopexport.onnx.trace.rope import recomputed_beyond
 
     graphs = []
@@ -284,6 +296,8 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     model.metadata_props["min_onnxruntime"] = release_text(min_onnxruntime(spec, plan.attention))
     if plan.quantisation is not None:
         model.metadata_props["quantised"] = json.dumps(plan.quantisation.to_dict())
+    if plan.whole_experts:
+        model.metadata_props["min_onnxruntime"] = MIN_ONNXRUNTIME
     limit = recomputed_beyond(skeleton.model)
     if limit is not None:
         model.metadata_props["recomputed_beyond"] = str(limit)

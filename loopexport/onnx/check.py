@@ -11,9 +11,11 @@ import torch
 
 from loopexport.errors import OnnxError
 from loopexport.export.check import Check
+from loopexport.export.directory import open_export
 from loopexport.export.manifest import OnnxRecord
 from loopexport.loop.spec import LoopSpec
 from loopexport.onnx.quantise.dequantised import dequantised, has_short_activations, in_full_precision
+from loopexport.onnx.quantise.stored_torch import load_dequantised
 from loopexport.onnx.runtime.model import OnnxModel
 from loopexport.onnx.runtime.session import cuda_problem
 from loopexport.onnx.trace.skeleton import quiet_loading
@@ -100,9 +102,12 @@ def why_not_run(dtype: str) -> str:
 
 
 def load_torch(root: Path, steps: int):
-    """The export in torch, in fp32, with K = `steps`."""
+    """The export in torch, in fp32, with K = `steps`; a quantised one on what its codes stand for."""
     from transformers import AutoModelForCausalLM
 
+    export = open_export(root)
+    if export.base.quantisation is not None:
+        return load_dequantised(export, steps)
     load: Any = AutoModelForCausalLM.from_pretrained
     with quiet_loading():
         return load(root, trust_remote_code=True, dtype=torch.float32, loop_steps=steps).eval()

@@ -29,6 +29,9 @@ from loopexport.onnx.graph.releases import OLDEST, min_onnxruntime, release_text
 from .data_files import check_other_graphs
 from .limits import check_memory, check_spec
 from .quantise.size import expert_arrays, weight_bytes
+from .quantise.stored_matrices import stored_quantisation, stored_warnings
+from .quantise.stored_scheme import without_quantiser
+from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from .build import OnnxOutcome
@@ -53,6 +56,7 @@ class OnnxPlan:
         warnings: one line each.
         quantisation: how the weights are quantised; None for weights in `dtype`.
         text: a file whose text measures what quantising costs; None for LoopExport's own.
+        whole_experts: whether sparse experts are quantised, too.
     """
 
     export: Export
@@ -65,6 +69,7 @@ class OnnxPlan:
     warnings: tuple[str, ...]
     quantisation: Quantisation | None = None
     text: Path | None = None
+    whole_experts: bool = False
 
     @property
     def graphs(self) -> dict[str, LoopSpec]:
@@ -89,7 +94,11 @@ class OnnxPlan:
     @property
     def data_bytes(self) -> int:
         """Bytes of weights to write, without padding."""
-        return 0 if self.as_is else weight_bytes(self.export.base, self.dtype, self.quantisation)
+        return 0 if self.as_is else self._weight_bytes
+
+    @property
+    def _weight_bytes(self) -> int:
+        return weight_bytes(open_weights(self.export), self.dtype, self.quantisation, whole_experts=self.whole_experts)
 
     def to_dict(self) -> dict:
         """The plan for `--json`."""
@@ -171,8 +180,6 @@ def plan_onnx(
             f"{export.lacking[0]} is not in {export.root}, and a graph needs the weights: "
             "convert without --weights none"
         )
-    if "quantization_config" in export.base.config:
-        raise OnnxError("the base is quantised; ONNX export needs a checkpoint in fp32, fp16 or bf16")
     if export.base.is_multimodal:
         raise OnnxError(
             f"{export.root} reads more than text, and these graphs take token ids alone; convert its base with "
@@ -180,23 +187,63 @@ def plan_onnx(
         )
     if attention not in ATTENTION_LAYOUTS:
         raise OnnxError(f"attention {attention!r} must be one of {', '.join(ATTENTION_LAYOUTS)}")
-    stored = _stored_dtype(export)
+    weights = open_weights(export)
+    stored = _stored_dtype(weights)
     if dtype not in get_args(OnnxDtype):
         raise OnnxError(f"dtype {dtype!r} must be one of {', '.join(get_args(OnnxDtype))}")
-    quantisation = _quantisation(dtype, compute, block_size, symmetric, quantise_head, mixed, text)
-    chosen = (compute or "fp32") if quantisation else stored if dtype == "as-is" else dtype
-    as_is = quantisation is None and chosen == stored
+    quantisation: Quantisation | None
+    kept = stored_quantisation(weights.matrices)
+    if kept is not None and dtype in ("as-is", *BITS):
+        _check_kept(kept, dtype, compute, block_size, symmetric, quantise_head, mixed)
+        quantisation, whole = kept, stored if dtype == "as-is" else "fp32"
+    else:
+        quantisation, whole = _quantisation(dtype, compute, block_size, symmetric, quantise_head, mixed, text), "fp32"
+    chosen = (compute or whole) if quantisation else stored if dtype == "as-is" else dtype
+    as_is = quantisation is None and chosen == stored and weights.scheme is None
     specs = tuple(_spec_for(export.spec, each) for each in dict.fromkeys(steps or (export.spec.steps,)))
     _check_specs(specs)
     _check_releases(specs, attention)
     check_memory(native_config(export))
+    whole_experts = quantisation is not None and _has_whole_experts(export, weights, chosen, quantisation)
     target = _checked_out(export, out, overwrite)
     if as_is and target is None:
         _check_real_shards(export)
     source = None if text is None else _readable(text)
-    plan = OnnxPlan(export, target, specs, chosen, as_is, attention, overwrite, (), quantisation, source)
+    plan = OnnxPlan(export, target, specs, chosen, as_is, attention, overwrite, (), quantisation, source, whole_experts)
     check_other_graphs(plan)
-    return replace(plan, warnings=tuple(_warnings(plan)))
+    return replace(plan, warnings=tuple(_warnings(plan, weights)))
+
+
+def _has_whole_experts(export: Export, weights: Weights, dtype: str, quantisation: Quantisation) -> bool:
+    """Whether the graph has sparse experts in 4 bits: if one `QMoE` is exact for them."""
+    if not export.base.is_sparse or dtype != "fp32" or quantisation.bits != 4:
+        return False
+    if quantisation.kept:
+        layouts = {
+            weights.matrices[name].layout if name in weights.matrices else None for name in expert_arrays(weights)
+        }
+        layout = layouts.pop() if len(layouts) == 1 else None
+        if layout is None or layout.bits != 4:
+            return False
+    from .trace.experts import are_whole
+
+    return are_whole(native_config(export), quantisation.block_size)
+
+
+def _check_kept(kept: Quantisation, dtype, compute, block_size, symmetric, quantise_head, mixed) -> None:
+    """Check the options for a base whose codes stay as they are."""
+    if dtype in BITS and dtype != kept.dtype:
+        raise OnnxError(
+            f"the base is quantised in {kept.dtype} already, and its codes stay as they are: use --dtype {kept.dtype} "
+            "or as-is, or convert the checkpoint that was not quantised"
+        )
+    given = {
+        "--block-size": block_size != 32, "--symmetric": symmetric, "--quantise-head": quantise_head, "--mixed": mixed,
+    }  # fmt: skip
+    for option in (option for option, is_given in given.items() if is_given):
+        raise OnnxError(f"{option} is for a base that is not quantised; the codes of this one stay as they are")
+    if compute not in (None, *DTYPES):
+        raise OnnxError(f"compute {compute!r} must be one of {', '.join(DTYPES)}")
 
 
 def _quantisation(dtype, compute, block_size, symmetric, quantise_head, mixed, text) -> Quantisation | None:
@@ -268,11 +315,12 @@ def _release(package: str) -> tuple[int, ...] | None:
         return None
 
 
-def _stored_dtype(export: Export) -> str:
-    """The dtype of most stored numbers."""
+def _stored_dtype(weights: Weights) -> str:
+    """The dtype of most stored numbers, without quantised ones."""
     counts: Counter[str] = Counter()
-    for tensor in export.base.tensors.values():
-        counts[tensor.dtype] += tensor.num_elements
+    for name, tensor in weights.tensors.items():
+        if name not in weights.matrices:
+            counts[tensor.dtype] += tensor.num_elements
     names = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
     stored = counts.most_common(1)[0][0]
     if stored not in names:
@@ -288,10 +336,10 @@ def _spec_for(spec: LoopSpec, steps: int) -> LoopSpec:
 
 
 def native_config(export: Export) -> Any:
-    """The base's config, as an object of transformers."""
+    """The base's config, as an object of transformers, without a quantiser."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False)
+    return without_quantiser(AutoConfig.from_pretrained(export.root / BASE_FOLDER / CONFIG, trust_remote_code=False))
 
 
 def _check_specs(specs: tuple[LoopSpec, ...]) -> None:
@@ -329,7 +377,7 @@ def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Pat
     return path
 
 
-def _warnings(plan: OnnxPlan) -> Iterator[str]:
+def _warnings(plan: OnnxPlan, weights: Weights) -> Iterator[str]:
     from .runtime.session import cuda_problem
 
     export, dtype, attention = plan.export, plan.dtype, plan.attention
@@ -337,6 +385,8 @@ def _warnings(plan: OnnxPlan) -> Iterator[str]:
     status, reason = onnx_outcome(model_type)
     if status == "refused":
         yield f"a tiny model of family {model_type!r} could not be exported: {reason}"
+    if weights.scheme is not None:
+        yield from stored_warnings(weights.scheme, weights.matrices, dtype, plan.quantisation)
     if dtype == "bf16" and cuda_problem():
         yield (
             "ONNX Runtime computes in bf16 on CUDA only, so the graph can be neither verified nor run here; "
@@ -350,7 +400,7 @@ def _warnings(plan: OnnxPlan) -> Iterator[str]:
         if needed > OLDEST:
             yield f"attention gqa with kv shared runs on onnxruntime {release_text(needed)} or newer"
     if plan.quantisation is not None:
-        experts = expert_arrays(export.base)
-        if experts:
-            size = weight_bytes(export.base, dtype, None, experts)
+        experts = expert_arrays(weights)
+        if experts and not plan.whole_experts:
+            size = weight_bytes(weights, dtype, None, experts)
             yield f"sparse experts such as {experts[0]} are not quantised: {size:,} bytes of them stay in {dtype}"

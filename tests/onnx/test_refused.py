@@ -71,10 +71,12 @@ def test_multimodal_export_is_refused(tmp_path):
     assert "these graphs take token ids alone; convert its base with --text-only" in result.stderr
 
 
-def test_quantised_base_is_refused(export):
+def test_base_in_numbers_that_no_graph_holds_is_refused(export):
     config = json.loads((export / "base" / "config.json").read_text())
     (export / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
-    assert "the base is quantised; ONNX export needs" in run("onnx", export).stderr
+    result = run("onnx", export, "--dry-run")
+    assert "the base is quantised with bitsandbytes, and graphs take gptq" in result.stderr
+    assert "model.dequantize()" in result.stderr
 
 
 def test_missing_graph_and_provider_are_told(export, graph):

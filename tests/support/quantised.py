@@ -47,22 +47,40 @@ def _save_loaded(base: Path, out: Path, config) -> Path:
     return out
 
 
-def by_compressed_tensors(base: Path, out: Path, num_bits: int) -> Path:
-    """Packed weights, one scale per `GROUP` weights, rounded to nearest."""
+def by_compressed_tensors(base: Path, out: Path, num_bits: int, **options) -> Path:
+    """Packed weights, one scale per `GROUP` weights, rounded to nearest.
+
+    Args:
+        base: the base.
+        out: the checkpoint to write.
+        num_bits: of each weight.
+        **options: of `QuantizationArgs`, such as `strategy` and `symmetric`; "type" float makes fp8.
+    """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
     from compressed_tensors.quantization import apply_quantization_config as prepare
     from compressed_tensors.quantization.utils import calculate_qparams
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    weights = QuantizationArgs(num_bits=num_bits, strategy="group", group_size=GROUP)
+    weights = QuantizationArgs(**{"num_bits": num_bits, "strategy": "group", "group_size": GROUP, **options})
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     prepare(model, QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"], quantization_status="frozen"))
+    sizes = {
+        "group": (1, weights.group_size),
+        "channel": (1, None),
+        "tensor": (None, None),
+        "block": weights.block_structure,
+    }
     for module in model.modules():
         if getattr(module, "quantization_scheme", None) is not None:
-            groups = module.weight.detach().unflatten(1, (-1, GROUP))
-            scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), module.quantization_scheme.weights)
-            module.weight_scale.data.copy_(scale)
+            rows, columns = (
+                size or full for size, full in zip(sizes[weights.strategy], module.weight.shape, strict=True)
+            )
+            blocks = module.weight.detach().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+            scale, zero = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), weights)
+            module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+            if hasattr(module, "weight_zero_point"):
+                module.weight_zero_point.data.copy_(zero.reshape(module.weight_zero_point.shape))
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(out)
@@ -91,18 +109,32 @@ def _fp8_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: scaled.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
 
 
-def as_gptq(base: Path, out: Path) -> Path:
-    """GPTQ, 4 bits: an int32 packs eight weights of a column. Random, because nothing here can run it."""
-    config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+def as_gptq(base: Path, out: Path, bits=4, group=GROUP, symmetric=True, layout="gptq", order=None) -> Path:
+    """GPTQ: an int32 packs neighbouring weights of a column.
+
+    Args:
+        base: the base.
+        out: the checkpoint to write.
+        bits: of each weight.
+        group: weights that share a scale; -1 for all of a row.
+        symmetric: without zero points of their own.
+        layout: "gptq" stores a zero point less 1, "gptq_v2" as it is.
+        order: `g_idx` of a matrix with this many columns; None for neighbours.
+    """
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": order is not None}
+    config |= {"sym": symmetric, "checkpoint_format": layout}
+    ones = sum(1 << place for place in range(0, 32, bits))
 
     def tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        rows, columns = weight.shape
+        columns = weight.shape[1]
+        codes, zeros, scales = rounded(weight, bits, group, symmetric)
+        size = columns if group == -1 else group
         return _named(
             name,
-            qweight=_int32(columns // 8, rows),
-            qzeros=_int32(columns // GROUP, rows // 8),
-            scales=torch.rand(columns // GROUP, rows).half(),
-            g_idx=torch.arange(columns, dtype=torch.int32) // GROUP,
+            qweight=packed_words(codes, bits).T.contiguous(),
+            qzeros=packed_words(zeros.T, bits) - (ones if layout == "gptq" else 0),
+            scales=scales.T.half().contiguous(),
+            g_idx=(torch.arange(columns) // size if order is None else order(columns)).int(),
         )
 
     _rewrite(base, out, config, tensors)
@@ -110,22 +142,48 @@ def as_gptq(base: Path, out: Path) -> Path:
     return out
 
 
-def as_awq(base: Path, out: Path) -> Path:
-    """AWQ, 4 bits, "gemm": an int32 packs eight weights of a row. Random, because nothing here can run it."""
-    config = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+def as_awq(base: Path, out: Path, group=GROUP) -> Path:
+    """AWQ, 4 bits, "gemm": an int32 packs eight weights of a row, in an order of its own."""
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
 
     def tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        rows, columns = weight.shape
+        codes, zeros, scales = rounded(weight, 4, group, symmetric=False)
+        stored = [each.T.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1) for each in (codes, zeros)]
         return _named(
             name,
-            qweight=_int32(columns, rows // 8),
-            qzeros=_int32(columns // GROUP, rows // 8),
-            scales=torch.rand(columns // GROUP, rows).half(),
+            qweight=packed_words(stored[0], 4),
+            qzeros=packed_words(stored[1], 4),
+            scales=scales.T.half().contiguous(),
         )
 
     _rewrite(base, out, config, tensors)
     (out / "quant_config.json").write_text(json.dumps(config))
     return out
+
+
+def rounded(weight: torch.Tensor, bits: int, group: int, symmetric: bool) -> tuple[torch.Tensor, ...]:
+    """Codes `(out, in)`, zero points and scales `(out, groups)` of a matrix, rounded to nearest."""
+    groups = weight.float().unflatten(1, (-1, weight.shape[1] if group == -1 else group))
+    lowest, highest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if symmetric:
+        lowest, highest = -torch.maximum(-lowest, highest), torch.maximum(-lowest, highest)
+    scales = ((highest - lowest).clamp_min(1e-6) / (2**bits - 1)).half().float()
+    zeros = torch.full_like(scales, 2 ** (bits - 1)) if symmetric else (-lowest / scales).round().clamp(0, 2**bits - 1)
+    codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.flatten(1).long(), zeros.long(), scales
+
+
+def restored(weight: torch.Tensor, bits: int, group: int, symmetric: bool) -> torch.Tensor:
+    """What the codes of `rounded` stand for."""
+    codes, zeros, scales = rounded(weight, bits, group, symmetric)
+    size = weight.shape[1] // scales.shape[1]
+    return (codes - zeros.repeat_interleave(size, 1)) * scales.repeat_interleave(size, 1)
+
+
+def packed_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Neighbouring codes of a row in int32 words, the first one in the lowest bits."""
+    words = (codes.unflatten(1, (-1, 32 // bits)) << (torch.arange(32 // bits) * bits)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def as_mxfp4(base: Path, out: Path) -> Path:
@@ -146,10 +204,6 @@ def _mxfp4_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def _named(name: str, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
     module = name.removesuffix("weight")
     return {module + suffix: tensor for suffix, tensor in tensors.items()}
-
-
-def _int32(*shape: int) -> torch.Tensor:
-    return torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(0)).int()
 
 
 def _rewrite(base: Path, out: Path, quantization: dict, tensors: Callable) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -42,19 +42,30 @@ class MatrixSource:
     scale_dtype: torch.dtype
 
     def matrix(self, weights: Weights) -> QuantisedMatrix:
-        """The quantised matrix: the checkpoint's own codes if it has any."""
-        stored = None if self.recipe.stored is None else weights.quantised(self.recipe.stored)
-        return stored or self.quantise(self.recipe.evaluate(weights.read))
+        """The quantised matrix."""
+        return self.quantise(self.recipe.evaluate(weights.read))
 
     def quantise(self, weight: torch.Tensor) -> QuantisedMatrix:
         """Quantise the weight's values."""
         rows = weight if self.is_out_first else weight.T
         return quantise_matrix(
-            rows.float().numpy(), self.bits, self.block_size, not self.zero_points, rounding=self._rounded
+            rows.reshape(-1, rows.shape[-1]).float().numpy(),
+            self.bits,
+            self.block_size,
+            not self.zero_points,
+            rounding=self._rounded,
         )
 
     def _rounded(self, scales: np.ndarray) -> np.ndarray:
         return torch.from_numpy(scales).to(self.scale_dtype).float().numpy()
+
+
+class HasMatrix(Protocol):
+    """Something that a quantised weight is made of."""
+
+    def matrix(self, weights: Weights) -> QuantisedMatrix:
+        """The quantised matrix."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class MatrixPart:
         name: the attribute of `PackedMatrix`.
     """
 
-    source: MatrixSource
+    source: HasMatrix
     name: str
 
 
@@ -75,7 +86,7 @@ class SourceReader:
     """Reads what a graph's weights are made of; the parts of one matrix in turn quantise it once."""
 
     weights: Weights
-    _last: tuple[MatrixSource, PackedMatrix] | None = field(default=None, init=False)
+    _last: tuple[HasMatrix, PackedMatrix] | None = field(default=None, init=False)
 
     def read(self, source: Recipe | MatrixPart) -> torch.Tensor:
         """The values of a weight, or of one array of it."""

@@ -4,7 +4,7 @@ This quantises the weights of `torch.nn.Linear`, and of GPT-2's `Conv1D`, where 
 
     routers             another expert is a large error
     small matrices      fewer than `MIN_ROWS` outputs, or less than one block of inputs
-    sparse experts      one array holds them all
+    sparse experts      but in 4 bits, see `experts`
     the head            unless the user asks for it; an embedding that is tied to it follows
     everything else     embeddings, norms, biases, convolutions
 """
@@ -19,15 +19,20 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from loopexport.errors import OnnxError
 from loopexport.export.quantisation import HEAD_BITS, Quantisation
 from loopexport.onnx.trace.nodes import replace_value
 from loopexport.onnx.trace.recipes import Recipe
 from loopexport.onnx.trace.tracer import Traced
+from loopexport.onnx.weights import Weights
 from loopexport.templates.looped_routing import Routers
 
+from .experts import BITS as EXPERT_BITS
+from .experts import quantise_experts
 from .matrices import MatrixPart, MatrixSource, uncast
 from .sensitive import is_sensitive
 from .size import MIN_ROWS
+from .stored_source import StoredSource, stored_layout
 
 DOMAIN, PRODUCT, LOOK_UP = "com.microsoft", "MatMulNBits", "GatherBlockQuantized"
 
@@ -52,7 +57,7 @@ class _Product:
 
 
 def quantise_products(
-    traced: Traced, model: Any, sources: Mapping[str, Recipe], quantisation: Quantisation
+    traced: Traced, model: Any, sources: Mapping[str, Recipe], quantisation: Quantisation, weights: Weights
 ) -> dict[str, Recipe | MatrixPart]:
     """Quantise the linear layers of a traced graph, in place.
 
@@ -60,41 +65,80 @@ def quantise_products(
         traced: the trace; its weights are inputs.
         model: the native model.
         sources: the recipe of each weight.
-        quantisation: what the user chose.
+        quantisation: what the user chose, or what the checkpoint has.
+        weights: the checkpoint, whose own codes are kept.
 
     Returns:
         The recipes of the weights that stay, and the sources of the new inputs.
     """
     graph = traced.model.graph
-    heads = _head_names(model, sources)
-    linear = _linear_names(model)
+    choice = _Choice(traced, model, sources, quantisation, weights)
     made: dict[str, Recipe | MatrixPart] = dict(sources)
     for weight in list(graph.inputs):
         name = str(weight.name)
         uses = _uses(weight) if name in sources and weight.shape is not None and weight.shape.rank() == 2 else None
-        if uses is None or not (name in linear or name in heads):
+        if uses is None:
             continue
         products, look_ups = uses
-        is_head = name in heads
-        rows, columns = _sizes(weight, products[0].is_out_first)
-        if is_head and not quantisation.head:
+        sizes = _sizes(weight, products[0].is_out_first)
+        source = choice.source(name, sizes, products[0].is_out_first, bool(look_ups))
+        if source is None:
             continue
-        if rows < MIN_ROWS or columns < quantisation.block_size:
-            continue
-        if look_ups and not (is_head and columns % quantisation.block_size == 0):
-            continue
-        bits = HEAD_BITS if is_head or is_sensitive(name, traced.num_layers, quantisation) else quantisation.bits
-        source = MatrixSource(
-            uncast(sources[name]), products[0].is_out_first, bits, quantisation.block_size, quantisation.zero_points,
-            traced.dtype,
-        )  # fmt: skip
-        _Replacement(graph, name, source, (rows, columns), made).replace(products, look_ups)
+        _Replacement(graph, name, source, sizes, made).replace(products, look_ups)
         for use in list(weight.uses()):  # transposes that nothing reads any more
             graph.remove(use.node, safe=True)
         del made[name]
         graph.inputs.remove(weight)
     graph.opset_imports.setdefault(DOMAIN, 1)
-    return made
+    return quantise_experts(graph, made, choice.of_experts)
+
+
+class _Choice:
+    """Which weights are quantised, and from what."""
+
+    def __init__(
+        self, traced: Traced, model: Any, sources: Mapping[str, Recipe], quantisation: Quantisation, weights: Weights
+    ):
+        self.traced, self.sources, self.quantisation, self.weights = traced, sources, quantisation, weights
+        self.heads, self.linear = _head_names(model, sources), _linear_names(model)
+
+    def source(
+        self, name: str, sizes: tuple[int, int], is_out_first: bool, is_looked_up: bool
+    ) -> MatrixSource | StoredSource | None:
+        """What a weight is quantised from; None if it stays as it is."""
+        if self.quantisation.kept:
+            return None if is_looked_up or not is_out_first else self._stored(self.sources[name], sizes)
+        quantisation, is_head = self.quantisation, name in self.heads
+        rows, columns = sizes
+        if not (is_head or name in self.linear) or (is_head and not quantisation.head):
+            return None
+        if rows < MIN_ROWS or columns < quantisation.block_size:
+            return None
+        if is_looked_up and not (is_head and columns % quantisation.block_size == 0):
+            return None
+        in_eight = is_head or is_sensitive(name, self.traced.num_layers, quantisation)
+        return self._own(self.sources[name], is_out_first, HEAD_BITS if in_eight else quantisation.bits)
+
+    def of_experts(self, recipe: Recipe, shape: tuple[int, ...]) -> MatrixSource | StoredSource:
+        """What the experts of a layer are quantised from.
+
+        Raises:
+            OnnxError: they are quantised already, and the native model has them in another form.
+        """
+        if not self.quantisation.kept:
+            return self._own(recipe, True, EXPERT_BITS)
+        source = self._stored(recipe, shape)
+        if source is None:
+            raise OnnxError("the native model has the experts of this base in another form; use --dtype fp32")
+        return source
+
+    def _own(self, recipe: Recipe, is_out_first: bool, bits: int) -> MatrixSource:
+        block_size, zero_points = self.quantisation.block_size, self.quantisation.zero_points
+        return MatrixSource(uncast(recipe), is_out_first, bits, block_size, zero_points, self.traced.dtype)
+
+    def _stored(self, recipe: Recipe, shape: tuple[int, ...]) -> StoredSource | None:
+        layout = stored_layout(recipe, shape, self.weights)
+        return None if layout is None else StoredSource(recipe, layout, self.traced.dtype)
 
 
 def _linear_names(model: Any) -> set[str]:
@@ -171,7 +215,7 @@ class _Replacement:
         self,
         graph: ir.Graph,
         name: str,
-        source: MatrixSource,
+        source: MatrixSource | StoredSource,
         sizes: tuple[int, int],
         made: dict[str, Recipe | MatrixPart],
     ):

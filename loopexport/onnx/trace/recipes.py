@@ -6,7 +6,7 @@ watches these operations, so that we need no table of families.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,22 @@ class Recipe:
         args, kwargs = _map_leaves((self.args, dict(self.kwargs)), Recipe, lambda recipe: recipe.evaluate(read))
         result = self.function(*args, **kwargs)
         return result if self.item is None else result[self.item]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the stored tensors that it is made of."""
+        return {each.stored for each in self._all() if each.stored is not None}
+
+    @property
+    def operators(self) -> set[str]:
+        """Names of the operators that make it."""
+        return {each.function.overloadpacket.__name__ for each in self._all() if each.stored is None}
+
+    def _all(self) -> Iterator[Recipe]:
+        """This recipe and those that it is made of."""
+        yield self
+        for each in _leaves((self.args, dict(self.kwargs)), Recipe):
+            yield from each._all()
 
 
 class Recorder(TorchDispatchMode):

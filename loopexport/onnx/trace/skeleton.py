@@ -6,7 +6,7 @@ transformers itself loads the checkpoint, from tensors that have a name, a dtype
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from loopexport.errors import OnnxError
+from loopexport.onnx.weights import Weights
 
 from .recipes import Recipe, Recorder
 
@@ -36,12 +37,12 @@ class Skeleton:
     recipes: dict[str, Recipe]
 
 
-def build_skeleton(config, stored: Mapping[str, Any], dtype: torch.dtype, **implementations) -> Skeleton:
+def build_skeleton(config, weights: Weights, dtype: torch.dtype, **implementations) -> Skeleton:
     """Build the native model of a config over tensors without values.
 
     Args:
         config: the base's config object of transformers.
-        stored: the checkpoint's tensors, see `checkpoint.Checkpoint.tensors`.
+        weights: the checkpoint's tensors.
         dtype: the dtype in which the model computes.
         **implementations: `attn_implementation`, `experts_implementation`.
 
@@ -53,13 +54,18 @@ def build_skeleton(config, stored: Mapping[str, Any], dtype: torch.dtype, **impl
 
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode:
-        tensors = {name: torch.empty(tensor.shape, dtype=_torch_dtype(name, tensor)) for name, tensor in stored.items()}
+        tensors = {
+            name: torch.empty(tensor.shape, dtype=dtype if name in weights.matrices else _torch_dtype(name, tensor))
+            for name, tensor in weights.tensors.items()
+        }  # a quantised matrix has no dtype yet; without a conversion, its recipe is that of its codes, too
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     recorder = Recorder(tensors)
     with _loading_in_this_thread(), recorder:
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True, **implementations
         )
+    if weights.matrices:
+        _check_orientation(model)
     missing = sorted(report["missing_keys"] | set(report["mismatched_keys"]))
     if missing:
         raise OnnxError(
@@ -67,6 +73,18 @@ def build_skeleton(config, stored: Mapping[str, Any], dtype: torch.dtype, **impl
             "check that base/config.json belongs to the weights"
         )
     return Skeleton(model.eval(), fake_mode, _recipes(model, recorder))
+
+
+def _check_orientation(model: Any) -> None:
+    """Refuse matrices that the native model has as `(in, out)`: all formats of quantised ones have `(out, in)`."""
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = [path for path, module in model.named_modules() if isinstance(module, Conv1D)]
+    if transposed:
+        raise OnnxError(
+            f"the base is quantised, and {type(model).__name__} has its matrices transposed ({transposed[0]}), which "
+            "graphs of quantised bases do not support; convert the checkpoint that was not quantised"
+        )
 
 
 def _recipes(model, recorder: Recorder) -> dict[str, Recipe]:
