@@ -173,16 +173,16 @@ def _family(family: str, work: Path, scale: Scale) -> Iterator[Result]:
     pair = Pair(family, work)
     for dtype in ("fp32", *dict.fromkeys(("bf16", *scale.half))):
         for attention in ("sdpa", "eager"):
-            yield from attempt_all(f"{dtype} {attention}", lambda d=dtype, a=attention: _cases(pair, d, a, scale))
+            yield from attempt_all(f"{dtype} {attention}", lambda d=dtype, a=attention: cases_of(pair, d, a, scale))
 
 
-def _cases(pair: Pair, dtype: str, attention: str, scale: Scale) -> Iterator[Result]:
+def cases_of(pair: Pair, dtype: str, attention: str, scale: Scale) -> Iterator[Result]:
     sparse = pair.family in SPARSE
     experts, typical = ("grouped_mm", dtype != "fp32") if sparse else (None, False)
     base = load(pair.base, dtype, scale.device, attention, experts)
     base_error = pair.worst(base, pair.base_logits, typical)
     model = load(pair.looped, dtype, scale.device, attention, experts)
-    for policy in POLICIES:
+    for policy in pair.looped_logits:
 
         def case(policy=policy) -> Result:
             use_policy(model, policy)

@@ -26,9 +26,9 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 MakeStep = Callable[[Any, StaticCache, torch.Tensor], Step]
 
 
-def static_cache(config: Any) -> StaticCache:
+def static_cache(config: Any, length: int = CACHE_LENGTH) -> StaticCache:
     """A cache of fixed length."""
-    return StaticCache(config=config, max_cache_len=CACHE_LENGTH)
+    return StaticCache(config=config, max_cache_len=length)
 
 
 def plain_step(model: Any, cache: StaticCache, tokens: torch.Tensor) -> Step:
@@ -123,7 +123,9 @@ def _family(family: str, work: Path, scale: Scale) -> Iterator[Result]:
     def stepped(policy: str, make_step: MakeStep) -> Result:
         use_policy(model, policy)
         # Under `reference` the chunks decide what is computed, so both have to run the same.
-        reference = logits(reference_model(), steps) if policy == "reference" else pair.looped_logits[policy][whole.name]
+        reference = (
+            logits(reference_model(), steps) if policy == "reference" else pair.looped_logits[policy][whole.name]
+        )
         difference = error(stepped_logits(model, steps, make_step), reference, steps, typical)
         return compared(difference, allowed(base_error, dtype), base=short(base_error))
 
