@@ -31,6 +31,7 @@ from loopexport.files.staging import explain_os_errors
 from loopexport.loop.spec import LoopSpec, make_spec
 from loopexport.onnx.graph.genai import genai_config, genai_graph
 from loopexport.onnx.graph.positions import max_positions
+from loopexport.onnx.graph.releases import min_onnxruntime, release_text
 
 from .plan import OnnxPlan, Say, native_config, plan_onnx
 
@@ -188,6 +189,7 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     model = graphs[0]
     model.producer_name = "loopexport"
     model.metadata_props["attention"] = plan.attention
+    model.metadata_props["min_onnxruntime"] = release_text(min_onnxruntime(spec, plan.attention))
     limit = recomputed_beyond(skeleton.model)
     if limit is not None:
         model.metadata_props["recomputed_beyond"] = str(limit)

@@ -14,6 +14,7 @@ from loopexport.export.check import Check
 from loopexport.export.manifest import OnnxRecord
 from loopexport.loop.spec import LoopSpec
 from loopexport.onnx.runtime.model import OnnxModel
+from loopexport.onnx.runtime.session import cuda_problem
 from loopexport.onnx.trace.skeleton import quiet_loading
 
 # Largest |graph - torch| allowed, relative to the largest |torch|; torch computes in fp32.
@@ -85,10 +86,8 @@ def check_recorded(path: Path, record: OnnxRecord, spec: LoopSpec, theirs) -> Ch
 
 def why_not_run(dtype: str) -> str:
     """Why a graph in this dtype cannot run here; empty if it can."""
-    import onnxruntime
-
-    if dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return "bf16 runs on CUDA only, and CUDA is not available here"
+    if dtype == "bf16" and cuda_problem():
+        return f"bf16 runs on CUDA only, and ONNX Runtime cannot use CUDA here: {cuda_problem()}"
     return ""
 
 

@@ -23,6 +23,7 @@ from loopexport.export.own_code import foreign_code
 from loopexport.files.digests import Progress
 from loopexport.files.output import check_output, output_path
 from loopexport.loop.spec import LoopSpec
+from loopexport.onnx.graph.releases import OLDEST, min_onnxruntime, release_text
 
 from .limits import check_memory, check_spec
 
@@ -157,11 +158,12 @@ def plan_onnx(
     chosen = stored if dtype == "as-is" else dtype
     specs = tuple(_spec_for(export.spec, each) for each in dict.fromkeys(steps or (export.spec.steps,)))
     _check_specs(specs)
+    _check_releases(specs, attention)
     check_memory(native_config(export))
     target = _checked_out(export, out, overwrite)
     if chosen == stored and target is None:
         _check_real_shards(export)
-    warnings = tuple(_warnings(export, chosen, attention))
+    warnings = tuple(_warnings(export, chosen, attention, specs))
     return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, overwrite, warnings)
 
 
@@ -175,16 +177,34 @@ def check_installed() -> None:
         raise OnnxError(f"ONNX export needs transformers 5 or newer, not {version('transformers')}")
     for name in ("onnxruntime", "onnxruntime-gpu"):
         release = _release(name)
-        if release and release < (1, 23):
+        if release and release < OLDEST:
             raise OnnxError(
-                f"{name} {version(name)} loads a weight once for each place that reads it; install 1.23 or newer"
+                f"{name} {version(name)} loads a weight once for each place that reads it, or computes attention "
+                f"wrongly; install {release_text(OLDEST)} or newer"
             )
 
 
+def _check_releases(specs: tuple[LoopSpec, ...], attention: str) -> None:
+    """Check that the installed ONNX Runtime runs the graphs; some releases crash instead of refusing them."""
+    needed = _needed_release(specs, attention)
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        release = _release(name)
+        if release and release < needed:
+            raise OnnxError(
+                f"{name} {version(name)} cannot run a graph of --attention {attention} with kv shared; install "
+                f"{release_text(needed)} or newer, or use --attention portable"
+            )
+
+
+def _needed_release(specs: tuple[LoopSpec, ...], attention: str) -> tuple[int, ...]:
+    """The oldest onnxruntime that runs all graphs."""
+    return max(min_onnxruntime(spec, attention) for spec in specs)
+
+
 def _release(package: str) -> tuple[int, ...] | None:
-    """`(major, minor)` of an installed package; None if it is not installed or has no metadata."""
+    """`(major, minor, patch)` of an installed package; None if it is not installed or has no metadata."""
     try:
-        return tuple(int(part) for part in re.findall(r"\d+", version(package))[:2])
+        return tuple(int(part) for part in re.findall(r"\d+", version(package))[:3])
     except PackageNotFoundError:
         return None
 
@@ -250,7 +270,7 @@ def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Pat
     return path
 
 
-def _warnings(export: Export, dtype: str, attention: str) -> Iterator[str]:
+def _warnings(export: Export, dtype: str, attention: str, specs: tuple[LoopSpec, ...]) -> Iterator[str]:
     import onnxruntime
 
     model_type = export.base.config["model_type"]
@@ -266,3 +286,6 @@ def _warnings(export: Export, dtype: str, attention: str) -> Iterator[str]:
         yield "attention gqa takes no padded batch, and with a cache it takes several tokens for a single prompt only"
         if dtype == "fp32":
             yield "on CUDA, attention gqa computes in fp16 and bf16 only; this graph is for the CPU"
+        needed = _needed_release(specs, attention)
+        if needed > OLDEST:
+            yield f"attention gqa with kv shared runs on onnxruntime {release_text(needed)} or newer"

@@ -9,6 +9,7 @@ import pytest
 import loopexport
 import loopexport.onnx
 from loopexport.onnx import OnnxModel, build
+from loopexport.onnx import plan as planning
 from support.onnx_graphs import BEYOND_FUSED, LOOPS, MORE_LOOPS, assert_equals_torch
 from support.structure import by_class
 from support.tiny import FAMILIES
@@ -41,6 +42,30 @@ def test_fused_attention_refuses_what_it_would_get_wrong(graph):
     _, cache = model.forward(ids)
     with pytest.raises(loopexport.LoopExportError, match="takes 3 tokens for a single prompt only"):
         model.forward(ids, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "oldest", "refused_on"),
+    [
+        ({"attention": "portable"}, "1.23.1", "1.23.0"),
+        ({"attention": "gqa"}, "1.31", "1.30.0"),
+        ({"attention": "gqa", "kv": "per_step"}, "1.23.1", "1.23.0"),
+        ({"attention": "gqa", "kv": "reference"}, "1.23.1", "1.23.0"),
+        ({"attention": "gqa", "steps": 1}, "1.23.1", "1.23.0"),
+    ],
+    ids=str,
+)
+def test_graphs_say_which_onnxruntime_they_need(graph, monkeypatch, options, oldest, refused_on):
+    """Older ones refuse GroupQueryAttention that adds no key, crash in it, or compute something else."""
+    root = graph(**options)
+    assert ir.load(root / "model.onnx").metadata_props["min_onnxruntime"] == oldest
+    attention = options["attention"]
+    said = [each for each in loopexport.onnx.plan_onnx(root, attention=attention).warnings if oldest in each]
+    assert len(said) == (oldest == "1.31")
+    real = planning.version
+    monkeypatch.setattr(planning, "version", lambda name: refused_on if name == "onnxruntime" else real(name))
+    with pytest.raises(loopexport.LoopExportError, match=f"install {oldest} or newer"):
+        loopexport.onnx.plan_onnx(root, attention=attention)
 
 
 @pytest.mark.parametrize(("family", "says"), BEYOND_FUSED.items())

@@ -29,7 +29,11 @@ def test_own_runner_generates_the_tokens_of_torch(graph, family):
     assert ours.tolist() == theirs[:, 9:].tolist()
 
 
-@pytest.mark.parametrize("spec", [{}, {"kv": "per_step"}, {"decode": "bypass"}], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [{}, {"kv": "per_step"}, {"decode": "bypass"}, {"decode": "bypass", "kv": "per_step"}],
+    ids=str,
+)
 @pytest.mark.parametrize("attention", ["portable", "gqa"])
 def test_onnxruntime_genai_generates_the_tokens_of_torch(export_dir, traced, monkeypatch, tmp_path, attention, spec):
     """With gqa, past and present are one buffer there, which the iterations read while it is written."""

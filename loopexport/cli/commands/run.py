@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import get_args
 
 import click
@@ -21,7 +22,7 @@ from loopexport.cli.output import echo_note, echo_piece
     type=Words(get_args(Provider)),
     default="auto",
     show_default=True,
-    help="Where ONNX Runtime computes; auto is CUDA if it is available.",
+    help="Where ONNX Runtime computes; auto is CUDA if it works.",
 )
 @click.option(
     "--max-new-tokens",
@@ -40,8 +41,13 @@ from loopexport.cli.output import echo_note, echo_piece
     help="Keep the likeliest tokens, until they reach this total probability.",
 )
 @click.option("--seed", type=int, help="Random seed.")
+@click.option(
+    "--prefill-chunk",
+    type=click.IntRange(min=2),
+    help="Tokens of the prompt to run at once; a smaller number takes less memory.  [default: automatic]",
+)
 @click.option("--chat/--no-chat", default=None, help="Use the chat template.  [default: if there is one]")
-def run(directory, prompt, file, provider, max_new_tokens, chat, **sampling) -> None:
+def run(directory, prompt, file, provider, max_new_tokens, prefill_chunk, chat, **sampling) -> None:
     """Answer PROMPT with the ONNX graph in DIRECTORY, in ONNX Runtime."""
     from loopexport.onnx.plan import check_installed
     from loopexport.onnx.runtime.model import OnnxModel
@@ -51,8 +57,14 @@ def run(directory, prompt, file, provider, max_new_tokens, chat, **sampling) -> 
     choice = Sampling(**sampling)
     if choice.temperature == 0 and (choice.top_k or choice.top_p < 1):
         echo_note("--top-k and --top-p need --temperature; without it the answer is greedy")
-    model = OnnxModel(directory, file, provider=provider)
-    reason = _echo_pieces(model.stream_text(prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=choice))
+    with warnings.catch_warnings(record=True) as caught:
+        model = OnnxModel(directory, file, provider=provider)
+    for each in caught:
+        echo_note(str(each.message))
+    pieces = model.stream_text(
+        prompt, chat=chat, max_new_tokens=max_new_tokens, sampling=choice, prefill_chunk=prefill_chunk
+    )
+    reason = _echo_pieces(pieces)
     echo_piece("\n")
     if reason == "positions":
         echo_note(f"the answer was cut off: the model has only {model.max_positions} positions")

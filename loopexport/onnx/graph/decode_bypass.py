@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from loopexport.onnx.trace.attention import FUSED, FUSED_DOMAIN
 from loopexport.onnx.trace.nodes import int_constant
 
-from .loop_layer import SlotPart
+from .loop_layer import SlotPart, is_fused
 
 
 def decode_step(graph: ir.Graph) -> ir.Value:
@@ -51,9 +52,8 @@ def unless_decoding(
     looped, plain = ir.tape.Tape(), ir.tape.Tape()
     results = [looped.op("Identity", [each]) for each in (output, *(slot.present for slot in slots))]
     kept = [plain.op("Identity", [natural])]
-    for slot in slots:
-        bounds = [int_constant(graph, f"loop.number_{number}", number) for number in (-1, 2**62, -2)]
-        kept.append(plain.op("Concat", [slot.past, plain.op("Slice", [slot.natural, *bounds])], {"axis": -2}))
+    for keys, values in zip(slots[::2], slots[1::2], strict=True):
+        kept += _with_natural_token(graph, plain, keys, values)
     branches = {
         "then_branch": _branch(plain.nodes, kept, f"{prefix}/decode"),
         "else_branch": _branch([*loop, *looped.nodes], results, f"{prefix}/loop"),
@@ -66,6 +66,30 @@ def unless_decoding(
     return [choice], choice.outputs[0]
 
 
+def _with_natural_token(graph: ir.Graph, tape: ir.tape.Tape, *slot: SlotPart) -> list[ir.Value]:
+    """A slot's keys and values with the natural ones of the new token after them.
+
+    A fused attention appends them: past and present may be one buffer, into which `Concat` cannot write. Nothing reads
+    what it computes, so the few heads of the keys are its queries.
+    """
+    pasts = [each.past for each in slot]
+    join = slot[0].natural_join
+    if is_fused(join):
+        _, new_keys, new_values, _, _, lengths, total = join.inputs
+        heads = join.attributes["kv_num_heads"].as_int()
+        attributes = {"num_heads": heads, "kv_num_heads": heads}
+        _, *joined = tape.op_multi_out(
+            FUSED,
+            [new_keys, new_keys, new_values, *pasts, lengths, total],
+            attributes,
+            num_outputs=3,
+            domain=FUSED_DOMAIN,
+        )
+        return joined
+    bounds = [int_constant(graph, f"loop.number_{number}", number) for number in (-1, 2**62, -2)]
+    return [tape.op("Concat", [each.past, tape.op("Slice", [each.natural, *bounds])], {"axis": -2}) for each in slot]
+
+
 def _branch(nodes: Iterable[ir.Node], outputs: list[ir.Value], prefix: str) -> ir.Graph:
     """Nodes as a branch of an `If`; a branch has no inputs and reads values of the graph around it."""
     nodes = list(nodes)
@@ -76,3 +100,5 @@ def _branch(nodes: Iterable[ir.Node], outputs: list[ir.Value], prefix: str) -> i
 def _name(nodes: Iterable[ir.Node], prefix: str) -> None:
     for number, node in enumerate(nodes):
         node.name = node.outputs[0].name = f"{prefix}/{node.op_type}_{number + 1}"
+        for index, value in enumerate(node.outputs[1:], start=1):
+            value.name = f"{node.name}.{index}"

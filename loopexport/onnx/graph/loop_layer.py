@@ -27,7 +27,7 @@ class LoopLayer:
         self.nodes = dependents({layer.entry}, layer.nodes)
         self.reads = [node for node in self.nodes if is_mark(node, READ)]
         self.routes = [node for node in self.nodes if is_mark(node, ROUTE)]
-        self.fused = [node for node in self.nodes if _is_fused(node)]
+        self.fused = [node for node in self.nodes if is_fused(node)]
 
     @property
     def pasts(self) -> list[ir.Value]:
@@ -55,12 +55,14 @@ class SlotPart:
         natural_layer: the layer's number.
         past, present: the slot's input and output, `(batch, kv_heads, length, head_size)`.
         natural: what the natural pass reads in the same place.
+        natural_join: the node that joins past and new there: `Concat`, or a fused attention.
     """
 
     natural_layer: int
     past: ir.Value
     present: ir.Value
     natural: ir.Value
+    natural_join: ir.Node
 
 
 def copy_loop_node(node: ir.Node, values: dict[ir.Value, ir.Value | None], name: str) -> ir.Node:
@@ -75,13 +77,19 @@ def copy_loop_node(node: ir.Node, values: dict[ir.Value, ir.Value | None], name:
     return copy_node(node, name, inputs, node.attributes.values(), values)
 
 
-def past_of(read: ir.Node) -> ir.Value:
-    """The cache input that a read joins with the new keys or values."""
+def join_of(read: ir.Node) -> ir.Node:
+    """The node that joins past and new keys or values for a read: `Concat`, or a fused attention."""
     joined = read.inputs[0]
     assert joined is not None
     join = joined.producer()
     assert join is not None
-    past = join.inputs[3 + read.attributes["value"].as_int()] if _is_fused(join) else join.inputs[0]
+    return join
+
+
+def past_of(read: ir.Node) -> ir.Value:
+    """The cache input that a read joins with the new keys or values."""
+    join = join_of(read)
+    past = join.inputs[3 + read.attributes["value"].as_int()] if is_fused(join) else join.inputs[0]
     assert past is not None
     assert str(past.name).startswith("past_key_values."), past.name
     return past
@@ -99,12 +107,13 @@ def drop_presents(copies: list[ir.Node]) -> None:
 
     Do not do this to other fused attentions: without these outputs one does not see its own new keys.
     """
-    for node in filter(_is_fused, copies):
+    for node in filter(is_fused, copies):
         for value in node.outputs[1:]:
             value.name = ""
 
 
-def _is_fused(node: ir.Node) -> bool:
+def is_fused(node: ir.Node) -> bool:
+    """Whether a node is a fused attention, which joins past and new keys and values itself."""
     return (node.domain, node.op_type) == (FUSED_DOMAIN, FUSED)
 
 

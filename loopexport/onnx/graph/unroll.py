@@ -24,7 +24,7 @@ from loopexport.onnx.trace.nodes import int_constant
 from loopexport.onnx.trace.tracer import Traced
 
 from .decode_bypass import decode_step, unless_decoding
-from .loop_layer import LoopLayer, SlotPart, copy_loop_node, drop_presents, is_plain_input, past_of
+from .loop_layer import LoopLayer, SlotPart, copy_loop_node, drop_presents, is_plain_input, join_of, past_of
 from .rule_graph import rule_graph
 
 
@@ -138,7 +138,7 @@ class _Unrolling:
         return copies
 
     def _slot_part(self, index: int, read: ir.Node, known, pasts) -> SlotPart:
-        return SlotPart(index, pasts[past_of(read)], known[read.inputs[0]], read.outputs[0])
+        return SlotPart(index, pasts[past_of(read)], known[read.inputs[0]], read.outputs[0], join_of(read))
 
     def _natural_cache_only(self, fused: ir.Node) -> dict[ir.Value, ir.Value | None]:
         """Inputs with which a copy of a fused attention reads the natural keys and values, and adds none."""

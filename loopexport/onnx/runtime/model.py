@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,21 @@ from typing import Any
 import numpy as np
 
 from loopexport._keywords import suggest_keywords
-from loopexport.base.checkpoint import CONFIG, read_json
 from loopexport.choices import FinishReason, Provider
-from loopexport.errors import CheckpointError, OnnxError, OnnxInputError, one_line
-from loopexport.export.onnx_files import graph_name
+from loopexport.errors import OnnxError, OnnxInputError, one_line
 from loopexport.export.stale_graphs import refuse_stale
-from loopexport.files.links import check_no_special_file
 
-from .inputs import check_fused, checked_mask, padded_left
+from .cache import CacheSlots, OnnxCache, Storage
+from .directory import find_end_tokens, find_graph, read_config
+from .generation import OwnLengthRows, PaddedRows
+from .inputs import check_cache, check_fused, check_no_empty_row, check_positions, checked_ids, checked_mask, positions_of
+from .prefill import Cuts, find_cuts
 from .prompts import encode, load_tokenizer
 from .sampling import Sampling
-from .session import MAX_REASON_CHARS, choose_provider, empty_tensor, load_session
+from .session import MAX_REASON_CHARS, load_session, provider_of
+from .streamed_text import StreamedText
 
-
-@dataclass
-class OnnxCache:
-    """Keys and values of the tokens so far.
-
-    Attributes:
-        values: ONNX Runtime's tensors by input name, on the session's device.
-        length: the number of cached positions.
-    """
-
-    values: dict[str, Any]
-    length: int
+NUM_LOGITS = "num_logits_to_keep"
 
 
 class OnnxModel:
@@ -47,15 +37,17 @@ class OnnxModel:
     Args:
         root: a directory with an ONNX export.
         file: the graph; None for `model.onnx`, the graph of the export's own K, or for the only graph.
-        provider: "cuda", "cpu", or "auto" for CUDA if it is available.
+        provider: "cuda", "cpu", or "auto" for CUDA if it works; a warning says if it is installed and does not.
         threads: number of CPU threads; None lets ONNX Runtime choose.
 
     Raises:
-        OnnxError: there is no graph, its loop differs from `config.json`, or ONNX Runtime cannot run it.
+        OnnxError: there is no graph, its loop differs from `config.json`, or ONNX Runtime cannot run it there.
 
     Attributes:
+        provider: where it runs, "cuda" or "cpu".
         max_positions: the size of the model's table of positions; None if it has no table.
         vocab_size: number of token ids; None if the graph does not say.
+        slots: the graph's cache slots.
     """
 
     @suggest_keywords
@@ -68,33 +60,20 @@ class OnnxModel:
         threads: int | None = None,
     ) -> None:
         self.root = Path(root).expanduser()
-        _check_no_special_file(self.root)
-        self.path = self._find(file)
-        self.provider = choose_provider(provider)
-        self.session = load_session(self.path, self.provider, threads)
-        self._inputs = {each.name: each for each in self.session.get_inputs()}
-        self._outputs = [each.name for each in self.session.get_outputs()]
+        self.path = find_graph(self.root, file)
+        self.session = load_session(self.path, provider, threads)
+        self.provider: Provider = provider_of(self.session)
+        inputs = (*self.session.get_inputs(), *self.session.get_overridable_initializers())
+        self._inputs = {each.name for each in inputs}
         metadata = self.session.get_modelmeta().custom_metadata_map
         refuse_stale(self.path, metadata)
+        self._metadata = metadata
         self._is_fused = metadata.get("attention") == "gqa"
+        self.slots = CacheSlots(self.session, self.provider, self._is_fused and not _joins_past(metadata))
         self._recomputed_beyond = int(metadata.get("recomputed_beyond", 0))
         self.max_positions = int(metadata["max_positions"]) if "max_positions" in metadata else None
-        size = self.session.get_outputs()[self._outputs.index("logits")].shape[-1]
+        (size,) = (each.shape[-1] for each in self.session.get_outputs() if each.name == "logits")
         self.vocab_size: int | None = size if isinstance(size, int) else None
-
-    def _find(self, file: str | None) -> Path:
-        if file is not None:
-            path = self.root / file
-            if path.is_file():
-                return path
-            raise OnnxError(f"no {file} in {self.root}; there are {_listed(self.root)}")
-        graphs = sorted(path.name for path in self.root.glob("*.onnx") if not path.name.startswith("."))
-        own = graph_name(1, 1)
-        if own in graphs or len(graphs) == 1:
-            return self.root / (own if own in graphs else graphs[0])
-        if not graphs:
-            raise OnnxError(f"no ONNX graph in {self.root}; run `loopexport onnx {self.root}` first")
-        raise OnnxError(f"{self.root} has several graphs, choose one: {', '.join(graphs)}")
 
     @cached_property
     def tokenizer(self):
@@ -103,93 +82,100 @@ class OnnxModel:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer, from the export's configs."""
-        for name in ("generation_config.json", CONFIG):
-            if (self.root / name).is_file():
-                value = _read_json(self.root / name).get("eos_token_id")
-                if value is not None:
-                    return _token_ids(value, self.root / name)
-        return ()
+        """Tokens that end an answer. As in transformers, `config.json` counts only without `generation_config.json`."""
+        return find_end_tokens(self.root)
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Where prompts may be cut."""
+        return find_cuts(read_config(self.root), self._metadata)
 
     def empty_cache(self, batch: int) -> OnnxCache:
         """A cache without tokens."""
-        values = {}
-        for name, each in self._inputs.items():
-            if name.startswith("past_key_values."):
-                shape = [batch, each.shape[1], 0, each.shape[3]]
-                values[name] = empty_tensor(shape, each.type, self.provider)
-        return OnnxCache(values, 0)
+        return OnnxCache(self.slots.allocated(batch, 0), 0)
 
     def forward(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, cache: OnnxCache | None = None
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        cache: OnnxCache | None = None,
+        *,
+        num_logits: int | None = None,
     ) -> tuple[np.ndarray, OnnxCache]:
         """Run the graph on the next tokens.
 
         Args:
             input_ids: `(batch, seq)`.
             attention_mask: `(batch, cached + seq)`, 0 for padding; None for no padding.
-            cache: the cache of the earlier tokens; None if there are none. It is not changed.
+            cache: the cache of the earlier tokens; None if there are none. It stays valid.
+            num_logits: number of last positions to return logits of; None for all.
 
         Returns:
-            The logits `(batch, seq, vocab)` in fp32, and the new cache.
+            The logits `(batch, seq or num_logits, vocab)` in fp32, and the new cache.
 
         Raises:
             OnnxInputError: the inputs do not fit each other or the graph; the message says what fits.
         """
-        input_ids = self._checked_ids(input_ids)
+        input_ids = checked_ids(input_ids, self.vocab_size)
         batch, length = input_ids.shape
         cache = cache or self.empty_cache(batch)
         total = cache.length + length
         mask = checked_mask(attention_mask, (batch, total))
-        self._check_cache(cache, batch)
-        if self.max_positions is not None and total > self.max_positions:
-            raise OnnxInputError(
-                f"{total} tokens are more than the {self.max_positions} that the model has positions for"
-            )
+        check_cache(cache, self.slots.names, batch)
+        if num_logits is not None and not 1 <= num_logits <= length:
+            raise OnnxInputError(f"num_logits {num_logits} must be 1 to {length}, the number of tokens; None is all")
+        check_positions(total, self.max_positions)
         if self._is_fused:
             check_fused(mask, cache.length, length)
-        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -length:]
-        feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
+        if self.slots.in_place:
+            cache = self.slots.with_room(cache, total)
+        target = cache.storage if self.slots.in_place else None
+        return self.run(input_ids, mask, cache, target=target, num_logits=num_logits or 0)
+
+    def run(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        cache: OnnxCache,
+        *,
+        positions: np.ndarray | None = None,
+        target: Storage | None,
+        row: int | None = None,
+        num_logits: int,
+    ) -> tuple[np.ndarray, OnnxCache]:
+        """Run the graph on inputs that are known to be right; `forward` checks them.
+
+        Args:
+            ids: the new tokens, `(batch, seq)`.
+            mask: `(batch, cached + seq)`.
+            cache: the cache, with room for the new tokens if the graph adds to it in place.
+            positions: of the new tokens, `(batch, seq)`; None computes them from the mask.
+            target: where the new cache goes; None lets ONNX Runtime allocate it.
+            row: the only row of the cache to run; None for all.
+            num_logits: number of last positions to return logits of; 0 for all.
+
+        Returns:
+            The logits in fp32, and the new cache.
+        """
+        positions = positions_of(mask, ids.shape[1]) if positions is None else positions
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, NUM_LOGITS: np.array(num_logits)}
         binding = self.session.io_binding()
         for name, value in feeds.items():
             if name in self._inputs:
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, value in cache.values.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self.provider)
+                binding.bind_ortvalue_input(name, _tensor(value))
+        self.slots.bind_past(binding, cache, row)
+        binding.bind_output("logits", "cpu")
+        self.slots.bind_present(binding, target, mask.shape[1], row)
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime has no public error class of its own
             raise OnnxError(f"ONNX Runtime cannot run {self.path}: {one_line(error, MAX_REASON_CHARS)}") from None
-        outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        logits = outputs.pop("logits").numpy().astype(np.float32, copy=False)
-        values = {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
-        return logits, OnnxCache(values, total)
-
-    def _checked_ids(self, input_ids: np.ndarray) -> np.ndarray:
-        ids = np.asarray(input_ids)
-        if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
-            raise OnnxInputError(
-                f"input_ids of shape {ids.shape} must be whole numbers (batch, seq), both sizes 1 or more"
-            )
-        wrong = ids[(ids < 0) | (ids >= (self.vocab_size or np.inf))]
-        if wrong.size:
-            count = self.vocab_size or "unknown"
-            raise OnnxInputError(f"token id {wrong[0]} is not in the model's vocabulary of {count} tokens")
-        return np.ascontiguousarray(ids, dtype=np.int64)
-
-    def _check_cache(self, cache: OnnxCache, batch: int) -> None:
-        names = {name for name in self._inputs if name.startswith("past_key_values.")}
-        if cache.values.keys() != names:
-            raise OnnxInputError(
-                f"the cache belongs to another graph: it has {len(cache.values)} tensors instead of {len(names)}"
-            )
-        cached = next(iter(cache.values.values())).shape()[0]
-        if cached != batch:
-            raise OnnxInputError(
-                f"the cache has a batch of {cached}, but input_ids has a batch of {batch}; they must be equal"
-            )
+        outputs = binding.get_outputs()
+        logits = outputs[0].numpy().astype(np.float32, copy=False)[:, -num_logits:]
+        if target is None:
+            target = Storage(dict(zip(self.slots.names, outputs[1:], strict=True)))
+        target.filled = mask.shape[1]
+        return logits, OnnxCache(target, mask.shape[1])
 
     @suggest_keywords
     def stream(
@@ -200,6 +186,7 @@ class OnnxModel:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        prefill_chunk: int | None = None,
     ) -> Generator[np.ndarray, None, FinishReason]:
         """Generate: yield the next token of every row, `(batch,)`. A row that has ended repeats its last token.
 
@@ -212,48 +199,55 @@ class OnnxModel:
             max_new_tokens: stop after this many tokens; a full table of positions stops earlier.
             sampling: how to choose tokens; None for greedy.
             eos_token_ids: tokens that end a row; None for the export's own.
+            prefill_chunk: number of positions of a prompt to run at once, 2 or more; None chooses it.
 
         Raises:
             OnnxInputError: an input is not allowed; the message says what is.
         """
         if max_new_tokens < 1:
             raise OnnxInputError(f"max_new_tokens {max_new_tokens} must be 1 or more")
-        ids = self._checked_ids(input_ids)
+        ids = checked_ids(input_ids, self.vocab_size)
         mask = checked_mask(attention_mask, ids.shape)
-        empty = np.flatnonzero(~mask.any(axis=1))
-        if empty.size:
-            raise OnnxInputError(f"row {empty[0]} of attention_mask is all padding; it needs at least one token")
+        check_no_empty_row(mask)
+        check_positions(ids.shape[1], self.max_positions)
         limit: FinishReason = "length"
         room = max_new_tokens if self.max_positions is None else max(1, self.max_positions - ids.shape[1] + 1)
         if room < max_new_tokens:  # the last new token is not run, so it needs no position
             max_new_tokens, limit = room, "positions"
         ends = np.array(self.eos_token_ids if eos_token_ids is None else eos_token_ids, dtype=np.int64)
-        return self._stream(*padded_left(ids, mask), (max_new_tokens, limit), sampling or Sampling(), ends)
+        self.cuts.parts(ids.shape[1], len(ids), prefill_chunk)  # raises now, and not when the first token is asked for
+        rows = self._rows(ids, mask, prefill_chunk)
+        return self._stream(rows, (max_new_tokens, limit), sampling or Sampling(), ends)
+
+    def _rows(self, ids: np.ndarray, mask: np.ndarray, chunk: int | None) -> PaddedRows | OwnLengthRows:
+        if self.slots.in_place:
+            return OwnLengthRows(self, ids, mask, chunk)
+        if self._is_fused:
+            check_fused(mask, 0, ids.shape[1])
+        return PaddedRows(self, ids, mask, chunk)
 
     def _stream(
         self,
-        ids: np.ndarray,
-        mask: np.ndarray,
+        rows: PaddedRows | OwnLengthRows,
         limit: tuple[int, FinishReason],
         sampling: Sampling,
         ends: np.ndarray,
     ) -> Generator[np.ndarray, None, FinishReason]:
         random = np.random.default_rng(sampling.seed)
-        cache, tokens, ended = None, None, np.zeros(len(ids), bool)
-        all_ids = ids
-        for _ in range(limit[0]):
-            if cache is not None and cache.length <= self._recomputed_beyond < all_ids.shape[1]:
-                ids, cache = all_ids, None  # the cached keys have other rotary frequencies than the next tokens
-            logits, cache = self.forward(ids, mask, cache)
-            chosen = sampling.choose(logits[:, -1], random)
-            tokens = chosen if tokens is None else np.where(ended, tokens, chosen)
+        logits = rows.run_all()
+        tokens = sampling.choose(logits, random)
+        ended = np.zeros(len(tokens), bool)
+        for number in range(1, limit[0] + 1):
             yield tokens
             ended |= np.isin(tokens, ends)
             if ended.all():
                 return "end"
-            ids = tokens[:, None]
-            all_ids = np.concatenate([all_ids, ids], axis=1)
-            mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+            if number == limit[0]:
+                break
+            # At this length, the cached keys have other rotary frequencies than the next tokens.
+            is_stale = rows.length <= self._recomputed_beyond < rows.length + 1
+            logits = rows.run_next(tokens, is_stale)
+            tokens = np.where(ended, tokens, sampling.choose(logits, random))
         return limit[1]
 
     @suggest_keywords
@@ -265,6 +259,7 @@ class OnnxModel:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        prefill_chunk: int | None = None,
     ) -> np.ndarray:
         """Generate the new tokens `(batch, new)`.
 
@@ -274,6 +269,7 @@ class OnnxModel:
             max_new_tokens: stop after this many tokens; a full table of positions stops earlier.
             sampling: how to choose tokens; None for greedy.
             eos_token_ids: tokens that end a row; None for the export's own.
+            prefill_chunk: number of positions of a prompt to run at once, 2 or more; None chooses it.
 
         Raises:
             OnnxInputError: an input is not allowed; the message says what is.
@@ -284,6 +280,7 @@ class OnnxModel:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             eos_token_ids=eos_token_ids,
+            prefill_chunk=prefill_chunk,
         )
         return np.stack(list(tokens), axis=1)
 
@@ -296,6 +293,7 @@ class OnnxModel:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        prefill_chunk: int | None = None,
     ) -> Generator[str, None, FinishReason]:
         """Continue a prompt: yield the text piece by piece; the generator returns what that of `stream` returns.
 
@@ -305,6 +303,7 @@ class OnnxModel:
             max_new_tokens: stop after this many tokens; a full table of positions stops earlier.
             sampling: how to choose tokens; None for greedy.
             eos_token_ids: tokens that end a row; None for the export's own.
+            prefill_chunk: number of positions of a prompt to run at once, 2 or more; None chooses it.
 
         Raises:
             OnnxError: there is no tokenizer, or no chat template.
@@ -315,6 +314,7 @@ class OnnxModel:
             "max_new_tokens": max_new_tokens,
             "sampling": sampling,
             "eos_token_ids": eos_token_ids,
+            "prefill_chunk": prefill_chunk,
         }
         reason: FinishReason = "end"
 
@@ -322,16 +322,14 @@ class OnnxModel:
             nonlocal reason
             reason = yield from self.stream(ids, **options)
 
-        tokens: list[int] = []
-        shown = text = ""
+        text = StreamedText(self.tokenizer)
         for token in stream():
-            tokens.append(int(token[0]))
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):  # the first bytes of an incomplete character
-                yield text[len(shown) :]
-                shown = text
-        if len(text) > len(shown):  # a character that stayed incomplete
-            yield text[len(shown) :]
+            piece = text.add(int(token[0]))
+            if piece:
+                yield piece
+        rest = text.end()
+        if rest:
+            yield rest
         return reason
 
     @suggest_keywords
@@ -343,6 +341,7 @@ class OnnxModel:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         eos_token_ids: Sequence[int] | None = None,
+        prefill_chunk: int | None = None,
     ) -> str:
         """Continue a prompt: the whole text.
 
@@ -352,6 +351,7 @@ class OnnxModel:
             max_new_tokens: stop after this many tokens; a full table of positions stops earlier.
             sampling: how to choose tokens; None for greedy.
             eos_token_ids: tokens that end a row; None for the export's own.
+            prefill_chunk: number of positions of a prompt to run at once, 2 or more; None chooses it.
 
         Raises:
             OnnxError: there is no tokenizer, or no chat template.
@@ -363,6 +363,7 @@ class OnnxModel:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             eos_token_ids=eos_token_ids,
+            prefill_chunk=prefill_chunk,
         )
         return "".join(pieces)
 
@@ -371,26 +372,16 @@ class OnnxModel:
         return np.array([encode(self.tokenizer, prompt, chat, self.root)])
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return read_json(path)
-    except CheckpointError as error:
-        raise OnnxError(str(error)) from None
+def _joins_past(metadata: dict[str, str]) -> bool:
+    """Whether a gqa graph joins past and new keys itself, too: then past and present cannot be the same memory.
+
+    Some graphs of earlier versions do. They do not name the onnxruntime that they need.
+    """
+    is_earlier = "min_onnxruntime" not in metadata
+    return is_earlier and metadata.get("loop_decode") == '"bypass"' and metadata.get("loop_kv") == '"per_step"'
 
 
-def _check_no_special_file(root: Path) -> None:
-    try:
-        check_no_special_file(root)
-    except CheckpointError as error:
-        raise OnnxError(str(error)) from None
+def _tensor(array: np.ndarray):
+    from onnxruntime import OrtValue
 
-
-def _token_ids(value, path: Path) -> tuple[int, ...]:
-    ids = tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(each, int) for each in ids):
-        raise OnnxError(f"{path} has eos_token_id {value!r}, which is neither a token id nor a list of token ids")
-    return ids
-
-
-def _listed(root: Path) -> str:
-    return ", ".join(sorted(path.name for path in root.glob("*.onnx"))) or "none"
+    return OrtValue.ortvalue_from_numpy(np.require(array, requirements="C"))

@@ -22,6 +22,7 @@ MARKS = "loopexport"  # the domain of these nodes
 LAYER_INPUT, LAYER_OUTPUT = "LayerInput", "LayerOutput"  # hidden states before and after a layer; attribute `layer`
 READ = "Read"  # what attention reads, past and new; attributes `slot`, and `value`: 0 for keys, 1 for values
 ROUTE = "Route"  # what a router returns; attribute `layer`
+HEAD_INPUT = "HeadInput"  # the hidden states that enter the output head
 
 # Two nodes of the same domain that the next steps replace by a layer's nodes.
 PLACEHOLDER = "LayerPlaceholder"  # in place of a layer that is a copy of another; attribute `layer`

@@ -19,6 +19,7 @@ from loopexport.templates.looped_arguments import find_cache_argument
 from loopexport.templates.modeling_looped import find_layers
 
 from .attention import ATTENTION, WINDOWS, FusedSlot, TracedSlot
+from .last_logits import add_num_logits, marked_head
 from .marks import LAYER_INPUT, is_mark, marked
 from .refusals import family_refused
 from .repeat import NotRepeatableError, Repeats
@@ -38,7 +39,8 @@ class Traced:
 
     Attributes:
         model: inputs `input_ids`, `attention_mask`, `position_ids` if the family takes them, then
-            `past_key_values.N.key` and `.value`; outputs `logits`, then `present.N.key` and `.value`.
+            `past_key_values.N.key` and `.value`, the weights, and `num_logits_to_keep`; outputs `logits`, then
+            `present.N.key` and `.value`.
         num_slots: number of cache slots.
         num_layers: L; more than `num_slots` if layers reuse the keys of other layers.
         hidden_size, dtype: of the hidden states.
@@ -76,7 +78,8 @@ def _traced(skeleton: Skeleton, layers: list[nn.Module], slots: list[tuple[int, 
     windows: set[int | None] = set()
     WINDOWS.set(windows)
     with (
-        family_refused(model), stateless_rope(model), marked(layers), repeats.placeholders(), torch.no_grad()
+        family_refused(model), stateless_rope(model), marked(layers), marked_head(model), repeats.placeholders(),
+        torch.no_grad(),
     ):  # fmt: skip
         inputs = _example_inputs(model)
         past = [torch.zeros(BATCH, heads, PAST, size, dtype=dtype) for heads, size in slots]
@@ -89,6 +92,7 @@ def _traced(skeleton: Skeleton, layers: list[nn.Module], slots: list[tuple[int, 
     hidden_size = _hidden_size(graph_model.graph)
     simplify(graph_model, skeleton.recipes)
     repeats.fill(graph_model.graph, skeleton.recipes)
+    add_num_logits(graph_model.graph)
     return Traced(graph_model, len(slots) // 2, len(layers), hidden_size, dtype)
 
 
