@@ -20,7 +20,7 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-oldest test-oldest-matrix test-vllm test-vllm-older environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks clean
+.PHONY: demo test test-oldest test-oldest-matrix test-vllm test-vllm-older environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks benchmarks-onnx benchmarks-cuda clean
 .PRECIOUS: .venv-vllm-%/ready
 
 demo: $(VENV)/demo-ready
@@ -95,6 +95,15 @@ pictures: $(VENV)/demo-ready
 picture-data: $(VENV)/test-ready $(SMOLLM)/README.md
 	PATH="$(abspath $(VENV))/bin:$$PATH" python docs/pictures/record.py $(DEMO)
 	$(VENV)/bin/python docs/pictures/measure_cost.py $(SMOLLM)
+
+# Long prompts, and int4 and int8, in ONNX Runtime on the CPU; about 40 minutes.
+benchmarks-onnx: $(VENV)/test-ready $(SMOLLM)/README.md
+	$(VENV)/bin/python benchmarks/bench_onnx_long.py $(SMOLLM)
+	$(VENV)/bin/python benchmarks/bench_onnx_quantised.py $(SMOLLM)
+
+# On a machine with a GPU; under 8 minutes.
+benchmarks-cuda: $(VENV)/test-ready
+	$(VENV)/bin/python benchmarks/cuda.py
 
 benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_convert.py

@@ -1,0 +1,29 @@
+"""Import loopexport from this checkout, on a machine where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def use_checkout() -> None:
+    """Make loopexport importable; its templates lie beside the package, where only an installation finds them."""
+    if importlib.util.find_spec("loopexport") is None:
+        sys.path.insert(0, str(ROOT))
+    import loopexport
+
+    name = "loopexport.templates"
+    if importlib.util.find_spec(name) is None:
+        folder = ROOT / "templates"
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        loopexport.__dict__["templates"] = module

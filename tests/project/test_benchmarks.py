@@ -1,0 +1,152 @@
+"""`benchmarks/cuda.py` rehearsed on the CPU: a thin slice of each part, and that damage makes it fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from support.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPT = [sys.executable, str(BENCHMARKS / "cuda.py")]
+
+
+@pytest.fixture(autouse=True)
+def parts_on_path(monkeypatch):
+    """Let tests import `cuda_parts`; for no longer, because there `cuda.py` hides packages of that name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A tiny dense base and its loop, with what torch computes in fp32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        from cuda_parts.torch_exactness import Pair
+
+        return Pair("qwen3", tmp_path_factory.mktemp("pair"), policies=("shared",))
+
+
+def run_parts(tmp_path, *codes, seconds=30.0, limit=5.0):
+    """The results of parts that run Python code."""
+    from cuda_parts.runner import Part, run_all
+
+    parts = [Part(f"part{number}", limit, True, lambda scale: iter(())) for number in range(len(codes))]
+    code_of = dict(zip((part.name for part in parts), codes, strict=True))
+    return parts, list(run_all(parts, lambda part: [sys.executable, "-c", code_of[part.name]], seconds))
+
+
+def test_results_of_a_part_are_kept_however_it_ends(tmp_path):
+    line = """print('noise'); print('{"case": "one", "status": "passed"}', flush=True); """
+    parts, results = run_parts(
+        tmp_path,
+        line,
+        line + "raise SystemExit('broken')",
+        line + "import subprocess; subprocess.run(['sleep', '60'])",
+        limit=1.5,
+    )
+    assert [(each["part"], each["status"]) for each in results] == [
+        ("part0", "passed"),
+        ("part1", "passed"),
+        ("part1", "error"),
+        ("part2", "passed"),
+        ("part2", "timeout"),
+    ]
+    assert "broken" in results[2]["error"]
+    from cuda_parts.runner import is_failure, table
+
+    assert [is_failure(each, parts) for each in results] == [False, False, True, False, True]
+    assert not is_failure(results[-1], [replace(part, proves=False) for part in parts])
+    assert table(results).splitlines()[1] == "part1  1 passed, 1 error"
+
+
+def test_a_part_without_time_is_skipped(tmp_path):
+    _, results = run_parts(tmp_path, "pass", seconds=0.0)
+    assert [each["status"] for each in results] == ["skipped"]
+
+
+def test_command_prints_lines_and_a_table(tmp_path):
+    out = tmp_path / "results.jsonl"
+    command = [*SCRIPT, "--rehearse", "--parts", "machine", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:-1] == out.read_text().splitlines()
+    assert {json.loads(line)["status"] for line in lines[:-1]} == {"measured"}
+    assert lines[-1] == "machine  4 measured"
+
+
+def test_command_refuses_an_unknown_part():
+    done = subprocess.run([*SCRIPT, "--parts", "torch,nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown part 'nothing'; choose from machine, torch" in done.stderr
+
+
+def test_loop_is_as_exact_as_its_base(pair):
+    from cuda_parts.scale import REHEARSAL
+    from cuda_parts.torch_exactness import cases_of
+
+    for dtype in ("fp32", "bf16"):
+        (result,) = cases_of(pair, dtype, "sdpa", REHEARSAL)
+        assert result["status"] == "passed", result
+        assert result["base"] > 0
+
+
+@pytest.mark.parametrize("damage", ["weight", "policy", "nan"])
+def test_damaged_loop_fails(pair, damage, monkeypatch):
+    from cuda_parts import torch_exactness
+    from cuda_parts.scale import REHEARSAL
+
+    load = torch_exactness.load
+
+    def damaged(root, *options):
+        model = load(root, *options)
+        weight = model.model.layers[2].mlp.down_proj.weight
+        if root == pair.looped and damage == "weight":
+            weight.data[0, 0] += 1
+        elif root == pair.looped and damage == "nan":
+            weight.data[0, 0] = torch.nan
+        return model
+
+    monkeypatch.setattr(torch_exactness, "load", damaged)
+    if damage == "policy":
+        monkeypatch.setattr(
+            torch_exactness, "use_policy", lambda model, policy: setattr(model.config, "loop_kv", "per_step")
+        )
+    (result,) = torch_exactness.cases_of(pair, "fp32", "sdpa", REHEARSAL)
+    assert result["status"] == "failed", result
+
+
+def test_static_cache_is_as_exact(pair):
+    from cuda_parts.torch_exactness import load
+    from cuda_parts.torch_graphs import plain_step, static_cache, stepped_logits
+
+    model = load(pair.looped, "fp32", "cpu", "sdpa")
+    references = pair.looped_logits["shared"]
+    assert pair.worst(model, references, False, static_cache) < 1e-5
+    whole = pair.scenarios[0]
+    ours = stepped_logits(model, replace(whole, chunks=(20, *[1] * 12)), plain_step)
+    from cuda_parts.torch_exactness import error
+
+    assert error(ours, references[whole.name], whole, typical=False) < 1e-5
+
+
+def test_speed_of_torch_is_measured(monkeypatch):
+    from cuda_parts import speed
+    from cuda_parts.scale import REHEARSAL
+
+    results = list(speed.torch_speed("Qwen3-0.6B", 1e9, REHEARSAL))
+    assert [each["status"] for each in results] == ["measured"] * 2, results
+    assert all(each["overhead"] > 0 for each in results)
+    base = speed.random_base("Moonlight-16B-A3B", "cpu", "fp32", real=False)
+    looped = speed.looped_over(base)
+    assert looped.lm_head.weight.data_ptr() == base.lm_head.weight.data_ptr(), "the weights are not shared"
+    experts = [each.nbytes for each in base.model.layers[3].mlp.experts.parameters()]
+    everything = sum(each.nbytes for each in base.model.layers.parameters())
+    assert speed.bytes_read(looped, 0) > everything - 4 * sum(experts)
+    assert speed.bytes_read(looped, 10) > speed.bytes_read(looped, 0)
