@@ -19,8 +19,9 @@ class Handler(SimpleHTTPRequestHandler):
     """The page at `/`, the export at `/model/`, and the packages at `/packages/`."""
 
     extensions_map = {  # noqa: RUF012
-        **SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm",
-    }  # fmt: skip
+        **SimpleHTTPRequestHandler.extensions_map,
+        **{".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"},
+    }
 
     def __init__(self, *args, folders):
         self.folders = folders
