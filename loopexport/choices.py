@@ -33,7 +33,8 @@ RuleName: TypeAlias = Literal[
 Placement: TypeAlias = Literal["auto", "reflink", "hardlink", "copy"]
 Weights: TypeAlias = Literal["auto", "reflink", "hardlink", "copy", "none"]
 
-OnnxDtype: TypeAlias = Literal["as-is", "fp16", "bf16", "fp32"]
+OnnxDtype: TypeAlias = Literal["as-is", "fp16", "bf16", "fp32", "int8", "int4"]
+Compute: TypeAlias = Literal["fp32", "fp16", "bf16"]
 Attention: TypeAlias = Literal["portable", "gqa"]
 Provider: TypeAlias = Literal["auto", "cuda", "cpu"]
 Runtime: TypeAlias = Literal["transformers", "vllm"]

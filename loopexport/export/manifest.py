@@ -17,6 +17,7 @@ from loopexport.files.links import check_link
 from loopexport.loop.spec import LoopSpec, make_spec
 
 from .onnx_files import DTYPES
+from .quantisation import Quantisation, read_cost, read_quantisation
 
 FORMAT = 1
 
@@ -57,6 +58,9 @@ class OnnxRecord:
         attention: the attention layout of a graph.
         spec: the loop of a graph, as fields of `LoopSpec`.
         data: names of the files that a graph reads its weights from.
+        layout: of a data file: the number of our layout; None in files of earlier releases.
+        quantised: how the weights of a graph or a data file are quantised, as fields of `Quantisation`.
+        cost: what quantising the weights of a graph costs, as fields of `Cost`; None if it was not measured.
         difference: the largest difference of a graph's logits from torch, as a fraction of the logits' scale; None if
             they were not compared.
     """
@@ -69,7 +73,20 @@ class OnnxRecord:
     attention: str | None = None
     spec: dict | None = None
     data: tuple[str, ...] | None = None
+    layout: int | None = None
+    quantised: dict | None = None
+    cost: dict | None = None
     difference: float | None = None
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """How the weights are quantised; None for plain ones."""
+        return read_quantisation(self.quantised)
+
+    @property
+    def weights_text(self) -> str:
+        """The dtype that a graph computes in, or how its weights are quantised, in a few words."""
+        return self.dtype or "" if self.quantisation is None else f"{self.quantisation.words}, else {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -206,6 +223,9 @@ def _onnx_record(values: dict) -> OnnxRecord:
     _one_of((None, *get_args(Attention)), record.attention)
     _typed(record.steps, int, type(None))
     _typed(record.difference, float, int, type(None))
+    _typed(record.layout, int, type(None))
+    read_quantisation(record.quantised)
+    read_cost(record.cost)
     if record.spec is not None:
         make_spec(**record.spec)
     data = None if record.data is None else tuple(_file_name(name) for name in record.data)

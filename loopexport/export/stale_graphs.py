@@ -19,6 +19,7 @@ from loopexport.templates.looped_spec import FIELD_PREFIX
 from .check import Check
 from .directory import Export
 from .onnx_files import options_for, steps_in_name
+from .quantisation import Quantisation, read_quantisation
 
 
 def loop_difference(name: str, made: LoopSpec, now: LoopSpec) -> str:
@@ -43,13 +44,13 @@ def stale_graphs(export: Export) -> str:
     for name, record in export.manifest.onnx.items():
         changed = "" if record.spec is None else loop_difference(name, make_spec(**record.spec), export.spec)
         if changed:
-            return stale_message(name, export.root, changed)
+            return stale_message(name, export.root, changed, record.quantisation)
     return ""
 
 
-def stale_message(name: str, root: Path, changed: str) -> str:
+def stale_message(name: str, root: Path, changed: str, quantisation: Quantisation | None) -> str:
     """The error message for a stale graph; `changed` is the result of `loop_difference`."""
-    command = f"loopexport onnx {root}{options_for(name)}"
+    command = f"loopexport onnx {root}{options_for(name, quantisation)}"
     return f"{name}: the graph contains another loop ({changed}): run `{command}` again"
 
 
@@ -78,7 +79,14 @@ def refuse_stale(path: Path, metadata: Mapping[str, str]) -> None:
         return
     changed = loop_difference(path.name, _loop_of_graph(path, fields), now)
     if changed:
-        raise OnnxError(stale_message(path.name, path.parent, changed))
+        raise OnnxError(stale_message(path.name, path.parent, changed, _quantisation_of(metadata)))
+
+
+def _quantisation_of(metadata: Mapping[str, str]) -> Quantisation | None:
+    try:
+        return read_quantisation(json.loads(metadata.get("quantised", "null")))
+    except (TypeError, ValueError):
+        return None
 
 
 def _loop_of_graph(path: Path, fields: Mapping[str, str]) -> LoopSpec:

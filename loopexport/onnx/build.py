@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CARD
-from loopexport.choices import Attention, OnnxDtype
+from loopexport.choices import Attention, Compute, OnnxDtype
 from loopexport.errors import OnnxError
 from loopexport.export.card_refresh import write_card_and_manifest
 from loopexport.export.check import Check
@@ -32,7 +32,9 @@ from loopexport.loop.spec import LoopSpec, make_spec
 from loopexport.onnx.graph.genai import genai_config, genai_graph
 from loopexport.onnx.graph.positions import max_positions
 
+from .data_files import LAYOUT, holds_the_weights
 from .plan import OnnxPlan, Say, native_config, plan_onnx
+from .weights import open_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -80,6 +82,12 @@ def export_onnx(
     steps: Sequence[int] | None = None,
     dtype: OnnxDtype = "as-is",
     attention: Attention = "portable",
+    compute: Compute | None = None,
+    block_size: int = 32,
+    symmetric: bool = False,
+    quantise_head: bool = False,
+    mixed: bool = False,
+    text: str | Path | None = None,
     overwrite: bool = False,
     verify: bool = True,
     say: Say = lambda text: None,
@@ -91,10 +99,16 @@ def export_onnx(
         root: the export.
         out: where to write a copy of the export with the graphs; None writes them into the export itself.
         steps: one graph for each K; None for the export's own K.
-        dtype: the number format of the graphs; "as-is" keeps the stored one and writes no weights.
+        dtype: the number format of the weights; "as-is" keeps the stored one and writes no weights.
         attention: "portable", or "gqa": faster, but without padded batches.
+        compute: the number format of everything else, with int4 and int8; None for "fp32".
+        block_size: with int4 and int8: inputs of one output that share a scale.
+        symmetric: with int4 and int8: no zero points.
+        quantise_head: with int4 and int8: the head in 8 bits, and with it the embedding that it is tied to.
+        mixed: with int4: the layers that lose most in 8 bits.
+        text: with int4 and int8: a file with text on which to measure what quantising costs; None for LoopExport's own.
         overwrite: replace an existing export at `out`. Graphs in the export itself are always replaced.
-        verify: compare each graph with the export in torch, in fp32.
+        verify: compare each graph with the export in torch, in fp32, and measure what quantising costs.
         say: called with a line at the start of each step.
         progress: called with the number of weight bytes just written.
 
@@ -102,7 +116,20 @@ def export_onnx(
         OnnxError: verification failed, or the model cannot be exported.
         LoopExportError: something else is wrong; the message says what to do.
     """
-    plan = plan_onnx(root, out=out, steps=steps, dtype=dtype, attention=attention, overwrite=overwrite)
+    plan = plan_onnx(
+        root,
+        out=out,
+        steps=steps,
+        dtype=dtype,
+        attention=attention,
+        compute=compute,
+        block_size=block_size,
+        symmetric=symmetric,
+        quantise_head=quantise_head,
+        mixed=mixed,
+        text=text,
+        overwrite=overwrite,
+    )
     outcome = plan.apply(verify=verify, say=say, progress=progress)
     if not outcome.written:
         raise OnnxError(_failure(outcome.checks))
@@ -114,6 +141,8 @@ def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Pr
         export = open_export(root)
         say("tracing the model")
         skeleton, traced = trace_export(export, plan.dtype, plan.attention)
+        if plan.data is not None:
+            skeleton, traced = prepare(plan, skeleton, traced)
         layout: dict = {}
         records: dict[str, OnnxRecord] = {}
         checks: dict[str, list[Check]] = {}
@@ -161,8 +190,25 @@ def trace_export(export: Export, dtype: str, attention: str = "portable") -> tup
     if model_class._can_set_experts_implementation():
         options["experts_implementation"] = "batched_mm"
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    skeleton = build_skeleton(config, export.base.tensors, torch_dtype, **options)
+    skeleton = build_skeleton(config, open_weights(export).tensors, torch_dtype, **options)
     return skeleton, trace(skeleton)
+
+
+def prepare(plan: OnnxPlan, skeleton: Skeleton, traced: Traced) -> tuple[Skeleton, Traced]:
+    """A trace for a data file of ours: quantised, with the other weights as the graph multiplies by them.
+
+    Returns:
+        Copies; the recipes of the skeleton now say what is in the data file.
+    """
+    from loopexport.onnx.graph.direct_weights import use_weights_directly
+    from loopexport.onnx.quantise.nodes import quantise_products
+
+    traced = replace(traced, model=traced.model.clone())
+    recipes: Any = skeleton.recipes
+    if plan.quantisation is not None:
+        recipes = quantise_products(traced, skeleton.model, recipes, plan.quantisation)
+    recipes = use_weights_directly(traced.model.graph, recipes)
+    return replace(skeleton, recipes=recipes), traced
 
 
 def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec, layout) -> ir.Model:
@@ -188,6 +234,8 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     model = graphs[0]
     model.producer_name = "loopexport"
     model.metadata_props["attention"] = plan.attention
+    if plan.quantisation is not None:
+        model.metadata_props["quantised"] = json.dumps(plan.quantisation.to_dict())
     limit = recomputed_beyond(skeleton.model)
     if limit is not None:
         model.metadata_props["recomputed_beyond"] = str(limit)
@@ -217,14 +265,23 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedF
     path = export.root / plan.data
     layout, size = file_layout(traced.model, skeleton.recipes)
     known = export.manifest.onnx.get(plan.data)
-    if known is not None and path.is_file() and path.stat().st_size == size and file_xxh3(path) == known.xxh3_128:
+    if known is not None and holds_the_weights(known, plan) and _is_intact(path, size, known):
         return layout, known
     check_space(path, size, remedy="use --out")
     dtypes: Any = {value.name: value.dtype for value in traced.model.graph.inputs}
     with explain_os_errors(path):
-        write_file(files.partial(plan.data), layout, skeleton.recipes, export.base, dtypes, progress)
+        write_file(files.partial(plan.data), layout, skeleton.recipes, open_weights(export), dtypes, progress)
     files.move_in(plan.data)
-    return layout, OnnxRecord(path.stat().st_size, xxh3_128=file_xxh3(path))
+    digest = file_xxh3(path)
+    return layout, OnnxRecord(size, xxh3_128=digest, layout=LAYOUT, quantised=_quantised(plan))
+
+
+def _is_intact(path: Path, size: int, record: OnnxRecord) -> bool:
+    return path.is_file() and path.stat().st_size == size and file_xxh3(path) == record.xxh3_128
+
+
+def _quantised(plan: OnnxPlan) -> dict | None:
+    return None if plan.quantisation is None else plan.quantisation.to_dict()
 
 
 def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Check]:
@@ -246,6 +303,7 @@ def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: lis
         steps=spec.steps,
         dtype=plan.dtype,
         attention=plan.attention,
+        quantised=_quantised(plan),
         spec=_loop_fields(spec),
         data=tuple(sorted({location for location, _ in stored_bytes(model)})),
         difference=max(differences, default=None),

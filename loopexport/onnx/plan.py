@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any, get_args
 from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CONFIG
 from loopexport.base.families import onnx_outcome
-from loopexport.choices import Attention, OnnxDtype
-from loopexport.errors import OnnxError, OutputError, SpecError
+from loopexport.choices import Attention, Compute, OnnxDtype
+from loopexport.errors import OnnxError, OutputError, SpecError, one_line
 from loopexport.export.directory import BASE_FOLDER, Export, is_export, open_export
-from loopexport.export.onnx_files import DTYPES, data_name, graph_name
+from loopexport.export.onnx_files import DTYPES, data_name, graph_name, weights_variant
 from loopexport.export.own_code import foreign_code
+from loopexport.export.quantisation import BITS, BLOCK_SIZES, Quantisation
 from loopexport.files.digests import Progress
 from loopexport.files.output import check_output, output_path
 from loopexport.loop.spec import LoopSpec
 
+from .data_files import check_other_graphs
 from .limits import check_memory, check_spec
+from .quantise.size import expert_arrays, weight_bytes
 
 if TYPE_CHECKING:
     from .build import OnnxOutcome
@@ -47,6 +50,8 @@ class OnnxPlan:
         attention: one of `ATTENTION_LAYOUTS`.
         overwrite: whether to replace an existing export at `out`.
         warnings: one line each.
+        quantisation: how the weights are quantised; None for weights in `dtype`.
+        text: a file whose text measures what quantising costs; None for LoopExport's own.
     """
 
     export: Export
@@ -57,23 +62,33 @@ class OnnxPlan:
     attention: str
     overwrite: bool
     warnings: tuple[str, ...]
+    quantisation: Quantisation | None = None
+    text: Path | None = None
 
     @property
     def graphs(self) -> dict[str, LoopSpec]:
         """The loop of each graph, by file name."""
-        parts = [*([] if self.as_is else [self.dtype]), *([] if self.attention == "portable" else [self.attention])]
-        return {graph_name(spec.steps, self.export.spec.steps, "_".join(parts)): spec for spec in self.specs}
+        return {self.graph_name(spec.steps): spec for spec in self.specs}
+
+    def graph_name(self, steps: int) -> str:
+        """The file name of the graph of a K."""
+        parts = [*([] if self.as_is else [self.variant]), *([] if self.attention == "portable" else [self.attention])]
+        return graph_name(steps, self.export.spec.steps, "_".join(parts))
+
+    @property
+    def variant(self) -> str:
+        """The part of a file name that says how the weights are stored."""
+        return weights_variant(self.dtype, self.quantisation)
 
     @property
     def data(self) -> str | None:
         """Name of the data file; None if the graphs read the shards."""
-        return None if self.as_is else data_name(self.dtype)
+        return None if self.as_is else data_name(self.variant)
 
     @property
     def data_bytes(self) -> int:
         """Bytes of weights to write, without padding."""
-        itemsize = {"fp32": 4, "fp16": 2, "bf16": 2}[self.dtype]
-        return 0 if self.as_is else self.export.base.num_params * itemsize
+        return 0 if self.as_is else weight_bytes(self.export.base, self.dtype, self.quantisation)
 
     def to_dict(self) -> dict:
         """The plan for `--json`."""
@@ -81,6 +96,7 @@ class OnnxPlan:
             "directory": str(self.out or self.export.root),
             "graphs": {name: spec.to_config_fields() for name, spec in self.graphs.items()},
             "dtype": self.dtype,
+            "quantised": None if self.quantisation is None else self.quantisation.to_dict(),
             "as_is": self.as_is,
             "attention": self.attention,
             "data": self.data or [shard.name for shard in self.export.base.shards],
@@ -119,6 +135,12 @@ def plan_onnx(
     steps: Sequence[int] | None = None,
     dtype: OnnxDtype = "as-is",
     attention: Attention = "portable",
+    compute: Compute | None = None,
+    block_size: int = 32,
+    symmetric: bool = False,
+    quantise_head: bool = False,
+    mixed: bool = False,
+    text: str | Path | None = None,
     overwrite: bool = False,
 ) -> OnnxPlan:
     """Decide and check an ONNX export. Writes nothing.
@@ -127,8 +149,14 @@ def plan_onnx(
         root: the export.
         out: where to write a copy of the export with the graphs; None writes them into the export itself.
         steps: one graph for each K; None for the export's own K.
-        dtype: the number format of the graphs; "as-is" keeps the stored one and writes no weights.
+        dtype: the number format of the weights; "as-is" keeps the stored one and writes no weights.
         attention: "portable", or "gqa": faster, but without padded batches.
+        compute: the number format of everything else, with int4 and int8; None for "fp32".
+        block_size: with int4 and int8: inputs of one output that share a scale.
+        symmetric: with int4 and int8: no zero points.
+        quantise_head: with int4 and int8: the head in 8 bits, and with it the embedding that it is tied to.
+        mixed: with int4: the layers that lose most in 8 bits.
+        text: with int4 and int8: a file with text on which to measure what quantising costs; None for LoopExport's own.
         overwrite: replace an existing export at `out`. Graphs in the export itself are always replaced.
 
     Raises:
@@ -152,17 +180,49 @@ def plan_onnx(
     if attention not in ATTENTION_LAYOUTS:
         raise OnnxError(f"attention {attention!r} must be one of {', '.join(ATTENTION_LAYOUTS)}")
     stored = _stored_dtype(export)
-    if dtype != "as-is" and dtype not in DTYPES:
-        raise OnnxError(f"dtype {dtype!r} must be one of as-is, {', '.join(DTYPES)}")
-    chosen = stored if dtype == "as-is" else dtype
+    if dtype not in get_args(OnnxDtype):
+        raise OnnxError(f"dtype {dtype!r} must be one of {', '.join(get_args(OnnxDtype))}")
+    quantisation = _quantisation(dtype, compute, block_size, symmetric, quantise_head, mixed, text)
+    chosen = (compute or "fp32") if quantisation else stored if dtype == "as-is" else dtype
+    as_is = quantisation is None and chosen == stored
     specs = tuple(_spec_for(export.spec, each) for each in dict.fromkeys(steps or (export.spec.steps,)))
     _check_specs(specs)
     check_memory(native_config(export))
     target = _checked_out(export, out, overwrite)
-    if chosen == stored and target is None:
+    if as_is and target is None:
         _check_real_shards(export)
-    warnings = tuple(_warnings(export, chosen, attention))
-    return OnnxPlan(export, target, specs, chosen, chosen == stored, attention, overwrite, warnings)
+    warnings = tuple(_warnings(export, chosen, attention, quantisation))
+    source = None if text is None else _readable(text)
+    plan = OnnxPlan(export, target, specs, chosen, as_is, attention, overwrite, warnings, quantisation, source)
+    check_other_graphs(plan)
+    return plan
+
+
+def _quantisation(dtype, compute, block_size, symmetric, quantise_head, mixed, text) -> Quantisation | None:
+    if dtype not in BITS:
+        given = {
+            "--compute": compute is not None, "--block-size": block_size != 32, "--symmetric": symmetric,
+            "--quantise-head": quantise_head, "--mixed": mixed, "--text": text is not None,
+        }  # fmt: skip
+        for option in (option for option, is_given in given.items() if is_given):
+            raise OnnxError(f"{option} is for --dtype int4 and int8, not for {dtype}; leave it out")
+        return None
+    if compute not in (None, *DTYPES):
+        raise OnnxError(f"compute {compute!r} must be one of {', '.join(DTYPES)}")
+    if block_size not in BLOCK_SIZES:
+        raise OnnxError(f"block_size {block_size} must be one of {', '.join(map(str, BLOCK_SIZES))}")
+    if mixed and dtype != "int4":
+        raise OnnxError(f"--mixed puts 8 bits in the place of 4, and {dtype} has 8 everywhere; leave it out")
+    return Quantisation(BITS[dtype], block_size, not symmetric, quantise_head, mixed)
+
+
+def _readable(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    try:
+        path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OnnxError(f"cannot read {path} as text ({one_line(error)}); give a file of plain text in UTF-8") from None
+    return path
 
 
 def check_installed() -> None:
@@ -250,7 +310,7 @@ def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Pat
     return path
 
 
-def _warnings(export: Export, dtype: str, attention: str) -> Iterator[str]:
+def _warnings(export: Export, dtype: str, attention: str, quantisation: Quantisation | None) -> Iterator[str]:
     import onnxruntime
 
     model_type = export.base.config["model_type"]
@@ -266,3 +326,8 @@ def _warnings(export: Export, dtype: str, attention: str) -> Iterator[str]:
         yield "attention gqa takes no padded batch, and with a cache it takes several tokens for a single prompt only"
         if dtype == "fp32":
             yield "on CUDA, attention gqa computes in fp16 and bf16 only; this graph is for the CPU"
+    if quantisation is not None:
+        experts = expert_arrays(export.base)
+        if experts:
+            size = weight_bytes(export.base, dtype, None, experts)
+            yield f"sparse experts such as {experts[0]} are not quantised: {size:,} bytes of them stay in {dtype}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -13,15 +13,22 @@ import torch
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.errors import OnnxError
 from loopexport.files.digests import Progress
+from loopexport.onnx.quantise.matrices import MatrixPart, SourceReader
 from loopexport.onnx.trace.nodes import int_constant
 from loopexport.onnx.trace.recipes import Recipe
 from loopexport.onnx.trace.skeleton import STORED_DTYPES
+from loopexport.onnx.weights import Weights
 
 IR_DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "I64": ir.DataType.INT64,
 }  # fmt: skip
-TORCH_DTYPES = {IR_DTYPES[name]: dtype for name, dtype in STORED_DTYPES.items()}
+TORCH_DTYPES = {
+    **{IR_DTYPES[name]: dtype for name, dtype in STORED_DTYPES.items()},
+    ir.DataType.UINT8: torch.uint8,
+}
 ALIGNMENT_BYTES = 4096  # of tensors in a file of ours, so that it can be mapped into memory
+
+Source: TypeAlias = Recipe | MatrixPart  # what a weight in a file of ours is made of
 
 
 def attach_stored(model: ir.Model, recipes: Mapping[str, Recipe], checkpoint: Checkpoint) -> None:
@@ -70,24 +77,33 @@ def stored_bytes(model: ir.Model) -> dict[tuple[str, int], int]:
     }
 
 
-def file_layout(model: ir.Model, recipes: Mapping[str, Recipe]) -> tuple[dict[str, tuple[int, int]], int]:
-    """First byte and number of bytes of each weight in a file of our own, and the file's size in bytes."""
-    layout, end = {}, 0
-    for value in _weight_inputs(model.graph, recipes):
+def file_layout(model: ir.Model, sources: Mapping[str, Source]) -> tuple[dict[str, tuple[int, int]], int]:
+    """First byte and number of bytes of each weight in a file of our own, and the file's size in bytes.
+
+    Two inputs with the same array, such as the codes of a tied head, have the same bytes.
+    """
+    layout: dict[str, tuple[int, int]] = {}
+    places: dict[Any, tuple[int, int]] = {}
+    end = 0
+    for value in _weight_inputs(model.graph, sources):
         assert value.name is not None
         assert value.dtype is not None
         assert value.shape is not None
-        length = value.dtype.itemsize * int(np.prod(value.shape.numpy()))
-        layout[value.name] = (end, int(length))
-        end += -(-int(length) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        source = sources[value.name]
+        array = source if isinstance(source, MatrixPart) else value.name
+        if array not in places:
+            start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            places[array] = (start, int(value.dtype.itemsize * np.prod(value.shape.numpy())))
+            end = sum(places[array])
+        layout[value.name] = places[array]
     return layout, end
 
 
 def write_file(
     path: Path,
     layout: Mapping[str, tuple[int, int]],
-    recipes: Mapping[str, Recipe],
-    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    weights: Weights,
     dtypes: Mapping[str, ir.DataType],
     progress: Progress = lambda count: None,
 ) -> None:
@@ -96,30 +112,26 @@ def write_file(
     Args:
         path: the file.
         layout: from `file_layout`.
-        recipes: how each weight is made of stored tensors.
-        checkpoint: the stored tensors.
+        sources: what each weight is made of.
+        weights: the stored tensors.
         dtypes: the dtype of each weight.
         progress: called with the number of bytes after each tensor.
     """
-    from contextlib import ExitStack
-
-    from safetensors import safe_open
-
-    with ExitStack() as stack, path.open("wb") as file:
-        shards: dict[str, Any] = {}
-        for shard in checkpoint.shards:
-            handle = stack.enter_context(safe_open(shard.path, "pt"))
-            shards |= dict.fromkeys(shard.header.tensors, handle)
+    reader = SourceReader(weights)
+    written = set()
+    with path.open("wb") as file:
         for name, (start, length) in layout.items():
-            value = recipes[name].evaluate(lambda stored: shards[stored].get_tensor(stored))
+            if (start, length) in written:
+                continue
+            written.add((start, length))
+            value = reader.read(sources[name])
             raw = value.to(TORCH_DTYPES[dtypes[name]]).contiguous().reshape(-1).view(torch.uint8)
             file.seek(start)
             file.write(raw.numpy().data)
             progress(length)
-        file.truncate(max(start + length for start, length in layout.values()))
 
 
-def _weight_inputs(graph: ir.Graph, recipes: Mapping[str, Recipe]) -> list[ir.Value]:
+def _weight_inputs(graph: ir.Graph, recipes: Mapping[str, Any]) -> list[ir.Value]:
     return [value for value in graph.inputs if value.name in recipes]
 
 
