@@ -20,7 +20,7 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-oldest test-oldest-matrix test-vllm test-vllm-older environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks benchmarks-onnx benchmarks-cuda clean
+.PHONY: demo test test-oldest test-oldest-matrix test-browser test-vllm test-vllm-older environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks benchmarks-onnx benchmarks-cuda clean
 .PRECIOUS: .venv-vllm-%/ready
 
 demo: $(VENV)/demo-ready
@@ -41,6 +41,22 @@ test-oldest-matrix: $(OLDEST)/test-ready $(SMOLLM)/README.md
 test-vllm: $(VENV)/test-ready .venv-vllm-$(VLLM)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$(VLLM))/bin/python \
 		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" -k "$(VLLM_CASES)" tests/checks/test_vllm.py
+
+# The page of examples/browser in Chromium, which has to be installed. Of transformers.js and the ONNX Runtime that it was
+# built with, only what a browser loads: `npm install` would bring 290 MB for Node too.
+TRANSFORMERS_JS = 4.3.2
+ONNXRUNTIME_WEB = 1.31.0-dev.20260914-8d85527a0
+BROWSER = .browser/$(TRANSFORMERS_JS)
+test-browser: $(VENV)/test-ready $(BROWSER)/ready
+	LOOPEXPORT_BROWSER=$(abspath $(BROWSER)) $(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) tests/onnx/test_browser.py
+
+$(BROWSER)/ready:
+	mkdir -p $(BROWSER)/@huggingface/transformers $(BROWSER)/onnxruntime-web
+	cd $(BROWSER) && npm pack --silent @huggingface/transformers@$(TRANSFORMERS_JS) onnxruntime-web@$(ONNXRUNTIME_WEB)
+	tar -xf $(BROWSER)/huggingface-transformers-*.tgz --strip-components 1 -C $(BROWSER)/@huggingface/transformers
+	tar -xf $(BROWSER)/onnxruntime-web-*.tgz --strip-components 1 -C $(BROWSER)/onnxruntime-web
+	rm $(BROWSER)/*.tgz
+	touch $@
 
 # The environments of the last stages of CI.
 environments: $(OLDEST)/test-ready .venv-vllm-$(VLLM)/ready .venv-vllm-$(VLLM_OLDER)/ready
@@ -113,7 +129,7 @@ benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_evaluation.py $(SMOLLM)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .venv-vllm-* $(DEMO) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .venv-vllm-* .browser $(DEMO) build dist *.egg-info
 
 $(SMOLLM)/README.md: | $(VENV)/demo-ready
 	mkdir -p $(DEMO)
