@@ -47,12 +47,17 @@ def load_session(path: Path, provider: str, threads: int | None):
     if provider == "cuda" and problem:
         raise OnnxError(f"ONNX Runtime cannot use CUDA: {problem}; {_INSTALL}")
     if provider == "auto" and problem and is_built_for_cuda():
-        warnings.warn(f"ONNX Runtime computes on the CPU, because it cannot use CUDA: {problem}", stacklevel=3)
+        _warn_once(f"ONNX Runtime computes on the CPU, because it cannot use CUDA: {problem}")
     chosen = PROVIDERS["cpu" if problem or provider == "cpu" else "cuda"]
     try:
         return onnxruntime.InferenceSession(str(path), quiet_options(threads), providers=chosen, enable_fallback=0)
     except Exception as error:  # ONNX Runtime has no public error class of its own
         raise OnnxError(f"ONNX Runtime cannot run {path}: {_load_reason(path, error)}") from None
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def provider_of(session) -> str:
