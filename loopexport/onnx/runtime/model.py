@@ -17,7 +17,15 @@ from loopexport.export.stale_graphs import refuse_stale
 from .cache import CacheSlots, OnnxCache, Storage
 from .directory import find_end_tokens, find_graph, read_config
 from .generation import OwnLengthRows, PaddedRows
-from .inputs import check_cache, check_fused, check_no_empty_row, check_positions, checked_ids, checked_mask, positions_of
+from .inputs import (
+    check_cache,
+    check_fused,
+    check_no_empty_row,
+    check_positions,
+    checked_ids,
+    checked_mask,
+    positions_of,
+)
 from .prefill import Cuts, find_cuts
 from .prompts import encode, load_tokenizer
 from .sampling import Sampling
