@@ -27,11 +27,13 @@ past = {
     for each in session.get_inputs()
     if each.name.startswith("past_key_values.")
 }
+optional = {each.name for each in session.get_overridable_initializers()}
+last_only = {"num_logits_to_keep": np.array(1)} if "num_logits_to_keep" in optional else {}
 total, answer = 0, []
 for _ in range(int(max_new_tokens)):
     positions, total = np.arange(total, total + ids.shape[1])[None], total + ids.shape[1]
     feeds = {"input_ids": ids, "attention_mask": np.ones((1, total), np.int64), "position_ids": positions}
-    logits, *present = session.run(names, {**feeds, **past})
+    logits, *present = session.run(names, {**feeds, **last_only, **past})
     past = dict(zip(past, present, strict=True))
     ids = logits[:, -1:].argmax(-1)
     if ids.item() == tokenizer.eos_token_id:

@@ -11,7 +11,9 @@ from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+from loopexport.choices import Provider
 from loopexport.errors import OnnxError, one_line
 
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -47,7 +49,7 @@ def load_session(path: Path, provider: str, threads: int | None):
     if provider == "cuda" and problem:
         raise OnnxError(f"ONNX Runtime cannot use CUDA: {problem}; {_INSTALL}")
     if provider == "auto" and problem and is_built_for_cuda():
-        warnings.warn(f"ONNX Runtime computes on the CPU, because it cannot use CUDA: {problem}", stacklevel=3)
+        _warn_once(f"ONNX Runtime computes on the CPU, because it cannot use CUDA: {problem}")
     chosen = PROVIDERS["cpu" if problem or provider == "cpu" else "cuda"]
     try:
         return onnxruntime.InferenceSession(str(path), quiet_options(threads), providers=chosen, enable_fallback=0)
@@ -55,7 +57,12 @@ def load_session(path: Path, provider: str, threads: int | None):
         raise OnnxError(f"ONNX Runtime cannot run {path}: {_load_reason(path, error)}") from None
 
 
-def provider_of(session) -> str:
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def provider_of(session) -> Provider:
     """Where a session runs, "cuda" or "cpu"."""
     return "cuda" if _CUDA in session.get_providers() else "cpu"
 
@@ -86,8 +93,8 @@ def cuda_problem() -> str:
 
     if not is_built_for_cuda():
         return "the installed onnxruntime is built without it"
-    _preload_libraries()
-    with _captured_log() as log:
+    with _captured_log() as log, redirect_stdout(StringIO()):  # the function below prints what it does not find
+        _preload_libraries()
         try:
             session = onnxruntime.InferenceSession(
                 small_graph("Identity", ["x"], "tensor(float)"), providers=PROVIDERS["cuda"], enable_fallback=0
@@ -97,7 +104,7 @@ def cuda_problem() -> str:
     return "" if provider_of(session) == "cuda" else _reason(log[0])
 
 
-def small_graph(op_type: str, inputs: list[str], kind: str, **attributes: int) -> bytes:
+def small_graph(op_type: str, inputs: list[str], kind: str, **attributes: Any) -> bytes:
     """A graph of one node, whose inputs and whose output `y` are tensors of rank 4 and of one kind."""
     from onnx import TensorProto, helper
 
@@ -117,8 +124,7 @@ def _preload_libraries() -> None:
 
     preload = getattr(onnxruntime, "preload_dlls", None)
     if preload is not None:
-        with redirect_stdout(StringIO()):  # it prints what it does not find
-            preload()
+        preload()
 
 
 def _reason(text: str) -> str:

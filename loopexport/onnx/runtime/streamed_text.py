@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-# The end of a text that clean-up changes if one of " .", " ' ", " n't", " 've", " 're" and so on comes about.
-_UNCLEAN_END = re.compile(r" *(?:n?'*|'[vr]) *$")
+# The end of a text that clean-up may change: all beginnings of " .", " ' ", " n't", " 've", " 're" and so on, in a row,
+# because what one replacement leaves may belong to the next.
+_UNCLEAN_END = re.compile(r"[ 'nrv]*\Z")
 
 
 class StreamedText:
