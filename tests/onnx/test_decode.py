@@ -54,6 +54,28 @@ def test_onnxruntime_genai_generates_the_tokens_of_torch(export_dir, traced, mon
     assert [int(token) for token in generator.get_sequence(0)] == theirs.tolist()
 
 
+@pytest.mark.parametrize("attention", ["portable", "gqa"])
+def test_onnxruntime_genai_goes_on_after_a_first_answer(export_dir, traced, monkeypatch, tmp_path, attention):
+    """It loses the last token of the answer unless someone asks for its logits."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    monkeypatch.setattr(build, "trace_export", lambda export, *kind: traced("llama", *kind))
+    root = shutil.copytree(export_dir("llama"), tmp_path / "export")
+    loopexport.onnx.export_onnx(root, attention=attention, verify=False)
+    params = genai.GeneratorParams(model := genai.Model(str(root)))
+    params.set_search_options(max_length=64, do_sample=False)
+    generator, theirs = genai.Generator(model, params), []
+    reference = load_torch(root, 3)
+    for turn in ([5, 6, 7, 8, 9], [10, 11, 12]):
+        if theirs:
+            generator.get_logits()
+        generator.append_tokens(turn)
+        for _ in range(10):
+            generator.generate_next_token()
+        asked = torch.tensor([[*theirs, *turn]])
+        theirs = reference.generate(asked, max_new_tokens=10, do_sample=False, eos_token_id=-1)[0].tolist()
+    assert [int(token) for token in generator.get_sequence(0)] == theirs
+
+
 BYPASSED = (
     {},
     {"kv": "reference"},
