@@ -97,7 +97,7 @@ def export_lines(export: Export) -> list[str]:
         f"Written  by LoopExport {export.manifest.loopexport}",
         *([f"Edited   since: {_edits(export)}"] if export.edited else []),
         *(
-            f"ONNX     {name}: K = {record.steps}, {record.weights_text}, attention {record.attention}"
+            f"ONNX     {name}: K = {record.steps}, {record.dtype_text}, attention {record.attention}"
             for name, record in export.manifest.onnx.items()
             if record.steps is not None
         ),

@@ -12,6 +12,7 @@ from loopexport.templates.looped_vllm_limits import VLLM_EAGER, vllm_context, vl
 from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
 from .manifest import OnnxRecord
 from .onnx_files import GENAI_CONFIG, graph_name
+from .quantisation import read_cost
 
 TASK = re.compile(r"[a-z]+(-[a-z]+)*")  # the form of the names of tasks on the Hub
 
@@ -117,8 +118,9 @@ def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
     parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=python_literal(name))]
     if GENAI_CONFIG in files:  # it exists only if all cache slots have one shape, which these libraries assume
         parts += [_GENAI, _OPTIMUM.format(name=python_literal(name))]
-        if graphs[name].attention == "portable":  # fused attention crashes Node with a segmentation fault
-            parts.append(_transformers_js(name, graphs[name], num_layers))
+        small = _quantised_graph(graphs) or name
+        if graphs[small].attention == "portable":  # fused attention crashes Node with a segmentation fault
+            parts.append(_transformers_js(small, graphs[small], num_layers))
     return "\n".join(parts)
 
 
@@ -134,11 +136,18 @@ def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) 
 
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
     rows = [
-        f"| {markdown_code(name)} | {record.steps} | {markdown_text(record.dtype or '')} | "
+        f"| {markdown_code(name)} | {record.steps} | {markdown_text(record.dtype_text)} | "
         f"{markdown_text(record.attention or '')} | {_data_text(record)} |"
         for name, record in sorted(graphs.items())
     ]
-    return "\n".join([_GRAPHS, *rows, ""])
+    return "\n".join([_GRAPHS, *rows, "", *_cost_lines(graphs)])
+
+
+def _cost_lines(graphs: Mapping[str, OnnxRecord]) -> list[str]:
+    """What quantising costs in each graph, as a list; nothing if it was not measured."""
+    costs = {name: read_cost(record.cost) for name, record in sorted(graphs.items())}
+    lines = [f"- {markdown_code(name)} {markdown_text(cost.words)}" for name, cost in costs.items() if cost is not None]
+    return [_COSTS, *lines, ""] if lines else []
 
 
 def _data_text(record: OnnxRecord) -> str:
@@ -146,12 +155,32 @@ def _data_text(record: OnnxRecord) -> str:
     return markdown_code(names[0]) if len(names) == 1 else f"{len(names)} `.safetensors` files"
 
 
+def _quantised_graph(graphs: Mapping[str, OnnxRecord]) -> str | None:
+    """The graph to show for transformers.js: one with quantised weights; None if there is none."""
+    small = [name for name in sorted(graphs) if graphs[name].attention == "portable" and _javascript_name(name)[1]]
+    return min(small, key=lambda name: _JAVASCRIPT_DTYPES.index(_javascript_name(name)[1]), default=None)
+
+
+def _javascript_name(name: str) -> tuple[str, str]:
+    """A graph's name for transformers.js: `model_file_name`, and the `dtype` that adds the rest; empty for none."""
+    stem = name.removesuffix(".onnx")
+    first, _, last = stem.rpartition("_")
+    return (first, last) if last in _JAVASCRIPT_DTYPES else (stem, "")
+
+
 def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
     num_slots = num_layers + make_spec(**(record.spec or {})).extra_kv_slots
     slots = f"config.num_hidden_layers = {num_slots};  // number of cache slots\n" if num_slots != num_layers else ""
     data = ", ".join(map(javascript_literal, record.data or ()))
-    stem = javascript_literal(name.removesuffix(".onnx"))
-    return _TRANSFORMERS_JS.format(id=LOCAL_ID, slots=slots, data=data, stem=stem)
+    stem, dtype = _javascript_name(name)
+    chosen = f'"{dtype}"' if dtype else '"fp32"'
+    note = "" if dtype else " // fp32: a name without suffix"
+    return _TRANSFORMERS_JS.format(
+        id=LOCAL_ID, slots=slots, data=data, stem=javascript_literal(stem), dtype=chosen, note=note
+    )
+
+
+_JAVASCRIPT_DTYPES = ("q4", "int8", "q4f16")  # words of transformers.js that are ours too, the best to show first
 
 
 _IMAGE = {
@@ -203,6 +232,10 @@ next to it, so keep them in one directory. Graphs in bf16 run on CUDA only.
 | graph | K | computes in | attention | weights |
 | --- | --- | --- | --- | --- |"""
 
+_COSTS = """\
+What quantising costs: how far the next tokens are from those of the model in fp32.
+"""
+
 _RUN = """\
 With LoopExport (`loopexport run DIRECTORY "Hello"` does the same):
 
@@ -245,7 +278,7 @@ import {{ AutoModelForCausalLM }} from "@huggingface/transformers";
 {id}const config = await (await fetch(`https://huggingface.co/${{id}}/resolve/main/base/config.json`)).json();
 {slots}const externalData = [{data}].map((name) => ({{ path: name, data: name }}));
 const model = await AutoModelForCausalLM.from_pretrained(id, {{
-  config, subfolder: "", model_file_name: {stem}, dtype: "fp32", // fp32: a name without suffix
+  config, subfolder: "", model_file_name: {stem}, dtype: {dtype},{note}
   session_options: {{ externalData }},
 }});
 ```

@@ -84,9 +84,10 @@ class OnnxRecord:
         return read_quantisation(self.quantised)
 
     @property
-    def weights_text(self) -> str:
-        """The dtype that a graph computes in, or how its weights are quantised, in a few words."""
-        return self.dtype or "" if self.quantisation is None else f"{self.quantisation.words}, else {self.dtype}"
+    def dtype_text(self) -> str:
+        """The dtype that a graph computes in, and how its weights are quantised, in a few words."""
+        quantised = "" if self.quantisation is None else f", weights in {self.quantisation.words}"
+        return f"{self.dtype}{quantised}"
 
 
 @dataclass(frozen=True)
