@@ -1,4 +1,4 @@
-"""Graphs of bases that are quantised already, and sparse experts in 4 bits, against torch on what the codes stand for."""
+"""Graphs of bases that are quantised already, and sparse experts in 4 bits, against torch on dequantised weights."""
 
 from __future__ import annotations
 
