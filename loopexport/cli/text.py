@@ -97,7 +97,7 @@ def export_lines(export: Export) -> list[str]:
         f"Written  by LoopExport {export.manifest.loopexport}",
         *([f"Edited   since: {_edits(export)}"] if export.edited else []),
         *(
-            f"ONNX     {name}: K = {record.steps}, {record.dtype}, attention {record.attention}"
+            f"ONNX     {name}: K = {record.steps}, {record.weights_text}, attention {record.attention}"
             for name, record in export.manifest.onnx.items()
             if record.steps is not None
         ),
@@ -152,6 +152,7 @@ def onnx_plan_lines(plan: OnnxPlan) -> list[str]:
         f"Loop     {describe_layers(plan.export.spec)}, kv {plan.export.spec.kv}",
         *(f"         K = {spec.steps}: {_graph_text(spec)}" for spec in plan.specs),
         f"Compute  {plan.dtype}, attention {plan.attention}",
+        *([f"Quantise {plan.quantisation.words}"] if plan.quantisation else []),
         f"Weights  {written}",
         f"Output   {plan.out or plan.export.root}",
         *(f"Note     {warning}" for warning in plan.warnings),
@@ -168,6 +169,8 @@ def _graph_text(spec: LoopSpec) -> str:
 def onnx_outcome_lines(plan: OnnxPlan, outcome: OnnxOutcome) -> list[str]:
     """The lines of an ONNX export's result: each check, and where the graphs are."""
     lines = [f"{name}: {line}" for name, checks in outcome.checks.items() for line in check_lines(checks)]
+    lines += [f"{name}: quantising costs, {cost.words}" for name, cost in outcome.costs.items()]
+    lines += [f"What quantising costs was not measured: {outcome.not_measured}"] if outcome.not_measured else []
     names = ", ".join(plan.graphs)
     return [*lines, f"Wrote {names} to {outcome.root}" if outcome.written else f"{names} not kept: a check failed"]
 

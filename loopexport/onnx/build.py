@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from loopexport.export.directory import Export, open_export
 from loopexport.export.manifest import MANIFEST, OnnxRecord
 from loopexport.export.onnx_files import FILES as ONNX_FILES
 from loopexport.export.onnx_files import GENAI_CONFIG
+from loopexport.export.quantisation import Cost, Divergence
 from loopexport.export.small_files import read_file
 from loopexport.export.stale_graphs import loop_difference
 from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
@@ -54,11 +56,15 @@ class OnnxOutcome:
         root: the directory of the graphs.
         checks: the checks of each graph, by its name; empty without verification.
         written: whether the graphs were kept: False if a check failed.
+        costs: what quantising costs in each graph, by its name.
+        not_measured: why it was not measured; empty if it was, and for plain weights.
     """
 
     root: Path
     checks: dict[str, list[Check]]
     written: bool
+    costs: dict[str, Cost] = field(default_factory=dict)
+    not_measured: str = ""
 
 
 def write_graphs(plan: OnnxPlan, verify: bool, say: Say, progress: Progress) -> OnnxOutcome:
@@ -160,12 +166,54 @@ def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Pr
             records[name] = _graph_record(plan, model, spec, files.partial(name), checks.get(name))
         if any(check.passed is False for each in checks.values() for check in each):
             return OnnxOutcome(root, checks, written=False)
+        costs: dict[str, Cost] | str = {}
+        if plan.quantisation is not None:
+            build = partial(build_graph, plan, export, skeleton, traced, layout=layout)
+            costs = _measure(plan, root, build, files, say) if verify else "verification was switched off"
+            records |= _with_costs(records, costs)
         for name in plan.graphs:
             files.move_in(name)
         records |= _write_genai_config(plan, export, traced, files, say)
         _record_files(root, records, files, say)
         files.keep()
-    return OnnxOutcome(root, checks, written=True)
+    known, why = ({}, costs) if isinstance(costs, str) else (costs, "")
+    return OnnxOutcome(root, checks, True, known, why)
+
+
+def _measure(plan: OnnxPlan, root: Path, build, files: StagedFiles, say: Say) -> dict[str, Cost] | str:
+    """What quantising costs in each graph; why it was not measured, where it cannot be."""
+    from .check import load_torch, why_not_run
+    from .quantise.cost import divergence, read_text
+    from .runtime.model import OnnxModel
+
+    reason = why_not_run(plan.dtype)
+    if reason:
+        return reason
+    if plan.quantisation is not None and plan.quantisation.kept:
+        return "the base is quantised already, so there is nothing to compare it with"
+    base = replace(plan.specs[0], steps=1, schedule=None, damping=None)
+    base_name = plan.graph_name(1)
+    if base_name not in plan.graphs:
+        _save(build(base), files.partial(base_name))
+
+    def open_graph(name: str) -> OnnxModel:
+        return OnnxModel(root, files.partial(name).name)
+
+    text = read_text(open_graph(base_name), plan.text)
+    if isinstance(text, str):
+        return text
+    plain = load_torch(root, 1)
+    found: dict[str, Divergence] = {}
+    for name, spec in {base_name: base, **plan.graphs}.items():
+        say(f"measuring what quantising costs: {name}, {text.tokens.size:,} tokens")
+        found[name] = divergence(open_graph(name), plain, spec, text)
+    return {name: Cost(text.name, int(text.tokens.size), found[base_name], found[name]) for name in plan.graphs}
+
+
+def _with_costs(records: dict[str, OnnxRecord], costs: dict[str, Cost] | str) -> dict[str, OnnxRecord]:
+    if isinstance(costs, str):
+        return {}
+    return {name: replace(records[name], cost=asdict(cost)) for name, cost in costs.items()}
 
 
 def trace_export(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import get_args
 
 import click
 
-from loopexport.choices import Attention, OnnxDtype
+from loopexport.choices import Attention, Compute, OnnxDtype
 from loopexport.cli.groups import Words
 from loopexport.cli.options import complete_directory, directory_argument, dry_run_option, json_option, overwrite_option
 from loopexport.cli.output import NOTHING_WRITTEN, echo_json, echo_line, echo_lines
@@ -28,8 +29,21 @@ from loopexport.cli.progress import ByteBar
     type=Words(get_args(OnnxDtype)),
     default="as-is",
     show_default=True,
-    help="Number format of the graphs; as-is keeps the stored one and writes no weights.",
+    help="Number format of the weights; as-is keeps the stored one and writes no weights. int8 costs almost nothing, "
+    "int4 more; the command measures and says how much.",
 )
+@click.option(
+    "--compute",
+    type=Words(get_args(Compute)),
+    help="With int4, int8: fp32 for CPUs, fp16 or bf16 for GPUs.  [default: fp32]",
+)
+@click.option(
+    "--block-size", type=int, default=32, show_default=True, help="With int4, int8: inputs that share a scale."
+)
+@click.option("--symmetric", is_flag=True, help="With int4, int8: no zero points.")
+@click.option("--quantise-head", is_flag=True, help="With int4, int8: the head, and a tied embedding, in 8 bits.")
+@click.option("--mixed", is_flag=True, help="With int4: the layers that lose most in 8 bits.")
+@click.option("--text", metavar="FILE", help="With int4, int8: measure what quantising costs on this text.")
 @click.option(
     "--attention",
     type=Words(get_args(Attention)),
@@ -39,7 +53,11 @@ from loopexport.cli.progress import ByteBar
 )
 @overwrite_option
 @dry_run_option
-@click.option("--no-verify", is_flag=True, help="Do not compare with torch, which loads the model in fp32.")
+@click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Do not compare with torch, which loads the model in fp32; do not measure what quantising costs.",
+)
 @json_option
 def onnx(directory, steps, dry_run, no_verify, as_json, **options) -> None:
     """Unroll the loop of the export DIRECTORY into an ONNX graph that reads the export's own weights.
@@ -58,7 +76,9 @@ def onnx(directory, steps, dry_run, no_verify, as_json, **options) -> None:
     outcome = _apply(plan, verify=not no_verify)
     if as_json:
         checks = {name: [check.to_dict() for check in each] for name, each in outcome.checks.items()}
-        echo_json({**plan.to_dict(), "checks": checks, "written": outcome.written})
+        costs = {name: asdict(cost) for name, cost in outcome.costs.items()}
+        measured = {"costs": costs, "not_measured": outcome.not_measured} if plan.quantisation else {}
+        echo_json({**plan.to_dict(), "checks": checks, **measured, "written": outcome.written})
     else:
         echo_lines(onnx_outcome_lines(plan, outcome))
     sys.exit(0 if outcome.written else 1)
