@@ -190,6 +190,8 @@ def _measure(plan: OnnxPlan, root: Path, build, files: StagedFiles, say: Say) ->
     reason = why_not_run(plan.dtype)
     if reason:
         return reason
+    if plan.quantisation is not None and plan.quantisation.kept:
+        return "the base is quantised already, so there is nothing to compare it with"
     base = replace(plan.specs[0], steps=1, schedule=None, damping=None)
     base_name = plan.graph_name(1)
     if base_name not in plan.graphs:

@@ -42,7 +42,8 @@ def _is_plain(module: Any, block_size: int) -> bool:
     """Whether experts are `down(silu(gate(x)) * up(x))`, in whole blocks."""
     is_gated = module.has_gate and module.is_concatenated and type(module)._apply_gate is moe._default_apply_gate
     has_more = module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False)
-    is_silu = isinstance(module.act_fn, nn.SiLU) or type(module.act_fn).__name__ == "SiLUActivation"
+    activation = getattr(module, "act_fn", None)
+    is_silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
     if not is_gated or has_more or not is_silu:
         return False
     return all(each.shape[-1] % block_size == 0 for each in (module.gate_up_proj, module.down_proj))
