@@ -35,6 +35,6 @@ class Scale:
         return self.device == "cuda"
 
 
-GPU = Scale("cuda", "cuda", ("fp16", "bf16"), real=True, past=(128, 4096), new=24, rounds=5, workers=8)
+GPU = Scale("cuda", "cuda", ("fp16", "bf16"), real=True, past=(128, 4096), new=12, rounds=5, workers=8)
 # ONNX Runtime's CPU provider has no bf16.
 REHEARSAL = Scale("cpu", "cpu", ("fp16",), real=False, past=(8,), new=4, rounds=2, workers=1)
