@@ -37,7 +37,7 @@ def export(root: Path, dtype: str, options) -> tuple[dict[int, str], float]:
         plan.apply(verify=False)
         (names[steps],) = plan.graphs
         sizes.append(data_bytes(root) - before)
-    return names, sizes[1] / sizes[0]
+    return names, sizes[1] / sizes[0] if sizes[0] else 1.0  # fp32 graphs of an fp32 checkpoint write no data
 
 
 def compare(measured: dict, dtype: str) -> dict[str, float]:

@@ -71,13 +71,13 @@ def _speed(name: str):
 
 SELF = [sys.executable, __file__]
 PARTS = [
-    Part("machine", 40, False, _machine),
-    Part("torch", 90, True, _torch),
+    Part("machine", 60, False, _machine),
+    Part("torch", 70, True, _torch),
     Part("shared-read", 40, True, _shared_read),
-    Part("onnx", 110, True, _onnx),
-    Part("graphs", 80, True, _graphs),
-    Part("speed-0.6b", 70, False, _speed("Qwen3-0.6B")),
-    Part("speed-4b", 90, False, _speed("Qwen3-4B")),
+    Part("onnx", 100, True, _onnx),
+    Part("graphs", 90, True, _graphs),
+    Part("speed-0.6b", 80, False, _speed("Qwen3-0.6B")),
+    Part("speed-4b", 110, False, _speed("Qwen3-4B")),
     Part("int4", 60, True, _quantised),
     Part("speed-moe", 90, False, _speed("Moonlight-16B-A3B")),
 ]

@@ -11,23 +11,26 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+# Generates this many tokens after a prompt, `(1, seq)`.
+Generate = Callable[[np.ndarray, int], Iterator[Any]]
 
-def onnx_tokens(options, prompt: np.ndarray) -> Iterator[Any]:
-    """Generate with ONNX Runtime."""
+
+def onnx_engine(options) -> Generate:
+    """A graph in ONNX Runtime."""
     from loopexport.onnx import OnnxModel
 
     model = OnnxModel(options.root, options.file, provider="cpu", threads=options.threads)
-    return model.stream(prompt, max_new_tokens=options.new, eos_token_ids=())
+    return lambda prompt, new: model.stream(prompt, max_new_tokens=new, eos_token_ids=())
 
 
-def torch_tokens(options, prompt: np.ndarray) -> Iterator[Any]:
-    """Generate with transformers, greedily."""
+def torch_engine(options) -> Generate:
+    """The export in transformers, greedy."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -35,15 +38,15 @@ def torch_tokens(options, prompt: np.ndarray) -> Iterator[Any]:
     load: Any = AutoModelForCausalLM.from_pretrained
     model = load(options.root, trust_remote_code=True, dtype=torch.float32, attn_implementation="sdpa").eval()
 
-    def tokens() -> Iterator[Any]:
+    def generate(prompt: np.ndarray, new: int) -> Iterator[Any]:
         ids, cache = torch.from_numpy(prompt), None
-        for _ in range(options.new):
+        for _ in range(new):
             with torch.no_grad():
                 result = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids, cache = result.logits[:, -1:].argmax(-1), result.past_key_values
             yield ids
 
-    return tokens()
+    return generate
 
 
 def peak_mib() -> float:
@@ -63,9 +66,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     prompt = np.random.default_rng(0).integers(3, 100, size=(1, options.tokens))
-    tokens = {"onnx": onnx_tokens, "torch": torch_tokens}[options.engine](options, prompt)
+    generate = {"onnx": onnx_engine, "torch": torch_engine}[options.engine](options)
+    list(generate(prompt[:, :16], 2))  # what happens only once
     taken, start = [], time.perf_counter()
-    for _ in tokens:
+    for _ in generate(prompt, options.new):
         taken.append(time.perf_counter() - start)
         start = time.perf_counter()
     print(json.dumps({"peak_mib": peak_mib(), "prompt": taken[0], "token": statistics.median(taken[1:])}))

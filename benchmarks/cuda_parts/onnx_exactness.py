@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ import loopexport
 from loopexport.onnx import OnnxModel, build, plan_onnx
 
 from .bases import SPARSE, TINY_SPAN, TINY_STEPS, tiny_base
-from .results import Result, attempt, attempt_all, compared, short
+from .results import Result, attempt, compared, short
 from .scale import Scale
 from .sessions import PROVIDER, nodes_by_provider
 from .torch_exactness import POLICIES, Scenario, allowed, error, load, logits, scenarios, use_policy
+from .workers import side_by_side
 
 # What is least proven comes first; GroupQueryAttention cannot express MLA.
 CASES = (
@@ -62,26 +64,29 @@ def exact_as_torch(
     scale: Scale, cases: tuple[tuple[str, str], ...] = CASES, policies: tuple[str, ...] = POLICIES
 ) -> Iterator[Result]:
     """Each family and layout in each number format; every policy from one trace."""
+    jobs = {
+        f"{family} {attention} {dtype}": partial(_layout, family, attention, dtype, policies, scale)
+        for family, attention in cases
+        for dtype in scale.half
+    }
+    return side_by_side(jobs, scale.workers)
+
+
+def _layout(family: str, attention: str, dtype: str, policies: tuple[str, ...], scale: Scale) -> Iterator[Result]:
+    own = tuple(each for each in scenarios() if attention == "portable" or each.mask is None)
+    # With a cache, GroupQueryAttention takes several tokens for a single prompt only.
+    fitting = own if attention == "portable" else (_single(own[0]), _decoded(own[0]))
     with tempfile.TemporaryDirectory() as work:
-        roots: dict[str, dict[str, Path]] = {}
-        for dtype in scale.half:
-            for family, attention in cases:
-
-                def run(family=family, attention=attention, dtype=dtype) -> Iterator[Result]:
-                    if family not in roots:
-                        roots[family] = _export(family, Path(work) / family, policies)
-                    own = tuple(each for each in scenarios() if attention == "portable" or each.mask is None)
-                    # With a cache, GroupQueryAttention takes several tokens for a single prompt only.
-                    fitting = own if attention == "portable" else (_single(own[0]), _decoded(own[0]))
-                    return _cases(Subject(roots[family], family, dtype, attention, fitting), scale)
-
-                yield from attempt_all(f"{family} {attention} {dtype}", run)
+        roots = _export(family, Path(work), policies)
+        yield from _cases(Subject(roots, family, dtype, attention, fitting), scale)
 
 
 def _export(family: str, work: Path, policies: tuple[str, ...]) -> dict[str, Path]:
     base = str(tiny_base(family, work / "base"))
     spec = {"span": TINY_SPAN, "steps": TINY_STEPS, "weights": "hardlink"}
-    return {policy: loopexport.convert(base, work / policy, kv=policy, **spec).root for policy in policies}
+    return {
+        policy: loopexport.convert(base, work / f"{policy}-{work.name}", kv=policy, **spec).root for policy in policies
+    }
 
 
 def _single(scenario: Scenario) -> Scenario:

@@ -22,16 +22,16 @@ def int4(scale: Scale) -> Iterator[Result]:
         yield {"case": "int4", **skipped("this version writes no int4 graphs")}
         return
     with tempfile.TemporaryDirectory() as work:
-        yield attempt("equals torch on the dequantised weights", lambda: _exact(Path(work)))
+        yield attempt("equals torch on the dequantised weights", lambda: _exact(Path(work), scale))
         yield from attempt_all("Qwen3-4B", lambda: _speed(Path(work), scale))
 
 
-def _exact(work: Path) -> Result:
+def _exact(work: Path, scale: Scale) -> Result:
     """The export's own comparison; OnnxError if it fails."""
     base = tiny_base("qwen3", work / "tiny")
     spec = {"span": TINY_SPAN, "steps": TINY_STEPS, "weights": "hardlink"}
     root = loopexport.convert(str(base), work / "tiny-looped", **spec).root
-    outcome = loopexport.onnx.export_onnx(root, dtype="int4")
+    outcome = loopexport.onnx.export_onnx(root, dtype="int4", **_compute(scale))
     found = {check.name: check.difference for checks in outcome.checks.values() for check in checks}
     return {**measured(**found), "status": "passed" if outcome.written else "failed"}
 
@@ -42,4 +42,8 @@ def _speed(work: Path, scale: Scale) -> Iterator[Result]:
     model.save_pretrained(work / "base")
     del model
     root = loopexport.convert(str(work / "base"), work / "looped", span=span, steps=STEPS, weights="hardlink").root
-    yield from graphs(root, ratio, scale, attention="gqa", dtype="int4")
+    yield from graphs(root, ratio, scale, attention="gqa", dtype="int4", **_compute(scale))
+
+
+def _compute(scale: Scale) -> dict[str, str]:
+    return {"compute": "fp16"} if scale.device == "cuda" else {}

@@ -17,6 +17,7 @@ class Scale:
         past: prompt lengths at which decoding is measured.
         new: tokens to decode in each measurement.
         rounds: measurements of each figure.
+        workers: comparisons to run side by side.
     """
 
     device: str
@@ -26,6 +27,7 @@ class Scale:
     past: tuple[int, ...]
     new: int
     rounds: int
+    workers: int
 
     @property
     def has_graphs(self) -> bool:
@@ -33,6 +35,6 @@ class Scale:
         return self.device == "cuda"
 
 
-GPU = Scale("cuda", "cuda", ("fp16", "bf16"), real=True, past=(128, 4096), new=24, rounds=5)
+GPU = Scale("cuda", "cuda", ("fp16", "bf16"), real=True, past=(128, 4096), new=12, rounds=5, workers=8)
 # ONNX Runtime's CPU provider has no bf16.
-REHEARSAL = Scale("cpu", "cpu", ("fp16",), real=False, past=(8,), new=4, rounds=2)
+REHEARSAL = Scale("cpu", "cpu", ("fp16",), real=False, past=(8,), new=4, rounds=2, workers=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import loopexport
 from .bases import DTYPES, SPARSE, TINY, TINY_SPAN, TINY_STEPS, tiny_base
 from .results import Result, attempt, attempt_all, compared, short
 from .scale import Scale
+from .workers import side_by_side
 
 POLICIES = ("shared", "per_step", "reference")
 FACTOR = 3.0
@@ -126,7 +128,9 @@ class Pair:
         self.family, self.scenarios = family, scenarios()
         self.base = tiny_base(family, work / "base")
         spec = {"span": TINY_SPAN, "steps": TINY_STEPS}
-        self.looped = loopexport.convert(str(self.base), work / "looped", weights="hardlink", **spec).root
+        # Named after the temporary folder: transformers copies an export's code to a folder of its name.
+        looped = work / f"looped-{work.name}"
+        self.looped = loopexport.convert(str(self.base), looped, weights="hardlink", **spec).root
         experts = "eager" if family in SPARSE else None
         self.base_logits = self._run(load(self.base, "fp32", "cpu", "eager", experts))
         model = load(self.looped, "fp32", "cpu", "eager", experts)
@@ -161,19 +165,19 @@ def allowed(base_error: float, dtype: str) -> float:
 
 
 def exact_as_the_base(scale: Scale, families: tuple[str, ...] = tuple(TINY)) -> Iterator[Result]:
-    """Each family, number format, attention and policy; the most usual ones come first."""
+    """Each number format, family, attention and policy."""
+    dtypes = ("fp32", *dict.fromkeys(("bf16", *scale.half)))
+    jobs = {f"{family} {dtype}": partial(_family, family, dtype, scale) for dtype in dtypes for family in families}
+    return side_by_side(jobs, scale.workers)
+
+
+def _family(family: str, dtype: str, scale: Scale) -> Iterator[Result]:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    for family in families:
-        with tempfile.TemporaryDirectory() as work:
-            yield from attempt_all(family, lambda work=work, family=family: _family(family, Path(work), scale))
-
-
-def _family(family: str, work: Path, scale: Scale) -> Iterator[Result]:
-    pair = Pair(family, work)
-    for dtype in ("fp32", *dict.fromkeys(("bf16", *scale.half))):
+    with tempfile.TemporaryDirectory() as work:
+        pair = Pair(family, Path(work))
         for attention in ("sdpa", "eager"):
-            yield from attempt_all(f"{dtype} {attention}", lambda d=dtype, a=attention: cases_of(pair, d, a, scale))
+            yield from attempt_all(attention, partial(cases_of, pair, dtype, attention, scale))
 
 
 def cases_of(pair: Pair, dtype: str, attention: str, scale: Scale) -> Iterator[Result]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from transformers import StaticCache
 
 from .bases import SPARSE, TINY
-from .results import Result, attempt, attempt_all, compared, short, skipped
+from .results import Result, attempt, compared, short, skipped
 from .scale import Scale
 from .torch_exactness import POLICIES, Pair, Scenario, allowed, error, load, logits, use_policy
+from .workers import side_by_side
 
 CACHE_LENGTH = 64
 # Dense models compute in fp32, where the error is smallest; grouped_mm of compiled code takes bf16 alone.
@@ -58,7 +60,8 @@ def captured_step(model: Any, cache: StaticCache, tokens: torch.Tensor) -> Step:
         tokens: any tokens, `(batch, 1)`.
     """
     token = tokens.clone()
-    lengths = [layer.cumulative_length for layer in cache.layers]
+    layers: list[Any] = cache.layers
+    lengths = [layer.cumulative_length for layer in layers]
     kept = [length.clone() for length in lengths]
 
     def rewind() -> None:
@@ -100,12 +103,16 @@ def stepped_logits(model: Any, scenario: Scenario, make_step: MakeStep) -> torch
 
 def exact_on_static_caches(scale: Scale, families: tuple[str, ...] = tuple(TINY)) -> Iterator[Result]:
     """Each family: every policy on a static cache and as a captured graph; then one policy compiled."""
-    for family in families:
-        with tempfile.TemporaryDirectory() as work:
-            yield from attempt_all(family, lambda work=work, family=family: _family(family, Path(work), scale))
+    return side_by_side({family: partial(_family, family, scale) for family in families}, scale.workers)
 
 
-def _family(family: str, work: Path, scale: Scale) -> Iterator[Result]:
+def _family(family: str, scale: Scale) -> Iterator[Result]:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with tempfile.TemporaryDirectory() as work:
+        yield from _cases(family, Path(work), scale)
+
+
+def _cases(family: str, work: Path, scale: Scale) -> Iterator[Result]:
     dtype, typical = DTYPE[family], DTYPE[family] != "fp32" and family in SPARSE
     experts = "grouped_mm" if family in SPARSE else None
     pair = Pair(family, work)
@@ -135,10 +142,10 @@ def _family(family: str, work: Path, scale: Scale) -> Iterator[Result]:
         return exact
 
     for policy in POLICIES:
-        yield attempt(f"{dtype} {policy} static cache", lambda policy=policy: static(policy))
+        yield attempt(f"{dtype} {policy} static cache", partial(static, policy))
     for policy in POLICIES:
         if scale.has_graphs:
-            yield attempt(f"{dtype} {policy} CUDA graph", lambda policy=policy: stepped(policy, captured_step))
+            yield attempt(f"{dtype} {policy} CUDA graph", partial(stepped, policy, captured_step))
         else:
             yield {"case": f"{dtype} {policy} CUDA graph", **skipped("no CUDA graphs on a CPU")}
     policy = {"qwen3": "shared", "qwen3_moe": "per_step", "deepseek_v3": "shared"}[family]

@@ -70,6 +70,25 @@ def test_a_part_without_time_is_skipped(tmp_path):
     assert [each["status"] for each in results] == ["skipped"]
 
 
+def test_jobs_side_by_side_report_crashes_too():
+    import os
+
+    from cuda_parts.results import skipped
+    from cuda_parts.workers import side_by_side
+
+    def crash():
+        yield {"case": "first", **skipped("")}
+        os._exit(3)
+
+    def fail():
+        yield {"case": "first", **skipped("")}
+        raise ValueError("no")
+
+    results = list(side_by_side({"a": crash, "b": fail, "c": lambda: iter(())}, 2))
+    found = sorted((each["case"], each["status"]) for each in results)
+    assert found == [("a", "error"), ("a first", "skipped"), ("b", "error"), ("b first", "skipped")]
+
+
 def test_command_prints_lines_and_a_table(tmp_path):
     out = tmp_path / "results.jsonl"
     command = [*SCRIPT, "--rehearse", "--parts", "machine", "--out", str(out)]
