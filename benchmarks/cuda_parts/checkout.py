@@ -1,4 +1,4 @@
-"""Import loopexport from this checkout, on a machine where it is not installed."""
+"""Import loopexport from this checkout, installed or not."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def use_checkout() -> None:
-    """Make loopexport importable; its templates lie beside the package, where only an installation finds them."""
-    if importlib.util.find_spec("loopexport") is None:
-        sys.path.insert(0, str(ROOT))
+    """Import loopexport from here, and its templates, which lie beside the package and not in it."""
+    sys.path.insert(0, str(ROOT))
     import loopexport
 
-    name = "loopexport.templates"
-    if importlib.util.find_spec(name) is None:
-        folder = ROOT / "templates"
-        spec = importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        loopexport.__dict__["templates"] = module
+    name, folder = "loopexport.templates", ROOT / "templates"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    loopexport.__dict__["templates"] = module
