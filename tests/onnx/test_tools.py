@@ -1,4 +1,4 @@
-"""Other people's tools take our graphs: they quantise every matrix, keep one copy of the weights, and the result runs."""
+"""Other people's tools take our graphs: they quantise every matrix, keep one copy of the weights, and it runs."""
 
 from __future__ import annotations
 

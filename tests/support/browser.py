@@ -22,7 +22,7 @@ SECONDS = 120
 # A page on the same server that uses the example in a frame as a person would, and posts what it saw.
 DRIVER = """<!doctype html><iframe style="width: 800px; height: 600px"></iframe><script>
 const pause = () => new Promise((resolve) => setTimeout(resolve, 20));
-async function use({ model, slider, prompt, limit }) {
+async function use({ model, format, slider, prompt, limit }) {
   const frame = document.querySelector("iframe");
   const loaded = new Promise((resolve) => (frame.onload = resolve));
   frame.src = `/index.html?library=packages/&model=${encodeURIComponent(model)}`;
@@ -30,6 +30,8 @@ async function use({ model, slider, prompt, limit }) {
   const $ = (id) => frame.contentDocument.getElementById(id);
   while ($("form").hidden && $("error").hidden) await pause();
   if (!$("form").hidden) {
+    $("format").value = format;
+    $("format").dispatchEvent(new Event("change"));
     Object.entries({ prompt, limit, steps: slider }).forEach(([id, value]) => ($(id).value = value));
     $("steps").dispatchEvent(new Event("input"));
     $("ask").click();
