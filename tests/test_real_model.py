@@ -172,7 +172,7 @@ def greedy_tokens(looped):
 
 @needs_onnx
 def test_graph_verifies_against_torch(with_graph):
-    from loopexport.onnx.check import check_graph
+    from loopexport.onnx.check.comparison import check_graph
 
     spec = loopexport.open_export(with_graph).spec
     checks = check_graph(with_graph, with_graph / "model.onnx", spec, "fp32")

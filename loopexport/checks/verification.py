@@ -366,7 +366,7 @@ def _check_graphs(export: Export, model) -> list[Check]:
         return [Check(f"{name} computes what torch does", None, why) for name in graphs]
     if not graphs:
         return []
-    from loopexport.onnx.check import check_recorded, load_torch
+    from loopexport.onnx.check.comparison import check_recorded, load_torch
 
     if export.base.quantisation:
         model = load_torch(export.root, export.spec.steps)

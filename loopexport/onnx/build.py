@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,31 +18,24 @@ from loopexport.export.check import Check
 from loopexport.export.directory import Export, open_export
 from loopexport.export.manifest import MANIFEST, OnnxRecord
 from loopexport.export.onnx_files import FILES as ONNX_FILES
-from loopexport.export.onnx_files import GENAI_CONFIG
 from loopexport.export.quantisation import Cost, Divergence
 from loopexport.export.small_files import read_file
-from loopexport.export.stale_graphs import loop_difference
 from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
-from loopexport.files.json_text import json_text
 from loopexport.files.output import check_space
 from loopexport.files.placement import place, settle_method
 from loopexport.files.staged_directory import staged_directory
 from loopexport.files.staged_files import StagedFiles, staged_files
 from loopexport.files.staging import explain_os_errors
-from loopexport.loop.spec import LoopSpec, make_spec
-from loopexport.onnx.graph.genai import genai_config, genai_graph
-from loopexport.onnx.graph.positions import max_positions
-from loopexport.onnx.graph.releases import min_onnxruntime, release_text
+from loopexport.loop.spec import LoopSpec
 
+from .assemble import build_graph, loop_fields, prepare, save_graph, trace_export
 from .data_files import LAYOUT, holds_the_weights
-from .plan import OnnxPlan, Say, native_config, plan_onnx
-from .weights import Weights, open_weights
+from .genai_files import write_genai_config
+from .plan import OnnxPlan, Say, plan_onnx
+from .weights.source import open_weights
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from loopexport.onnx.trace.skeleton import Skeleton
-    from loopexport.onnx.trace.tracer import Traced
+    pass
 
 # Names of all files that an ONNX export writes into an export.
 WRITTEN = re.compile("|".join([ONNX_FILES.pattern, re.escape(CARD), re.escape(MANIFEST)]))
@@ -160,7 +152,7 @@ def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Pr
         for name, spec in plan.graphs.items():
             say(f"unrolling {name}")
             model = build_graph(plan, export, skeleton, traced, spec, layout)
-            _save(model, files.partial(name))
+            save_graph(model, files.partial(name))
             if verify:
                 say(f"verifying {name}")
                 checks[name] = _verify(plan, root, spec, files.partial(name))
@@ -174,7 +166,7 @@ def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Pr
             records |= _with_costs(records, costs)
         for name in plan.graphs:
             files.move_in(name)
-        records |= _write_genai_config(plan, export, traced, files, say)
+        records |= write_genai_config(plan, export, traced, files, say)
         _record_files(root, records, files, say)
         files.keep()
     known, why = ({}, costs) if isinstance(costs, str) else (costs, "")
@@ -183,8 +175,8 @@ def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Pr
 
 def _measure(plan: OnnxPlan, root: Path, build, files: StagedFiles, say: Say) -> dict[str, Cost] | str:
     """What quantising costs in each graph; why it was not measured, where it cannot be."""
-    from .check import load_torch, why_not_run
-    from .quantise.cost import divergence, read_text
+    from .check.comparison import load_torch, why_not_run
+    from .check.cost import divergence, read_text
     from .runtime.model import OnnxModel
 
     reason = why_not_run(plan.dtype)
@@ -195,7 +187,7 @@ def _measure(plan: OnnxPlan, root: Path, build, files: StagedFiles, say: Say) ->
     base = replace(plan.specs[0], steps=1, schedule=None, damping=None)
     base_name = plan.graph_name(1)
     if base_name not in plan.graphs:
-        _save(build(base), files.partial(base_name))
+        save_graph(build(base), files.partial(base_name))
 
     def open_graph(name: str) -> OnnxModel:
         return OnnxModel(root, files.partial(name).name)
@@ -215,110 +207,6 @@ def _with_costs(records: dict[str, OnnxRecord], costs: dict[str, Cost] | str) ->
     if isinstance(costs, str):
         return {}
     return {name: replace(records[name], cost=asdict(cost)) for name, cost in costs.items()}
-
-
-def trace_export(
-    export: Export, dtype: str, attention: str = "portable", experts: str = "single"
-) -> tuple[Skeleton, Traced]:
-    """Build the skeleton of an export's native model, and trace it.
-
-    Args:
-        export: the export.
-        dtype: the number format in which the model computes.
-        attention: one of `ATTENTION_LAYOUTS`.
-        experts: "whole" for sparse experts as one node, which `quantise_experts` has to replace.
-
-    Raises:
-        OnnxError: the family cannot be traced.
-    """
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from loopexport.onnx.trace.attention import ATTENTION, register
-    from loopexport.onnx.trace.experts import IMPLEMENTATION, register_experts
-    from loopexport.onnx.trace.skeleton import build_skeleton
-    from loopexport.onnx.trace.tracer import trace
-
-    register()
-    config = native_config(export)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    can_choose = model_class._can_set_attn_implementation()
-    if attention == "gqa" and not can_choose:
-        raise OnnxError(f"{model_class.__name__} implements attention itself; use --attention portable")
-    options = {"attn_implementation": ATTENTION[attention] if can_choose else "eager"}
-    if model_class._can_set_experts_implementation():
-        register_experts()
-        options["experts_implementation"] = IMPLEMENTATION[experts]
-    torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    skeleton = build_skeleton(config, open_weights(export), torch_dtype, **options)
-    return skeleton, trace(skeleton)
-
-
-def prepare(plan: OnnxPlan, weights: Weights, skeleton: Skeleton, traced: Traced) -> tuple[Skeleton, Traced]:
-    """A trace for a data file of ours: quantised, with the other weights as the graph multiplies by them.
-
-    Returns:
-        Copies; the recipes of the skeleton now say what is in the data file.
-    """
-    from loopexport.onnx.graph.direct_weights import use_weights_directly
-    from loopexport.onnx.quantise.nodes import quantise_products
-
-    traced = replace(traced, model=traced.model.clone())
-    recipes: Any = skeleton.recipes
-    if plan.quantisation is not None:
-        recipes = quantise_products(traced, skeleton.model, recipes, plan.quantisation, weights)
-    recipes = use_weights_directly(traced.model.graph, recipes)
-    return replace(skeleton, recipes=recipes), traced
-
-
-def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec, layout) -> ir.Model:
-    """The graph of one loop, with its weights bound.
-
-    Raises:
-        OnnxError: a graph cannot express the loop, or would store weights twice.
-    """
-    from loopexport.onnx.graph.bind_weights import attach_file, attach_stored, stored_bytes
-    from loopexport.onnx.graph.unroll import unroll
-    from loopexport.onnx.quantise.experts import MIN_ONNXRUNTIME
-    from loopexport.onnx.trace.rope import recomputed_beyond
-
-    graphs = []
-    for each in (spec, replace(spec, steps=1, schedule=None, damping=None)):
-        model = unroll(traced, each)
-        if plan.data is None:
-            attach_stored(model, skeleton.recipes, export.base)
-        else:
-            attach_file(model, layout, plan.data)
-        graphs.append(model)
-    if stored_bytes(graphs[0]) != stored_bytes(graphs[1]):
-        raise OnnxError("the unrolled graph and the graph of the base read different weights; please report this")
-    model = graphs[0]
-    model.producer_name = "loopexport"
-    model.metadata_props["attention"] = plan.attention
-    model.metadata_props["min_onnxruntime"] = release_text(min_onnxruntime(spec, plan.attention))
-    if plan.quantisation is not None:
-        model.metadata_props["quantised"] = json.dumps(plan.quantisation.to_dict())
-    if plan.whole_experts:
-        model.metadata_props["min_onnxruntime"] = MIN_ONNXRUNTIME
-    limit = recomputed_beyond(skeleton.model)
-    if limit is not None:
-        model.metadata_props["recomputed_beyond"] = str(limit)
-    positions = max_positions(traced.model.graph, skeleton.model.config)
-    if positions is not None:
-        model.metadata_props["max_positions"] = str(positions)
-    model.metadata_props.update({f"loop_{key}": json.dumps(value) for key, value in _loop_fields(spec).items()})
-    return model
-
-
-def _loop_fields(spec: LoopSpec) -> dict[str, Any]:
-    return {name.removeprefix("loop_"): value for name, value in spec.to_config_fields().items()}
-
-
-def _save(model: ir.Model, path: Path) -> None:
-    import onnx_ir as ir
-
-    with explain_os_errors(path):
-        ir.save(model, path, format="protobuf")
 
 
 def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedFiles, progress: Progress):
@@ -349,7 +237,7 @@ def _quantised(plan: OnnxPlan) -> dict | None:
 
 
 def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Check]:
-    from .check import check_graph, why_not_run
+    from .check.comparison import check_graph, why_not_run
 
     reason = why_not_run(plan.dtype)
     if reason:
@@ -368,48 +256,10 @@ def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: lis
         dtype=plan.dtype,
         attention=plan.attention,
         quantised=_quantised(plan),
-        spec=_loop_fields(spec),
+        spec=loop_fields(spec),
         data=tuple(sorted({location for location, _ in stored_bytes(model)})),
         difference=max(differences, default=None),
     )
-
-
-def _write_genai_config(plan: OnnxPlan, export: Export, traced, files: StagedFiles, say: Say) -> dict[str, OnnxRecord]:
-    """Write the config for onnxruntime-genai, and return its record, unless it already names the best graph."""
-    name, spec, attention = _genai_graph(plan, export)
-    if name not in plan.graphs and genai_graph(export.root) == name:
-        return {}
-    config = genai_config(export, name, traced.model.graph, spec, attention)
-    if config is None:
-        return {}
-    if spec.steps != export.spec.steps:
-        say(
-            f"{GENAI_CONFIG} names {name}, K = {spec.steps}: there is no graph of the export's own K, "
-            f"{export.spec.steps}; `loopexport onnx {plan.out or export.root}` writes one"
-        )
-    content = json_text(config).encode()
-    files.write(GENAI_CONFIG, content)
-    return {GENAI_CONFIG: OnnxRecord(len(content), bytes_sha256(content))}
-
-
-def _genai_graph(plan: OnnxPlan, export: Export) -> tuple[str, LoopSpec, str]:
-    """The best graph for onnxruntime-genai, with its loop and attention.
-
-    The export's own K comes first, then graphs of this run, then the graph that the config already names.
-    """
-    graphs = {name: (spec, plan.attention) for name, spec in plan.graphs.items()}
-    for name, record in export.manifest.onnx.items():
-        if record.spec is not None and name not in graphs and (export.root / name).is_file():
-            spec = make_spec(**record.spec)
-            if not loop_difference(name, spec, export.spec):
-                graphs[name] = spec, record.attention or "portable"
-    named = genai_graph(export.root)
-    ranks = {
-        name: (spec.steps != export.spec.steps, name not in plan.graphs, name != named)
-        for name, (spec, _) in graphs.items()
-    }
-    best = min(graphs, key=ranks.__getitem__)
-    return best, *graphs[best]
 
 
 def _record_files(root: Path, records: dict[str, OnnxRecord], files: StagedFiles, say: Say) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -18,20 +15,22 @@ from loopexport.base.families import onnx_outcome
 from loopexport.choices import Attention, Compute, OnnxDtype
 from loopexport.errors import OnnxError, OutputError, SpecError, one_line
 from loopexport.export.directory import BASE_FOLDER, Export, is_export, open_export
-from loopexport.export.onnx_files import DTYPES, data_name, graph_name, weights_variant
+from loopexport.export.onnx_files import data_name, graph_name, weights_variant
 from loopexport.export.own_code import foreign_code
-from loopexport.export.quantisation import BITS, BLOCK_SIZES, Quantisation
+from loopexport.export.quantisation import Quantisation
 from loopexport.files.digests import Progress
 from loopexport.files.output import check_output, output_path
 from loopexport.loop.spec import LoopSpec
-from loopexport.onnx.graph.releases import OLDEST, min_onnxruntime, release_text
+from loopexport.onnx.graph.releases import OLDEST, release_text
 
 from .data_files import check_other_graphs
 from .limits import check_memory, check_spec
+from .quantise.choice import QuantiseOptions, choose_quantisation, has_whole_experts
 from .quantise.size import expert_arrays, weight_bytes
-from .quantise.stored_matrices import stored_quantisation, stored_warnings
-from .quantise.stored_scheme import without_quantiser
-from .weights import Weights, open_weights
+from .requirements import check_installed, check_releases, needed_release
+from .weights.source import Weights, open_weights
+from .weights.stored_matrices import stored_quantisation, stored_warnings
+from .weights.stored_scheme import without_quantiser
 
 if TYPE_CHECKING:
     from .build import OnnxOutcome
@@ -191,20 +190,19 @@ def plan_onnx(
     stored = _stored_dtype(weights)
     if dtype not in get_args(OnnxDtype):
         raise OnnxError(f"dtype {dtype!r} must be one of {', '.join(get_args(OnnxDtype))}")
-    quantisation: Quantisation | None
     kept = stored_quantisation(weights.matrices)
-    if kept is not None and dtype in ("as-is", *BITS):
-        _check_kept(kept, dtype, compute, block_size, symmetric, quantise_head, mixed)
-        quantisation, whole = kept, stored if dtype == "as-is" else "fp32"
-    else:
-        quantisation, whole = _quantisation(dtype, compute, block_size, symmetric, quantise_head, mixed, text), "fp32"
+    options = QuantiseOptions(compute, block_size, symmetric, quantise_head, mixed, text)
+    quantisation = choose_quantisation(dtype, kept, options)
+    whole = stored if quantisation and dtype == "as-is" else "fp32"
     chosen = (compute or whole) if quantisation else stored if dtype == "as-is" else dtype
     as_is = quantisation is None and chosen == stored and weights.scheme is None
     specs = tuple(_spec_for(export.spec, each) for each in dict.fromkeys(steps or (export.spec.steps,)))
     _check_specs(specs)
-    _check_releases(specs, attention)
-    check_memory(native_config(export))
-    whole_experts = quantisation is not None and _has_whole_experts(export, weights, chosen, quantisation)
+    check_releases(specs, attention)
+    config = native_config(export)
+    check_memory(config)
+    is_sparse = export.base.is_sparse
+    whole_experts = quantisation is not None and has_whole_experts(config, is_sparse, weights, chosen, quantisation)
     target = _checked_out(export, out, overwrite)
     if as_is and target is None:
         _check_real_shards(export)
@@ -214,56 +212,6 @@ def plan_onnx(
     return replace(plan, warnings=tuple(_warnings(plan, weights)))
 
 
-def _has_whole_experts(export: Export, weights: Weights, dtype: str, quantisation: Quantisation) -> bool:
-    """Whether the graph has sparse experts in 4 bits: if one `QMoE` is exact for them."""
-    if not export.base.is_sparse or dtype != "fp32" or quantisation.bits != 4:
-        return False
-    if quantisation.kept:
-        layouts = {
-            weights.matrices[name].layout if name in weights.matrices else None for name in expert_arrays(weights)
-        }
-        layout = layouts.pop() if len(layouts) == 1 else None
-        if layout is None or layout.bits != 4:
-            return False
-    from .trace.experts import are_whole
-
-    return are_whole(native_config(export), quantisation.block_size)
-
-
-def _check_kept(kept: Quantisation, dtype, compute, block_size, symmetric, quantise_head, mixed) -> None:
-    """Check the options for a base whose codes stay as they are."""
-    if dtype in BITS and dtype != kept.dtype:
-        raise OnnxError(
-            f"the base is quantised in {kept.dtype} already, and its codes stay as they are: use --dtype {kept.dtype} "
-            "or as-is, or convert the checkpoint that was not quantised"
-        )
-    given = {
-        "--block-size": block_size != 32, "--symmetric": symmetric, "--quantise-head": quantise_head, "--mixed": mixed,
-    }  # fmt: skip
-    for option in (option for option, is_given in given.items() if is_given):
-        raise OnnxError(f"{option} is for a base that is not quantised; the codes of this one stay as they are")
-    if compute not in (None, *DTYPES):
-        raise OnnxError(f"compute {compute!r} must be one of {', '.join(DTYPES)}")
-
-
-def _quantisation(dtype, compute, block_size, symmetric, quantise_head, mixed, text) -> Quantisation | None:
-    if dtype not in BITS:
-        given = {
-            "--compute": compute is not None, "--block-size": block_size != 32, "--symmetric": symmetric,
-            "--quantise-head": quantise_head, "--mixed": mixed, "--text": text is not None,
-        }  # fmt: skip
-        for option in (option for option, is_given in given.items() if is_given):
-            raise OnnxError(f"{option} is for --dtype int4 and int8, not for {dtype}; leave it out")
-        return None
-    if compute not in (None, *DTYPES):
-        raise OnnxError(f"compute {compute!r} must be one of {', '.join(DTYPES)}")
-    if block_size not in BLOCK_SIZES:
-        raise OnnxError(f"block_size {block_size} must be one of {', '.join(map(str, BLOCK_SIZES))}")
-    if mixed and dtype != "int4":
-        raise OnnxError(f"--mixed puts 8 bits in the place of 4, and {dtype} has 8 everywhere; leave it out")
-    return Quantisation(BITS[dtype], block_size, not symmetric, quantise_head, mixed)
-
-
 def _readable(path: str | Path) -> Path:
     path = Path(path).expanduser()
     try:
@@ -271,48 +219,6 @@ def _readable(path: str | Path) -> Path:
     except (OSError, UnicodeDecodeError) as error:
         raise OnnxError(f"cannot read {path} as text ({one_line(error)}); give a file of plain text in UTF-8") from None
     return path
-
-
-def check_installed() -> None:
-    """Raise OnnxError unless the required packages are installed."""
-    missing = [name for name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise OnnxError(f"{missing[0]} is not installed; run `pip install loopexport[onnx]` (or [onnx-cuda])")
-    release = _release("transformers")
-    if release and release < (5,):
-        raise OnnxError(f"ONNX export needs transformers 5 or newer, not {version('transformers')}")
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        release = _release(name)
-        if release and release < OLDEST:
-            raise OnnxError(
-                f"{name} {version(name)} loads a weight once for each place that reads it, or computes attention "
-                f"wrongly; install {release_text(OLDEST)} or newer"
-            )
-
-
-def _check_releases(specs: tuple[LoopSpec, ...], attention: str) -> None:
-    """Check that the installed ONNX Runtime runs the graphs; some releases crash instead of refusing them."""
-    needed = _needed_release(specs, attention)
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        release = _release(name)
-        if release and release < needed:
-            raise OnnxError(
-                f"{name} {version(name)} cannot run a graph of --attention {attention} with kv shared; install "
-                f"{release_text(needed)} or newer, or use --attention portable"
-            )
-
-
-def _needed_release(specs: tuple[LoopSpec, ...], attention: str) -> tuple[int, ...]:
-    """The oldest onnxruntime that runs all graphs."""
-    return max(min_onnxruntime(spec, attention) for spec in specs)
-
-
-def _release(package: str) -> tuple[int, ...] | None:
-    """`(major, minor, patch)` of an installed package; None if it is not installed or has no metadata."""
-    try:
-        return tuple(int(part) for part in re.findall(r"\d+", version(package))[:3])
-    except PackageNotFoundError:
-        return None
 
 
 def _stored_dtype(weights: Weights) -> str:
@@ -396,7 +302,7 @@ def _warnings(plan: OnnxPlan, weights: Weights) -> Iterator[str]:
         yield "attention gqa takes no padded batch, and with a cache it takes several tokens for a single prompt only"
         if dtype == "fp32":
             yield "on CUDA, attention gqa computes in fp16 and bf16 only; this graph is for the CPU"
-        needed = _needed_release(plan.specs, attention)
+        needed = needed_release(plan.specs, attention)
         if needed > OLDEST:
             yield f"attention gqa with kv shared runs on onnxruntime {release_text(needed)} or newer"
     if plan.quantisation is not None:

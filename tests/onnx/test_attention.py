@@ -8,8 +8,7 @@ import pytest
 
 import loopexport
 import loopexport.onnx
-from loopexport.onnx import OnnxModel, build
-from loopexport.onnx import plan as planning
+from loopexport.onnx import OnnxModel, build, requirements
 from support.onnx_graphs import BEYOND_FUSED, LOOPS, MORE_LOOPS, assert_equals_torch
 from support.structure import by_class
 from support.tiny import FAMILIES
@@ -62,8 +61,8 @@ def test_graphs_say_which_onnxruntime_they_need(graph, monkeypatch, options, old
     attention = options["attention"]
     said = [each for each in loopexport.onnx.plan_onnx(root, attention=attention).warnings if oldest in each]
     assert len(said) == (oldest == "1.31")
-    real = planning.version
-    monkeypatch.setattr(planning, "version", lambda name: refused_on if name == "onnxruntime" else real(name))
+    real = requirements.version
+    monkeypatch.setattr(requirements, "version", lambda name: refused_on if name == "onnxruntime" else real(name))
     with pytest.raises(loopexport.LoopExportError, match=f"install {oldest} or newer"):
         loopexport.onnx.plan_onnx(root, attention=attention)
 

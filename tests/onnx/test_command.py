@@ -15,7 +15,7 @@ import torch
 import loopexport
 import loopexport.onnx
 from loopexport.onnx import OnnxModel, build
-from loopexport.onnx.check import TOLERANCES
+from loopexport.onnx.check.comparison import TOLERANCES
 from support.commands import checks, run, sha256, tree
 from support.damage import edit_config, flip_last_byte
 from support.push import edit_manifest

@@ -11,7 +11,7 @@ import torch
 import loopexport
 import loopexport.onnx
 from loopexport.onnx import OnnxModel, build
-from loopexport.onnx.check import TOLERANCES, Scenario, load_torch
+from loopexport.onnx.check.comparison import TOLERANCES, Scenario, load_torch
 from loopexport.onnx.runtime.sampling import Sampling
 from support.commands import run
 from support.onnx_graphs import assert_equals_torch, largest_difference

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 import loopexport
 from loopexport.onnx import OnnxModel
-from loopexport.onnx.check import load_torch
+from loopexport.onnx.check.comparison import load_torch
 from loopexport.onnx.graph.genai import genai_config
 from support.tiny import VOCAB
 

@@ -10,7 +10,7 @@ import loopexport
 import loopexport.onnx
 from loopexport.base import families
 from loopexport.onnx import OnnxModel
-from loopexport.onnx.check import TOLERANCES, load_torch, make_scenarios, run_graph
+from loopexport.onnx.check.comparison import TOLERANCES, load_torch, make_scenarios, run_graph
 from loopexport.onnx.trace.simplify import optimise
 from loopexport.onnx.trace.substitutes import OnnxSubstitutes
 from support.compare import LARGEST

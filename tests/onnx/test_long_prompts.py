@@ -8,7 +8,7 @@ import torch
 
 import loopexport
 from loopexport.onnx import OnnxModel
-from loopexport.onnx.check import load_torch
+from loopexport.onnx.check.comparison import load_torch
 from loopexport.onnx.runtime.prefill import Cuts, find_cuts
 from support.tiny import VOCAB
 

@@ -12,7 +12,7 @@ import pytest
 
 import loopexport
 from loopexport.onnx import OnnxModel
-from loopexport.onnx.check import why_not_run
+from loopexport.onnx.check.comparison import why_not_run
 from loopexport.onnx.runtime import session
 from loopexport.onnx.runtime.directory import find_end_tokens
 from support.commands import run

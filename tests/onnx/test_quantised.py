@@ -11,7 +11,7 @@ import pytest
 import loopexport
 from loopexport.errors import OnnxError
 from loopexport.onnx import build, export_onnx, plan_onnx
-from loopexport.onnx.weights import open_weights
+from loopexport.onnx.weights.source import open_weights
 from support.commands import checks, run
 from support.quantised import as_awq, as_fp8, as_gptq
 from support.tiny import SPAN, save_tiny

@@ -10,7 +10,7 @@ import pytest
 
 import loopexport
 import loopexport.onnx
-from loopexport.onnx import plan as planning
+from loopexport.onnx import requirements
 from support.commands import run, tree
 from support.family_walk import save_tiny_family
 from support.multimodal import save_multimodal
@@ -87,6 +87,6 @@ def test_missing_graph_and_provider_are_told(export, graph):
 
 
 def test_old_runtimes_that_hold_shared_weights_several_times_are_refused(export, monkeypatch):
-    real = planning.version
-    monkeypatch.setattr(planning, "version", lambda name: "1.22.1" if name == "onnxruntime" else real(name))
+    real = requirements.version
+    monkeypatch.setattr(requirements, "version", lambda name: "1.22.1" if name == "onnxruntime" else real(name))
     assert "onnxruntime 1.22.1 loads a weight once for each place" in run("onnx", export).stderr

@@ -15,7 +15,7 @@ from loopexport.export.check import Check
 from loopexport.export.manifest import OnnxRecord
 from loopexport.files.json_text import json_text
 from loopexport.onnx import OnnxModel
-from loopexport.onnx.check import _compare, _text_tokens, make_scenarios
+from loopexport.onnx.check.comparison import _compare, _text_tokens, make_scenarios
 from loopexport.onnx.runtime.prompts import load_tokenizer
 from loopexport.onnx.runtime.sampling import Sampling
 from support.commands import run
@@ -37,8 +37,8 @@ def test_logits_that_are_no_numbers_are_a_failure(monkeypatch, both):
     scenario = make_scenarios(VOCAB, SimpleNamespace(is_identity=True))[0]
     numbers = np.ones((2, 10, 4), np.float32)
     broken = np.where(np.arange(4) == 2, np.nan, numbers)
-    monkeypatch.setattr("loopexport.onnx.check.run_graph", lambda *_: broken)
-    monkeypatch.setattr("loopexport.onnx.check.run_torch", lambda *_: broken if both else numbers)
+    monkeypatch.setattr("loopexport.onnx.check.comparison.run_graph", lambda *_: broken)
+    monkeypatch.setattr("loopexport.onnx.check.comparison.run_torch", lambda *_: broken if both else numbers)
     assert _compare(None, None, scenario, 1.0).passed is False
 
 

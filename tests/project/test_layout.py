@@ -37,13 +37,19 @@ ROOMS = {
     "__main__": {"cli"},
 }
 ONNX_ROOMS = {
-    "trace": set(),
+    "weights": set(),
     "runtime": set(),
-    "graph": {"trace", "runtime", "limits"},
     "limits": set(),
-    "plan": {"graph", "trace", "runtime", "limits", "build"},  # `plan.apply()` calls what carries it out
-    "check": {"graph", "trace", "runtime", "limits", "plan"},
-    "build": {"graph", "trace", "runtime", "limits", "plan", "check"},
+    "trace": {"weights"},
+    "quantise": {"trace", "weights"},
+    "graph": {"quantise", "trace", "weights", "limits"},
+    "check": {"graph", "quantise", "trace", "weights", "runtime"},
+    "requirements": {"graph"},
+    "plan": {"quantise", "trace", "weights", "graph", "runtime", "limits", "requirements", "data_files", "build"},
+    "data_files": set(),
+    "assemble": {"graph", "quantise", "trace", "weights", "plan"},
+    "genai_files": {"graph", "plan"},
+    "build": {"assemble", "genai_files", "data_files", "plan", "check", "graph", "weights", "runtime"},
 }
 
 

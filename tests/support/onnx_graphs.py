@@ -7,7 +7,7 @@ import numpy as np
 import loopexport
 import loopexport.onnx
 from loopexport.onnx import OnnxModel
-from loopexport.onnx.check import TOLERANCES, load_torch, make_scenarios, run_graph, run_torch
+from loopexport.onnx.check.comparison import TOLERANCES, load_torch, make_scenarios, run_graph, run_torch
 from support.compare import LARGEST
 from support.tiny import VOCAB
 

@@ -49,7 +49,7 @@ from loopexport.cli.output import echo_note, echo_piece
 @click.option("--chat/--no-chat", default=None, help="Use the chat template.  [default: if there is one]")
 def run(directory, prompt, file, provider, max_new_tokens, prefill_chunk, chat, **sampling) -> None:
     """Answer PROMPT with the ONNX graph in DIRECTORY, in ONNX Runtime."""
-    from loopexport.onnx.plan import check_installed
+    from loopexport.onnx.requirements import check_installed
     from loopexport.onnx.runtime.model import OnnxModel
     from loopexport.onnx.runtime.sampling import Sampling
 

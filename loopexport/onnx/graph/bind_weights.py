@@ -17,7 +17,7 @@ from loopexport.onnx.quantise.matrices import MatrixPart, SourceReader
 from loopexport.onnx.trace.nodes import int_constant
 from loopexport.onnx.trace.recipes import Recipe
 from loopexport.onnx.trace.skeleton import STORED_DTYPES
-from loopexport.onnx.weights import Weights
+from loopexport.onnx.weights.source import Weights
 
 IR_DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "I64": ir.DataType.INT64,

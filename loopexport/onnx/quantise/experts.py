@@ -17,11 +17,11 @@ import onnx_ir as ir
 from loopexport.onnx.trace.experts import DOMAIN, EXPERTS
 from loopexport.onnx.trace.nodes import int_constant, replace_value
 from loopexport.onnx.trace.recipes import Recipe
-from loopexport.onnx.weights import Weights
+from loopexport.onnx.weights.blocks import QuantisedMatrix
+from loopexport.onnx.weights.source import Weights
 
-from .blocks import QuantisedMatrix
+from .kept_codes import StoredSource
 from .matrices import MatrixPart, MatrixSource
-from .stored_source import StoredSource
 
 BITS = 4
 MIN_ONNXRUNTIME = "1.25"  # the first release whose `QMoE` takes the weights of the chosen experts

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from loopexport.onnx.trace.recipes import Recipe
-from loopexport.onnx.weights import Weights
-
-from .blocks import QuantisedMatrix, quantise_matrix
+from loopexport.onnx.weights.blocks import QuantisedMatrix, quantise_matrix
+from loopexport.onnx.weights.source import Weights
 
 if TYPE_CHECKING:
-    from .blocks import PackedMatrix
+    from loopexport.onnx.weights.blocks import PackedMatrix
 
 
 def uncast(recipe: Recipe) -> Recipe:

@@ -24,15 +24,15 @@ from loopexport.export.quantisation import HEAD_BITS, Quantisation
 from loopexport.onnx.trace.nodes import replace_value
 from loopexport.onnx.trace.recipes import Recipe
 from loopexport.onnx.trace.tracer import Traced
-from loopexport.onnx.weights import Weights
+from loopexport.onnx.weights.source import Weights
 from loopexport.templates.looped_routing import Routers
 
 from .experts import BITS as EXPERT_BITS
 from .experts import quantise_experts
+from .kept_codes import StoredSource, stored_layout
 from .matrices import MatrixPart, MatrixSource, uncast
 from .sensitive import is_sensitive
 from .size import MIN_ROWS
-from .stored_source import StoredSource, stored_layout
 
 DOMAIN, PRODUCT, LOOK_UP = "com.microsoft", "MatMulNBits", "GatherBlockQuantized"
 

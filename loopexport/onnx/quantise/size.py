@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from loopexport.base.tensor_names import EMBEDDING, HEAD, is_tower, layer_of
 from loopexport.export.quantisation import HEAD_BITS, Quantisation
-from loopexport.onnx.weights import Weights
+from loopexport.onnx.weights.source import Weights
 
 from .sensitive import is_sensitive
 

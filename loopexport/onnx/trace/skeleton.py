@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from loopexport.errors import OnnxError
-from loopexport.onnx.weights import Weights
+from loopexport.onnx.weights.source import Weights
 
 from .recipes import Recipe, Recorder
 

@@ -12,10 +12,11 @@ import pytest
 
 import loopexport
 from loopexport.export.quantisation import Quantisation
-from loopexport.onnx import OnnxModel, build, check, export_onnx, plan_onnx
-from loopexport.onnx.check import AS_RUN, check_graph, load_torch
-from loopexport.onnx.quantise.cost import PROSE
-from loopexport.onnx.quantise.dequantised import in_full_precision
+from loopexport.onnx import OnnxModel, build, export_onnx, plan_onnx
+from loopexport.onnx.check import comparison
+from loopexport.onnx.check.comparison import AS_RUN, check_graph, load_torch
+from loopexport.onnx.check.cost import PROSE
+from loopexport.onnx.check.dequantised import in_full_precision
 from loopexport.onnx.quantise.sensitive import is_sensitive
 from support.commands import checks, run
 from support.damage import edit_config
@@ -179,14 +180,14 @@ def test_rounded_activations_that_go_astray_do_not_pass(export, monkeypatch):
     """The graph as it runs is compared too, not only its copy in full precision."""
     ours, spec = OnnxModel(export, "model_q4.onnx"), loopexport.open_export(export).spec
     exact, forward = in_full_precision(ours), ours.forward
-    monkeypatch.setattr(check, "in_full_precision", lambda model: exact)
+    monkeypatch.setattr(comparison, "in_full_precision", lambda model: exact)
 
     def astray(*inputs):
         logits, cache = forward(*inputs)
         return -logits, cache
 
     ours.forward = astray
-    found = check.compare(ours, load_torch(export, spec.steps), spec, "fp32", "portable")
+    found = comparison.compare(ours, load_torch(export, spec.steps), spec, "fp32", "portable")
     assert [each.name for each in found if not each.passed] == [AS_RUN]
 
 

@@ -14,8 +14,8 @@ from loopexport.export.check import Check
 from loopexport.export.directory import open_export
 from loopexport.export.manifest import OnnxRecord
 from loopexport.loop.spec import LoopSpec
-from loopexport.onnx.quantise.dequantised import dequantised, has_short_activations, in_full_precision
-from loopexport.onnx.quantise.stored_torch import load_dequantised
+from loopexport.onnx.check.dequantised import dequantised, has_short_activations, in_full_precision
+from loopexport.onnx.check.torch_model import load_dequantised
 from loopexport.onnx.runtime.model import OnnxModel
 from loopexport.onnx.runtime.session import cuda_problem
 from loopexport.onnx.trace.skeleton import quiet_loading

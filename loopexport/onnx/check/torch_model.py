@@ -8,9 +8,8 @@ import torch
 
 from loopexport.export.directory import Export
 from loopexport.onnx.trace.skeleton import quiet_loading
-from loopexport.onnx.weights import open_weights
-
-from .stored_scheme import without_quantiser
+from loopexport.onnx.weights.source import open_weights
+from loopexport.onnx.weights.stored_scheme import without_quantiser
 
 
 def load_dequantised(export: Export, steps: int) -> Any:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from loopexport.onnx.quantise.blocks import quantise_matrix
+from loopexport.onnx.weights.blocks import quantise_matrix
 
 SHAPES = {"whole blocks": (5, 64), "an odd number of blocks": (6, 96), "a short last block": (7, 75), "short": (3, 9)}
 

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from loopexport.onnx.trace.recipes import Recipe
-from loopexport.onnx.weights import Weights
-
-from .blocks import QuantisedMatrix
-from .stored_matrices import Layout
+from loopexport.onnx.weights.blocks import QuantisedMatrix
+from loopexport.onnx.weights.source import Weights
+from loopexport.onnx.weights.stored_matrices import Layout
 
 # Operators that move rows and change no number. Blocks lie in rows, so they do the same to codes and to scales.
 MOVES_ROWS = frozenset(("stack", "cat", "slice", "select", "split", "split_with_sizes", "unsqueeze", "squeeze"))

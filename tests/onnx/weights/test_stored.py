@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from loopexport.base.checkpoint import open_checkpoint
 from loopexport.errors import OnnxError
 from loopexport.export.quantisation import BLOCK_SIZES
-from loopexport.onnx.quantise.stored_scheme import read_scheme
-from loopexport.onnx.weights import Weights
+from loopexport.onnx.weights.source import Weights
+from loopexport.onnx.weights.stored_scheme import read_scheme
 from support.quantised import GROUP, as_awq, as_fp8, as_gptq, by_compressed_tensors, restored
 from support.tiny import save_tiny
 
@@ -121,9 +121,9 @@ def test_fp8_is_read_as_transformers_does(base, tmp_path):
 
 
 def test_short_last_blocks_of_fp8_have_their_own_scales():
-    from loopexport.onnx.quantise.stored_matrices import StoredMatrix
-    from loopexport.onnx.quantise.stored_scheme import Scheme
-    from loopexport.onnx.quantise.stored_values import read_floats
+    from loopexport.onnx.weights.stored_matrices import StoredMatrix
+    from loopexport.onnx.weights.stored_scheme import Scheme
+    from loopexport.onnx.weights.stored_values import read_floats
 
     stored = {"codes": torch.ones(5, 7).to(torch.float8_e4m3fn), "scales": torch.arange(1.0, 7).reshape(2, 3)}
     matrix = StoredMatrix("w", "float", (5, 7), {"codes": "codes", "scales": "scales"})
@@ -137,7 +137,7 @@ def test_short_last_blocks_of_fp8_have_their_own_scales():
     [(32, 96, 32, 1), (512, 1024, 256, 2), (96, 192, 32, 3), (1024, 1024, 128, 0), (75, 75, 16, 0), (48, 96, 16, 3)],
 )
 def test_a_group_is_a_whole_number_of_blocks(group, columns, block, repeats):
-    from loopexport.onnx.quantise.stored_matrices import _layout
+    from loopexport.onnx.weights.stored_matrices import _layout
 
     layout = _layout("m", 4, group, columns, True)
     assert (layout.block_size, layout.repeats) == (block, repeats)

@@ -18,11 +18,10 @@ import torch
 
 from loopexport.export.quantisation import read_quantisation
 from loopexport.onnx.graph.bind_weights import TORCH_DTYPES
+from loopexport.onnx.quantise.matrices import MatrixSource
+from loopexport.onnx.quantise.nodes import DOMAIN, PRODUCT
 from loopexport.onnx.runtime.model import OnnxModel
 from loopexport.onnx.trace.recipes import Recipe
-
-from .matrices import MatrixSource
-from .nodes import DOMAIN, PRODUCT
 
 # Places of the codes, which scales follow, and of the zero points, among the inputs of a node.
 _ARRAYS = {PRODUCT: ((1, 3),), "QMoE": ((2, 11), (5, 12))}

@@ -10,13 +10,13 @@ from loopexport.base.checkpoint import Checkpoint
 from loopexport.base.safetensors_header import Tensor
 from loopexport.export.directory import Export
 
-from .quantise.stored_matrices import StoredMatrix, companions, find_matrices
-from .quantise.stored_scheme import Scheme, read_scheme
+from .stored_matrices import StoredMatrix, companions, find_matrices
+from .stored_scheme import Scheme, read_scheme
 
 if TYPE_CHECKING:
     import torch
 
-    from loopexport.onnx.quantise.blocks import QuantisedMatrix
+    from loopexport.onnx.weights.blocks import QuantisedMatrix
 
 
 class Weights:
@@ -74,7 +74,7 @@ class Weights:
 
     def quantised(self, name: str) -> QuantisedMatrix | None:
         """The matrix in the codes of the checkpoint; None if it stores plain numbers or floats in 8 bits."""
-        from .quantise.stored_values import read_codes
+        from .stored_values import read_codes
 
         matrix = self.matrices.get(name)
         if matrix is None or matrix.layout is None:
@@ -83,7 +83,7 @@ class Weights:
         return read_codes(matrix, self.scheme, self._stored)
 
     def _floats(self, name: str) -> torch.Tensor:
-        from .quantise.stored_values import read_floats
+        from .stored_values import read_floats
 
         assert self.scheme is not None
         return read_floats(self.matrices[name], self.scheme, self._stored)

@@ -1,0 +1,1 @@
+"""Compare graphs with torch: whether they are exact, and what quantising costs."""
