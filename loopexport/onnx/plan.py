@@ -271,13 +271,13 @@ def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Pat
 
 
 def _warnings(export: Export, dtype: str, attention: str, specs: tuple[LoopSpec, ...]) -> Iterator[str]:
-    import onnxruntime
+    from loopexport.onnx.runtime.session import cuda_problem
 
     model_type = export.base.config["model_type"]
     status, reason = onnx_outcome(model_type)
     if status == "refused":
         yield f"a tiny model of family {model_type!r} could not be exported: {reason}"
-    if dtype == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if dtype == "bf16" and cuda_problem():
         yield (
             "ONNX Runtime computes in bf16 on CUDA only, so the graph can be neither verified nor run here; "
             "for the CPU use --dtype fp32 or fp16"
