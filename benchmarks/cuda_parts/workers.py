@@ -49,7 +49,7 @@ def side_by_side(jobs: Mapping[str, Job], workers: int) -> Iterator[Result]:
 def _start(name: str, job: Job):
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(name, job, theirs), daemon=True)
+    process = context.Process(target=_work, args=(name, job, theirs))
     process.start()
     theirs.close()  # so that its end is seen here
     return ours, process
@@ -58,6 +58,6 @@ def _start(name: str, job: Job):
 def _work(name: str, job: Job, results: Connection) -> None:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # threads of several workers would wait for each other's cores
     for result in attempt_all(name, job):
         results.send(result)
