@@ -9,8 +9,8 @@ const TRANSFORMERS = "https://cdn.jsdelivr.net/npm/@huggingface/transformers@4.3
 const HUB = "https://huggingface.co/";
 const REPOSITORY = /^[\w.-]+\/[\w.-]+$/;
 const MIB = 2 ** 20;
-// Formats of graphs, the best first, on a GPU and on a CPU. A GPU without fp16 runs no graph in fp16; a CPU runs plain ones.
-const ORDER = { webgpu: ["q4f16", "q4", "fp16", "int8f16", "int8", "fp32"], wasm: ["q4", "int8", "fp32"] };
+// Formats of graphs, the best first, on a GPU and on a CPU, where ONNX Runtime's int4 and int8 are slower than fp32. A GPU without fp16 runs no graph in fp16; a CPU runs plain ones.
+const ORDER = { webgpu: ["q4f16", "q4", "fp16", "int8f16", "int8", "fp32"], wasm: ["fp32", "int8", "q4"] };
 
 class Advice extends Error {} // an error whose message says what to do
 
