@@ -9,8 +9,8 @@ const TRANSFORMERS = "https://cdn.jsdelivr.net/npm/@huggingface/transformers@4.3
 const HUB = "https://huggingface.co/";
 const REPOSITORY = /^[\w.-]+\/[\w.-]+$/;
 const MIB = 2 ** 20;
-// Formats of graphs, the best first, on a GPU and on a CPU. Numbers in fp16 need a GPU that has them.
-const ORDER = { webgpu: ["q4f16", "q4", "fp16", "int8f16", "int8", "fp32"], wasm: ["q4", "int8", "fp32"] };
+// Formats of graphs, the best first, on a GPU and on a CPU, where ONNX Runtime's int4 and int8 are slower than fp32. A GPU without fp16 runs no graph in fp16; a CPU runs plain ones.
+const ORDER = { webgpu: ["q4f16", "q4", "fp16", "int8f16", "int8", "fp32"], wasm: ["fp32", "int8", "q4"] };
 
 class Advice extends Error {} // an error whose message says what to do
 
@@ -103,7 +103,7 @@ function usable_graphs(manifest, { device, fp16 }) {
       data: record.data,
       bytes: record.data.reduce((sum, name) => sum + (sizes[name]?.size ?? 0), record.size),
     }))
-    .filter(({ format }) => ORDER.webgpu.includes(format) && (fp16 || !format.endsWith("f16")) && (fp16 || device === "wasm" || format !== "fp16"));
+    .filter(({ format }) => ORDER.webgpu.includes(format) && (fp16 || !format.endsWith("16") || (device === "wasm" && format === "fp16")));
   if (!graphs.length) {
     const there = records.map(([file, record]) => `${file} (${record.dtype}, ${record.attention})`).join(", ");
     throw new Advice(`This browser runs none of the graphs: ${there}. Write others: loopexport onnx DIRECTORY --steps 1,2,4,8 --dtype fp32`);
