@@ -12,6 +12,7 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bench_onnx import MANY, in_turn
 from measure import ratio
@@ -31,7 +32,7 @@ def export(root: Path, dtype: str, options) -> tuple[dict[int, str], float]:
     """The graphs of K = 1 and K = 6 by K, and the bytes of data after both / after the first."""
     before = data_bytes(root)
     names, sizes = {}, []
-    more = {"quantise_head": options.quantise_head} if dtype != "fp32" else {}
+    more: dict[str, Any] = {"quantise_head": options.quantise_head} if dtype != "fp32" else {}
     for steps in (1, MANY):
         plan = plan_onnx(root, steps=(steps,), dtype=dtype, attention=options.attention, **more)
         plan.apply(verify=False)

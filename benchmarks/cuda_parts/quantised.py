@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import loopexport
 from loopexport.choices import OnnxDtype
@@ -45,5 +45,5 @@ def _speed(work: Path, scale: Scale) -> Iterator[Result]:
     yield from graphs(root, ratio, scale, attention="gqa", dtype="int4", **_compute(scale))
 
 
-def _compute(scale: Scale) -> dict[str, str]:
+def _compute(scale: Scale) -> dict[str, Any]:
     return {"compute": "fp16"} if scale.device == "cuda" else {}

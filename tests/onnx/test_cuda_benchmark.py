@@ -51,16 +51,26 @@ def test_shared_read_is_as_exact_as_the_natural_pass(monkeypatch, damage, status
     assert {each["status"] for each in results} == {status}, results
 
 
-@pytest.mark.parametrize(("factor", "status"), [(1.0, "passed"), (1.1, "failed")])
-def test_graph_is_as_exact_as_torch(monkeypatch, factor, status):
+def test_graph_is_as_exact_as_torch_and_a_wrong_one_fails(monkeypatch):
     from cuda_parts import onnx_exactness
     from cuda_parts.scale import REHEARSAL
 
-    graph_logits = onnx_exactness.graph_logits
-    monkeypatch.setattr(onnx_exactness, "graph_logits", lambda *options: factor * graph_logits(*options))
-    (result,) = onnx_exactness.exact_as_torch(REHEARSAL, (("qwen3", "gqa"),), ("shared",))
-    assert result["status"] == status, result
+    written, write_graph, graph_logits = [], onnx_exactness.write_graph, onnx_exactness.graph_logits
+
+    def write_once(*options):
+        written[:] = written or [write_graph(*options)]
+        return written[0]
+
+    def run():
+        (result,) = onnx_exactness.exact_as_torch(REHEARSAL, (("qwen3", "gqa"),), ("shared",))
+        return result
+
+    monkeypatch.setattr(onnx_exactness, "write_graph", write_once)
+    result = run()
+    assert result["status"] == "passed", result
     assert result["torch"] > 0
+    monkeypatch.setattr(onnx_exactness, "graph_logits", lambda *options: 1.1 * graph_logits(*options))
+    assert run()["status"] == "failed"
 
 
 def test_graphs_of_two_loops_are_timed_and_their_nodes_counted(tmp_path):
