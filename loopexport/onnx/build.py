@@ -99,7 +99,7 @@ def export_onnx(
         out: where to write a copy of the export with the graphs; None writes them into the export itself.
         steps: one graph for each K; None for the export's own K.
         dtype: the number format of the weights; "as-is" keeps the stored one and writes no weights.
-        attention: "portable", or "gqa": faster, but without padded batches.
+        attention: "portable", or "gqa": faster and smaller, but only `OnnxModel` gives it padded batches.
         compute: the number format of everything else, with int4 and int8; None for "fp32".
         block_size: with int4 and int8: inputs of one output that share a scale.
         symmetric: with int4 and int8: no zero points.

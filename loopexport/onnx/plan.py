@@ -159,7 +159,7 @@ def plan_onnx(
         out: where to write a copy of the export with the graphs; None writes them into the export itself.
         steps: one graph for each K; None for the export's own K.
         dtype: the number format of the weights; "as-is" keeps the stored one and writes no weights.
-        attention: "portable", or "gqa": faster, but without padded batches.
+        attention: "portable", or "gqa": faster and smaller, but only `OnnxModel` gives it padded batches.
         compute: the number format of everything else, with int4 and int8; None for "fp32".
         block_size: with int4 and int8: inputs of one output that share a scale.
         symmetric: with int4 and int8: no zero points.
@@ -299,7 +299,10 @@ def _warnings(plan: OnnxPlan, weights: Weights) -> Iterator[str]:
             "for the CPU use --dtype fp32 or fp16"
         )
     if attention == "gqa":
-        yield "attention gqa takes no padded batch, and with a cache it takes several tokens for a single prompt only"
+        yield (
+            "attention gqa takes no left padding (OnnxModel.generate and stream pad right), and with a cache it takes "
+            "several tokens for a single prompt only"
+        )
         if dtype == "fp32":
             yield "on CUDA, attention gqa computes in fp16 and bf16 only; this graph is for the CPU"
         needed = needed_release(plan.specs, attention)
