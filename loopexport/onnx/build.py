@@ -20,7 +20,7 @@ from loopexport.export.directory import Export, open_export
 from loopexport.export.manifest import MANIFEST, OnnxRecord
 from loopexport.export.onnx_files import FILES as ONNX_FILES
 from loopexport.export.onnx_files import GENAI_CONFIG
-from loopexport.export.quantisation import Cost, Divergence
+from loopexport.export.quantisation import Cost
 from loopexport.export.small_files import read_file
 from loopexport.export.stale_graphs import loop_difference
 from loopexport.files.digests import Progress, bytes_sha256, file_xxh3
@@ -34,7 +34,7 @@ from loopexport.loop.spec import LoopSpec, make_spec
 from loopexport.onnx.graph.genai import genai_config, genai_graph
 from loopexport.onnx.graph.positions import max_positions
 
-from .data_files import LAYOUT, holds_the_weights
+from .data_files import LAYOUT, holds_the_weights, is_intact
 from .plan import OnnxPlan, Say, native_config, plan_onnx
 from .weights import open_weights
 
@@ -168,7 +168,7 @@ def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Pr
         costs: dict[str, Cost] | str = {}
         if plan.quantisation is not None:
             build = partial(build_graph, plan, export, skeleton, traced, layout=layout)
-            costs = _measure(plan, root, build, files, say) if verify else "verification was switched off"
+            costs = _measured(plan, root, build, files, say) if verify else "verification was switched off"
             records |= _with_costs(records, costs)
         for name in plan.graphs:
             files.move_in(name)
@@ -179,32 +179,16 @@ def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Pr
     return OnnxOutcome(root, checks, True, known, why)
 
 
-def _measure(plan: OnnxPlan, root: Path, build, files: StagedFiles, say: Say) -> dict[str, Cost] | str:
-    """What quantising costs in each graph; why it was not measured, where it cannot be."""
-    from .check import load_torch, why_not_run
-    from .quantise.cost import divergence, read_text
-    from .runtime.model import OnnxModel
+def _measured(plan: OnnxPlan, root: Path, build, files: StagedFiles, say: Say) -> dict[str, Cost] | str:
+    from .measure import measure_costs
 
-    reason = why_not_run(plan.dtype)
-    if reason:
-        return reason
-    base = replace(plan.specs[0], steps=1, schedule=None, damping=None)
-    base_name = plan.graph_name(1)
-    if base_name not in plan.graphs:
-        _save(build(base), files.partial(base_name))
+    def path_of(name: str, spec: LoopSpec) -> Path:
+        path = files.partial(name)
+        if path.stat().st_size == 0:  # the base's graph, which is not in the plan, and does not stay
+            _save(build(spec), path)
+        return path
 
-    def open_graph(name: str) -> OnnxModel:
-        return OnnxModel(root, files.partial(name).name)
-
-    text = read_text(open_graph(base_name), plan.text)
-    if isinstance(text, str):
-        return text
-    plain = load_torch(root, 1)
-    found: dict[str, Divergence] = {}
-    for name, spec in {base_name: base, **plan.graphs}.items():
-        say(f"measuring what quantising costs: {name}, {text.tokens.size:,} tokens")
-        found[name] = divergence(open_graph(name), plain, spec, text)
-    return {name: Cost(text.name, int(text.tokens.size), found[base_name], found[name]) for name in plan.graphs}
+    return measure_costs(plan, root, path_of, say)
 
 
 def _with_costs(records: dict[str, OnnxRecord], costs: dict[str, Cost] | str) -> dict[str, OnnxRecord]:
@@ -311,7 +295,7 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedF
     path = export.root / plan.data
     layout, size = file_layout(traced.model, skeleton.recipes)
     known = export.manifest.onnx.get(plan.data)
-    if known is not None and holds_the_weights(known, plan) and _is_intact(path, size, known):
+    if known is not None and holds_the_weights(known, plan) and is_intact(path, size, known):
         return layout, known
     check_space(path, size, remedy="use --out")
     dtypes: Any = {value.name: value.dtype for value in traced.model.graph.inputs}
@@ -319,15 +303,7 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedF
         write_file(files.partial(plan.data), layout, skeleton.recipes, open_weights(export), dtypes, progress)
     files.move_in(plan.data)
     digest = file_xxh3(path)
-    return layout, OnnxRecord(size, xxh3_128=digest, layout=LAYOUT, quantised=_quantised(plan))
-
-
-def _is_intact(path: Path, size: int, record: OnnxRecord) -> bool:
-    return path.is_file() and path.stat().st_size == size and file_xxh3(path) == record.xxh3_128
-
-
-def _quantised(plan: OnnxPlan) -> dict | None:
-    return None if plan.quantisation is None else plan.quantisation.to_dict()
+    return layout, OnnxRecord(size, xxh3_128=digest, layout=LAYOUT, quantised=plan.quantised)
 
 
 def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Check]:
@@ -349,7 +325,7 @@ def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: lis
         steps=spec.steps,
         dtype=plan.dtype,
         attention=plan.attention,
-        quantised=_quantised(plan),
+        quantised=plan.quantised,
         spec=_loop_fields(spec),
         data=tuple(sorted({location for location, _ in stored_bytes(model)})),
         difference=max(differences, default=None),

@@ -14,6 +14,7 @@ import loopexport
 from loopexport import choices, errors
 from loopexport.cli.text import MARKS, TRAVEL
 from loopexport.export.onnx_files import DTYPES
+from loopexport.export.quantisation import BITS
 from loopexport.export.weights import METHODS as WEIGHTS
 from loopexport.loop.spec import DECODE_MODES, KV_POLICIES, MODES, RULES, SPEC_KEYS
 from loopexport.onnx.plan import ATTENTION_LAYOUTS
@@ -142,11 +143,12 @@ def test_types_of_choices_have_the_words_that_are_checked():
         choices.RuleName: tuple(RULES),
         choices.Weights: WEIGHTS,
         choices.Attention: ATTENTION_LAYOUTS,
+        choices.Compute: DTYPES,
         choices.Provider: ("auto", *PROVIDERS),
     }
     for kind, allowed in words.items():
         assert sorted(get_args(kind)) == sorted(allowed)
-    assert sorted(get_args(choices.OnnxDtype)) == sorted(("as-is", *DTYPES))
+    assert sorted(get_args(choices.OnnxDtype)) == sorted(("as-is", *DTYPES, *BITS))
     assert set(get_args(choices.Placement)) == set(WEIGHTS) - {"none"}
 
 

@@ -39,12 +39,18 @@ ROOMS = {
 ONNX_ROOMS = {
     "trace": set(),
     "runtime": set(),
-    "graph": {"trace", "runtime", "limits"},
+    "weights": {"quantise"},
+    "quantise": {"trace", "runtime", "weights"},
+    "graph": {"trace", "runtime", "limits", "quantise", "weights"},
     "limits": set(),
-    "plan": {"graph", "trace", "runtime", "limits", "build"},  # `plan.apply()` calls what carries it out
-    "check": {"graph", "trace", "runtime", "limits", "plan"},
-    "build": {"graph", "trace", "runtime", "limits", "plan", "check"},
-}
+    "data_files": set(),
+    "plan": {"graph", "trace", "runtime", "limits", "quantise", "data_files", "build"},  # `plan.apply()` calls `build`
+    "check": {"graph", "trace", "runtime", "limits", "quantise", "plan"},
+    "measure": {"runtime", "quantise", "plan", "check"},
+    "build": {
+        "graph", "trace", "runtime", "limits", "quantise", "weights", "data_files", "plan", "check", "measure"
+    },
+}  # fmt: skip
 
 
 def imports_of(path: Path) -> set[str]:

@@ -15,12 +15,11 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from loopexport.onnx.graph.bind_weights import TORCH_DTYPES
 from loopexport.onnx.runtime.model import OnnxModel
 from loopexport.onnx.trace.recipes import Recipe
 
 from .matrices import MatrixSource
-from .nodes import DOMAIN, PRODUCT
+from .nodes import DOMAIN, PRODUCT, SCALE_TYPES
 
 EXACT_LEVEL = 1  # of `accuracy_level`: activations in fp32
 
@@ -87,7 +86,6 @@ def _dequantised(model: Any, name: str, node: ir.Node) -> torch.Tensor:
 
     scales = node.inputs[2]
     assert scales is not None
-    assert scales.dtype is not None
     is_out_first = not isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
     source = MatrixSource(
         Recipe(name),
@@ -95,7 +93,7 @@ def _dequantised(model: Any, name: str, node: ir.Node) -> torch.Tensor:
         node.attributes["bits"].as_int(),
         node.attributes["block_size"].as_int(),
         len(node.inputs) > 3 and node.inputs[3] is not None,
-        TORCH_DTYPES[scales.dtype],
+        next(dtype for dtype, kind in SCALE_TYPES.items() if kind == scales.dtype),
     )
     values = torch.from_numpy(source.quantise(model.get_parameter(name).detach()).dequantise())
     return values if is_out_first else values.T
