@@ -318,7 +318,8 @@ def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Chec
 def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: list[Check] | None) -> OnnxRecord:
     from loopexport.onnx.graph.bind_weights import stored_bytes
 
-    differences = [check.difference for check in checks or [] if check.difference is not None]
+    from .check import largest_difference
+
     return OnnxRecord(
         size=path.stat().st_size,
         sha256=bytes_sha256(path.read_bytes()),
@@ -328,7 +329,7 @@ def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: lis
         quantised=plan.quantised,
         spec=_loop_fields(spec),
         data=tuple(sorted({location for location, _ in stored_bytes(model)})),
-        difference=max(differences, default=None),
+        difference=largest_difference(checks or []),
     )
 
 
