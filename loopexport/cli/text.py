@@ -97,7 +97,7 @@ def export_lines(export: Export) -> list[str]:
         f"Written  by LoopExport {export.manifest.loopexport}",
         *([f"Edited   since: {_edits(export)}"] if export.edited else []),
         *(
-            f"ONNX     {name}: K = {record.steps}, {record.dtype_text}, attention {record.attention}"
+            f"ONNX     {name}: K = {record.steps}, {record.dtype}{record.quantised_text}, attention {record.attention}"
             for name, record in export.manifest.onnx.items()
             if record.steps is not None
         ),
@@ -169,7 +169,7 @@ def _graph_text(spec: LoopSpec) -> str:
 def onnx_outcome_lines(plan: OnnxPlan, outcome: OnnxOutcome) -> list[str]:
     """The lines of an ONNX export's result: each check, and where the graphs are."""
     lines = [f"{name}: {line}" for name, checks in outcome.checks.items() for line in check_lines(checks)]
-    lines += [f"{name}: quantising costs, {cost.words}" for name, cost in outcome.costs.items()]
+    lines += [f"{name}: quantising costs, {cost.words(cost.text)}" for name, cost in outcome.costs.items()]
     lines += [f"What quantising costs was not measured: {outcome.not_measured}"] if outcome.not_measured else []
     names = ", ".join(plan.graphs)
     return [*lines, f"Wrote {names} to {outcome.root}" if outcome.written else f"{names} not kept: a check failed"]

@@ -136,7 +136,7 @@ def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) 
 
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
     rows = [
-        f"| {markdown_code(name)} | {record.steps} | {markdown_text(record.dtype_text)} | "
+        f"| {markdown_code(name)} | {record.steps} | {markdown_text(record.dtype or '')}{record.quantised_text} | "
         f"{markdown_text(record.attention or '')} | {_data_text(record)} |"
         for name, record in sorted(graphs.items())
     ]
@@ -146,7 +146,11 @@ def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
 def _cost_lines(graphs: Mapping[str, OnnxRecord]) -> list[str]:
     """What quantising costs in each graph, as a list; nothing if it was not measured."""
     costs = {name: read_cost(record.cost) for name, record in sorted(graphs.items())}
-    lines = [f"- {markdown_code(name)} {markdown_text(cost.words)}" for name, cost in costs.items() if cost is not None]
+    lines = [
+        f"- {markdown_code(name)}, {cost.words(markdown_text(cost.text))}"
+        for name, cost in costs.items()
+        if cost is not None
+    ]
     return [_COSTS, *lines, ""] if lines else []
 
 

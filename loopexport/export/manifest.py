@@ -84,10 +84,9 @@ class OnnxRecord:
         return read_quantisation(self.quantised)
 
     @property
-    def dtype_text(self) -> str:
-        """The dtype that a graph computes in, and how its weights are quantised, in a few words."""
-        quantised = "" if self.quantisation is None else f", weights in {self.quantisation.words}"
-        return f"{self.dtype}{quantised}"
+    def quantised_text(self) -> str:
+        """How the weights are quantised, to follow the dtype of the graph; empty for plain ones."""
+        return "" if self.quantisation is None else f", weights in {self.quantisation.words}"
 
 
 @dataclass(frozen=True)

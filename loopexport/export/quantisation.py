@@ -106,11 +106,10 @@ class Cost:
     base: Divergence
     loop: Divergence
 
-    @property
-    def words(self) -> str:
-        """In a sentence."""
+    def words(self, text: str) -> str:
+        """In a sentence; `text` is the name of the text, escaped for where the sentence stands."""
         return (
-            f"on {self.tokens:,} tokens of {self.text}: KL {self.loop.nats:.3g} nats a token, the same likeliest token "
+            f"on {self.tokens:,} tokens of {text}: KL {self.loop.nats:.3g} nats a token, the same likeliest token "
             f"after {self.loop.agreement:.1%} (the base: {self.base.nats:.3g}, {self.base.agreement:.1%})"
         )
 

@@ -29,7 +29,7 @@ from loopexport.files.staging import explain_os_errors
 from loopexport.loop.spec import LoopSpec
 
 from .assemble import build_graph, loop_fields, prepare, save_graph, trace_export
-from .data_files import LAYOUT, holds_the_weights
+from .data_files import LAYOUT, holds_the_weights, is_intact
 from .genai_files import write_genai_config
 from .plan import OnnxPlan, Say, plan_onnx
 from .weights.source import open_weights
@@ -217,7 +217,7 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedF
     path = export.root / plan.data
     layout, size = file_layout(traced.model, skeleton.recipes)
     known = export.manifest.onnx.get(plan.data)
-    if known is not None and holds_the_weights(known, plan) and _is_intact(path, size, known):
+    if known is not None and holds_the_weights(known, plan) and is_intact(path, size, known):
         return layout, known
     check_space(path, size, remedy="use --out")
     dtypes: Any = {value.name: value.dtype for value in traced.model.graph.inputs}
@@ -225,15 +225,7 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedF
         write_file(files.partial(plan.data), layout, skeleton.recipes, open_weights(export), dtypes, progress)
     files.move_in(plan.data)
     digest = file_xxh3(path)
-    return layout, OnnxRecord(size, xxh3_128=digest, layout=LAYOUT, quantised=_quantised(plan))
-
-
-def _is_intact(path: Path, size: int, record: OnnxRecord) -> bool:
-    return path.is_file() and path.stat().st_size == size and file_xxh3(path) == record.xxh3_128
-
-
-def _quantised(plan: OnnxPlan) -> dict | None:
-    return None if plan.quantisation is None else plan.quantisation.to_dict()
+    return layout, OnnxRecord(size, xxh3_128=digest, layout=LAYOUT, quantised=plan.quantised)
 
 
 def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Check]:
@@ -248,17 +240,18 @@ def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Chec
 def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: list[Check] | None) -> OnnxRecord:
     from loopexport.onnx.graph.bind_weights import stored_bytes
 
-    differences = [check.difference for check in checks or [] if check.difference is not None]
+    from .check.comparison import largest_difference
+
     return OnnxRecord(
         size=path.stat().st_size,
         sha256=bytes_sha256(path.read_bytes()),
         steps=spec.steps,
         dtype=plan.dtype,
         attention=plan.attention,
-        quantised=_quantised(plan),
+        quantised=plan.quantised,
         spec=loop_fields(spec),
         data=tuple(sorted({location for location, _ in stored_bytes(model)})),
-        difference=max(differences, default=None),
+        difference=largest_difference(checks or []),
     )
 
 

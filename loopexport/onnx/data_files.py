@@ -6,12 +6,14 @@ manifest records the rest, so that no graph reads a file of another kind.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopexport.errors import OnnxError
 from loopexport.export.directory import Export
 from loopexport.export.manifest import OnnxRecord
 from loopexport.export.onnx_files import data_of, options_for, steps_in_name
+from loopexport.files.digests import file_xxh3
 
 if TYPE_CHECKING:
     from .plan import OnnxPlan
@@ -21,8 +23,12 @@ LAYOUT = 2  # weights as the graph multiplies by them; files without a number ho
 
 def holds_the_weights(record: OnnxRecord | None, plan: OnnxPlan) -> bool:
     """Whether a recorded data file is of the kind that a plan writes."""
-    quantised = None if plan.quantisation is None else plan.quantisation.to_dict()
-    return record is not None and (record.layout, record.quantised) == (LAYOUT, quantised)
+    return record is not None and (record.layout, record.quantised) == (LAYOUT, plan.quantised)
+
+
+def is_intact(path: Path, size: int, record: OnnxRecord) -> bool:
+    """Whether a data file of a size is as its record says."""
+    return path.is_file() and path.stat().st_size == size and file_xxh3(path) == record.xxh3_128
 
 
 def check_other_graphs(plan: OnnxPlan) -> None:

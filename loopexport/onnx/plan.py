@@ -81,6 +81,11 @@ class OnnxPlan:
         return graph_name(steps, self.export.spec.steps, "_".join(parts))
 
     @property
+    def quantised(self) -> dict | None:
+        """How the weights are quantised, for JSON; None for plain ones."""
+        return None if self.quantisation is None else self.quantisation.to_dict()
+
+    @property
     def variant(self) -> str:
         """The part of a file name that says how the weights are stored."""
         return weights_variant(self.dtype, self.quantisation)
@@ -105,7 +110,7 @@ class OnnxPlan:
             "directory": str(self.out or self.export.root),
             "graphs": {name: spec.to_config_fields() for name, spec in self.graphs.items()},
             "dtype": self.dtype,
-            "quantised": None if self.quantisation is None else self.quantisation.to_dict(),
+            "quantised": self.quantised,
             "as_is": self.as_is,
             "attention": self.attention,
             "data": self.data or [shard.name for shard in self.export.base.shards],

@@ -40,6 +40,13 @@ DOMAIN, PRODUCT, LOOK_UP = "com.microsoft", "MatMulNBits", "GatherBlockQuantized
 # which are for GPUs, the level stays unset: their kernels do not read it, and the CPU's kernel was wrong (1.32).
 ACCURACY_LEVEL = 4
 
+# Types of scales: that of everything that is not quantised.
+SCALE_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+
 _UNUSED_DEFAULTS = {"alpha": 1.0, "beta": 1.0}
 
 
@@ -221,7 +228,7 @@ class _Replacement:
     ):
         self.graph, self.name, self.source, self.sizes, self.made = graph, name, source, sizes, made
         self.blocks = -(-sizes[1] // source.block_size)
-        self.scale_type = _IR_TYPES[source.scale_dtype]
+        self.scale_type = SCALE_TYPES[source.scale_dtype]
 
     def replace(self, products: list[_Product], look_ups: list[ir.Node]) -> None:
         """Replace all uses of the weight."""
@@ -272,8 +279,3 @@ class _Replacement:
         self.graph.insert_before(old, new)
         replace_value(old.outputs[0], new[-1].outputs[0])
         self.graph.remove(old, safe=True)
-
-
-_IR_TYPES = {
-    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16
-}  # fmt: skip
