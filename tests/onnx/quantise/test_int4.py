@@ -173,11 +173,11 @@ def test_damaged_weights_do_not_pass(export):
     intact, theirs = data.read_bytes(), load_torch(export, spec.steps)
     for kind, change in DAMAGE.items():
         damage(export, change)
-        found = check.compare(OnnxModel(export, "model_q4.onnx"), theirs, spec, "fp32", "portable")
+        found = comparison.compare(OnnxModel(export, "model_q4.onnx"), theirs, spec, "fp32", "portable")
         failed = [each.name for each in found if not each.passed]
         assert "prefill, decode and a chunk equal torch" in failed, kind
         data.write_bytes(intact)
-    found = check.compare(OnnxModel(export, "model_q4.onnx"), theirs, spec, "fp32", "portable")
+    found = comparison.compare(OnnxModel(export, "model_q4.onnx"), theirs, spec, "fp32", "portable")
     assert all(each.passed for each in found), "the damage is undone, and so are the changes of the model in torch"
 
 
