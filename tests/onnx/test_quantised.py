@@ -47,7 +47,8 @@ def test_graph_of_dequantised_weights_equals_torch(quantised):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [(as_awq, {}), (as_gptq, {"bits": 8, "group": -1, "layout": "gptq_v2"})]
+    ("method", "options"),
+    [(as_awq, {}), pytest.param(as_gptq, {"bits": 8, "group": -1, "layout": "gptq_v2"}, marks=pytest.mark.matrix)],
 )
 def test_graph_keeps_the_codes_of_the_base(quantised, method, options):
     """As it is found: no number of the base is rounded again, and the head, which it left alone, stays."""
@@ -105,6 +106,7 @@ def test_matrices_of_a_family_that_has_them_transposed_are_refused(tmp_path):
     assert "has its matrices transposed (transformer.h.0.attn.c_attn)" in run("onnx", root, "--dtype", "fp32").stderr
 
 
+@pytest.mark.matrix
 def test_sparse_experts_in_four_bits_equal_torch(tmp_path, monkeypatch):
     """Quantised here, or by the base: then the codes of all experts are put together as the native model has them."""
     base = save_tiny("qwen3_moe", tmp_path / "base", **WHOLE)

@@ -110,7 +110,7 @@ RECORDS = {
             "onnx",
             ("tests/onnx",),
             (
-                *(*TEMPLATES, *TINY, "loopexport/onnx/**/*.py", "tests/onnx/*.py"),
+                *(*TEMPLATES, *TINY, "loopexport/onnx/**/*.py", "tests/onnx/**/*.py"),
                 *(*WALK, "tests/support/onnx_walk.py", "tests/support/onnx_graphs.py"),
             ),
             ("onnx", "onnx-ir", "onnxruntime", "onnxscript"),

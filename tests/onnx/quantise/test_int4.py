@@ -69,7 +69,9 @@ def products(path):
     return found
 
 
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.matrix) for name in CLASSES if name != "llama")]
+)
 def test_graph_equals_torch_on_the_dequantised_weights(export_of, family):
     root, counts = export_of(family), []
     plan = plan_onnx(root, dtype="int4", **CLASSES[family])
