@@ -29,7 +29,7 @@ def export(export_dir, tmp_path):
     [
         (["--steps", "0"], "steps 0 must be a whole number from 1"),
         (["--steps", "two"], "is not a list of whole numbers such as 2,4,8"),
-        (["--dtype", "int8"], "'int8' is not one of"),
+        (["--dtype", "int3"], "'int3' is not one of"),
     ],
 )
 def test_bad_options_are_told(export, options, says):

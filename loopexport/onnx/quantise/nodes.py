@@ -36,8 +36,8 @@ from .size import MIN_ROWS
 
 DOMAIN, PRODUCT, LOOK_UP = "com.microsoft", "MatMulNBits", "GatherBlockQuantized"
 
-# Activations in 8 bits. On CPUs, any other level is slower than no quantisation at all. For graphs in half precision,
-# which are for GPUs, the level stays unset: their kernels do not read it, and the CPU's kernel was wrong (1.32).
+# Activations in 8 bits. On CPUs, any other level is slower than no quantisation at all. Graphs in half precision are
+# for GPUs and leave it unset: with it, the CPU's kernel (1.32) is wrong where several nodes share a weight.
 ACCURACY_LEVEL = 4
 
 # Types of scales: that of everything that is not quantised.
