@@ -111,8 +111,7 @@ class CacheSlots:
     def with_room(self, cache: OnnxCache, length: int) -> OnnxCache:
         """The same positions where `length` fit and may be added: the same storage, or a copy of twice its size.
 
-        A cache that is not the newest on its storage gets a copy, because the other has written there, or does so now in
-        another thread.
+        A cache that is not the newest on its storage gets a copy: another has written there, or is about to.
         """
         storage = cache.storage
         if storage.claim(cache.length, length):

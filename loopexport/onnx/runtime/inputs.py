@@ -33,8 +33,8 @@ def check_cache(cache: OnnxCache, layout: tuple, batch: int) -> None:
     """
     if cache.storage.layout != layout:
         raise OnnxInputError(
-            "the cache belongs to another graph: they differ in the number, shape, type or layout of its tensors; use the "
-            "cache of this graph, or None"
+            "the cache belongs to another graph: the number, shape, type or layout of its tensors differs; use a cache of "
+            "this graph, or None"
         )
     cached = cache.storage.batch
     if cached != batch:
@@ -110,8 +110,8 @@ def check_earlier_fused(mask: np.ndarray) -> None:
     """
     if not mask.all():
         raise OnnxError(
-            "this graph was written by an earlier version and takes no padded batch; write it again with `loopexport onnx "
-            "--attention gqa`"
+            "this graph was written by an earlier version and takes no padded batch; write it again with "
+            "`loopexport onnx --attention gqa`"
         )
 
 
