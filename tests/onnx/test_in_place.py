@@ -26,6 +26,7 @@ CHUNKS = (7, 1, 1, 4, 1)
 def test_one_buffer_as_past_and_present_changes_nothing(graph, spec):
     """An iteration under `shared` reads the natural keys from a buffer that the natural pass has just written."""
     model = OnnxModel(graph("llama", "gqa", **spec))
+    model.slots.in_place = False  # so that past and present have memory of their own
     tokens = np.random.default_rng(4).integers(5, 100, size=(1, sum(CHUNKS)))
     names = list(model.empty_cache(1).values)
     shape = [1, *(model.empty_cache(1).values[names[0]].shape()[1::2])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -63,6 +64,44 @@ def test_caches_that_share_memory_stay_right(graph):
         assert np.abs(ours - theirs).max() < 1e-5 * np.abs(whole).max()
     again = model.forward(np.concatenate([ids[:, :5], ids[:, 7:10], ids[:, :1]], axis=1))[0]
     assert np.abs(model.forward(ids[:, :1], cache=other)[0] - again[:, -1:]).max() < 1e-5 * np.abs(again).max()
+
+
+def test_runs_at_the_same_time_never_add_to_one_storage(graph):
+    model = OnnxModel(graph("llama", "gqa", steps=3))
+    _, start = model.forward(np.array([[5, 6, 7]]))
+    first, second = (model.slots.with_room(start, 5) for _ in range(2))
+    assert first.storage is start.storage
+    assert second.storage is not start.storage
+
+
+def test_cache_of_a_graph_of_another_layout_is_refused(graph):
+    """Its tensors have the same names."""
+    ids = np.array([[5, 6, 7]])
+    models = [OnnxModel(graph("llama", attention, steps=3)) for attention in ("gqa", "portable")]
+    for model, other in (models, models[::-1]):
+        with pytest.raises(ValueError, match="the cache belongs to another graph"):
+            model.forward(ids, cache=other.forward(ids)[1])
+    fewer = OnnxModel(graph("llama", "gqa", steps=1))
+    assert fewer.forward(ids[:, :1], cache=models[0].forward(ids)[1])[0].shape[1] == 1
+
+
+def test_gqa_graph_of_an_earlier_version_runs_several_prompts_whole(graph):
+    """It joins past and new keys itself, and names no onnxruntime."""
+    root = graph("llama", "gqa", steps=3, kv="per_step", decode="bypass")
+    ids = np.random.default_rng(3).integers(5, VOCAB, size=(2, 9))
+    alone = OnnxModel(root).generate(ids, max_new_tokens=4, eos_token_ids=())
+    earlier = ir.load(root / "model.onnx")
+    del earlier.metadata_props["min_onnxruntime"]
+    ir.save(earlier, root / "model.onnx")
+    model = OnnxModel(root)
+    assert not model.slots.in_place
+    for rows in (ids, ids[:1]):
+        ours = model.generate(rows, max_new_tokens=4, eos_token_ids=(), prefill_chunk=3)
+        assert ours.tolist() == alone[: len(rows)].tolist()
+    mask = np.ones_like(ids)
+    mask[0, :2] = 0
+    with pytest.raises(loopexport.LoopExportError, match="an earlier version and takes no padded batch"):
+        model.generate(ids, mask)
 
 
 @pytest.mark.parametrize("attention", ["portable", "gqa"])

@@ -6,7 +6,8 @@ gqa         a run adds the new positions to the storage that it reads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,14 @@ class Storage:
 
     Attributes:
         values: `(batch, kv_heads, room, head_size)` by input name, on the session's device.
-        filled: the number of positions that were written last.
+        layout: how graphs read it; see `CacheSlots`.
+        filled: the number of positions that belong to a cache.
     """
 
     values: dict[str, Any]
+    layout: tuple
     filled: int = 0
+    _lock: Any = field(default_factory=Lock, repr=False, compare=False)
 
     @property
     def room(self) -> int:
@@ -41,6 +45,13 @@ class Storage:
     def batch(self) -> int:
         """The number of rows."""
         return next(iter(self.values.values())).shape()[0]
+
+    def claim(self, start: int, stop: int) -> bool:
+        """Take the positions from `start` to `stop`; False if they do not fit or belong to another cache."""
+        with self._lock:
+            is_free = stop <= self.room and start == self.filled
+            self.filled = stop if is_free else self.filled
+            return is_free
 
 
 @dataclass
@@ -68,12 +79,17 @@ class CacheSlots:
         session: the graph's session.
         device: "cuda" or "cpu".
         in_place: whether a run adds to the storage that it reads.
+
+    Attributes:
+        layout: equal in graphs that read each other's storages: device, whether in place, and the cache inputs.
     """
 
     def __init__(self, session, device: str, in_place: bool):
         self.device = device
         self.in_place = in_place
         self._inputs = {each.name: each for each in session.get_inputs() if each.name.startswith(PAST)}
+        inputs = [(each.name, each.type, each.shape[1], each.shape[3]) for each in self._inputs.values()]
+        self.layout = device, in_place, *inputs
         self._join_sessions: dict[str, Any] = {}
 
     @property
@@ -86,19 +102,23 @@ class CacheSlots:
 
         On the CPU, memory that is not written takes no place.
         """
-        return Storage({name: self._zeros(name, batch, room) for name in self._inputs})
+        return self.storage({name: self._zeros(name, batch, room) for name in self._inputs})
+
+    def storage(self, values: dict[str, Any], filled: int = 0) -> Storage:
+        """A storage of this graph's layout."""
+        return Storage(values, self.layout, filled)
 
     def with_room(self, cache: OnnxCache, length: int) -> OnnxCache:
         """The same positions where `length` fit and may be added: the same storage, or a copy of twice its size.
 
-        A cache that is not the newest on its storage gets a copy, because the other has written there.
+        A cache that is not the newest on its storage gets a copy: another has written there, or is about to.
         """
         storage = cache.storage
-        if length <= storage.room and cache.length == storage.filled:
+        if storage.claim(cache.length, length):
             return cache
         room = storage.room if length <= storage.room else room_for(length, storage.room)
         values = {name: self._copied(name, value, cache.length, room) for name, value in storage.values.items()}
-        return OnnxCache(Storage(values, cache.length), cache.length)
+        return OnnxCache(self.storage(values, length), cache.length)
 
     def bind_past(self, binding, cache: OnnxCache, row: int | None = None) -> None:
         """Bind the cache inputs; `row` binds one row of the storage alone."""

@@ -25,15 +25,16 @@ def checked_ids(input_ids: np.ndarray, vocab_size: int | None) -> np.ndarray:
     return np.ascontiguousarray(ids, dtype=np.int64)
 
 
-def check_cache(cache: OnnxCache, names: list[str], batch: int) -> None:
-    """Check that a cache fits the graph's cache inputs and the batch.
+def check_cache(cache: OnnxCache, layout: tuple, batch: int) -> None:
+    """Check that a cache fits the layout of the graph's cache inputs and the batch.
 
     Raises:
         OnnxInputError: it does not.
     """
-    if cache.values.keys() != set(names):
+    if cache.storage.layout != layout:
         raise OnnxInputError(
-            f"the cache belongs to another graph: it has {len(cache.values)} tensors instead of {len(names)}"
+            "the cache belongs to another graph: the number, shape, type or layout of its tensors differs; use a cache of "
+            "this graph, or None"
         )
     cached = cache.storage.batch
     if cached != batch:
@@ -98,6 +99,19 @@ def check_fused(mask: np.ndarray, past: int, length: int) -> None:
         raise OnnxError(
             f"with a cache, a graph with attention gqa takes {length} tokens for a single prompt only, not for "
             f"{len(mask)}; run the prompts one by one, or use a graph with --attention portable"
+        )
+
+
+def check_earlier_fused(mask: np.ndarray) -> None:
+    """Check that a gqa graph of an earlier version can generate for a batch.
+
+    Raises:
+        OnnxError: the batch is padded.
+    """
+    if not mask.all():
+        raise OnnxError(
+            "this graph was written by an earlier version and takes no padded batch; write it again with "
+            "`loopexport onnx --attention gqa`"
         )
 
 

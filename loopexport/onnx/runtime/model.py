@@ -19,6 +19,7 @@ from .directory import find_end_tokens, find_graph, read_config
 from .generation import OwnLengthRows, PaddedRows
 from .inputs import (
     check_cache,
+    check_earlier_fused,
     check_fused,
     check_no_empty_row,
     check_positions,
@@ -129,7 +130,7 @@ class OnnxModel:
         cache = cache or self.empty_cache(batch)
         total = cache.length + length
         mask = checked_mask(attention_mask, (batch, total))
-        check_cache(cache, self.slots.names, batch)
+        check_cache(cache, self.slots.layout, batch)
         if num_logits is not None and not 1 <= num_logits <= length:
             raise OnnxInputError(f"num_logits {num_logits} must be 1 to {length}, the number of tokens; None is all")
         check_positions(total, self.max_positions)
@@ -181,7 +182,7 @@ class OnnxModel:
         outputs = binding.get_outputs()
         logits = outputs[0].numpy().astype(np.float32, copy=False)[:, -num_logits:]
         if target is None:
-            target = Storage(dict(zip(self.slots.names, outputs[1:], strict=True)))
+            target = self.slots.storage(dict(zip(self.slots.names, outputs[1:], strict=True)))
         target.filled = mask.shape[1]
         return logits, OnnxCache(target, mask.shape[1])
 
@@ -231,7 +232,9 @@ class OnnxModel:
         if self.slots.in_place:
             return OwnLengthRows(self, ids, mask, chunk)
         if self._is_fused:
-            check_fused(mask, 0, ids.shape[1])
+            check_earlier_fused(mask)
+            # With a cache, the kernel takes several tokens of a single row only.
+            chunk = chunk if len(ids) == 1 else max(2, ids.shape[1])
         return PaddedRows(self, ids, mask, chunk)
 
     def _stream(
