@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,13 @@ def check_recorded(path: Path, record: OnnxRecord, spec: LoopSpec, theirs) -> Ch
         checks = compare(ours, theirs, spec, record.dtype, record.attention or "portable")
     except OnnxError as error:
         return Check(name, False, str(error))
-    worst = max(checks, key=lambda check: (not check.passed, check.difference or 0.0))
-    return Check(name, all(check.passed for check in checks), worst.detail, worst.difference)
+    worst = worst_check(checks)
+    return Check(name, worst.passed, worst.detail, worst.difference)
+
+
+def worst_check(checks: Sequence[Check]) -> Check:
+    """A check that failed, else the largest difference; one of rounded activations does not count if it passed."""
+    return max(checks, key=lambda check: (check.passed is False, check.name != AS_RUN, check.difference or 0.0))
 
 
 def why_not_run(dtype: str) -> str:
