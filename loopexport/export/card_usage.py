@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 
 from loopexport.base.families import is_multimodal
 from loopexport.loop.spec import LoopSpec, make_spec
@@ -11,8 +13,8 @@ from loopexport.templates.looped_vllm_limits import VLLM_EAGER, vllm_context, vl
 
 from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
 from .manifest import OnnxRecord
-from .onnx_files import GENAI_CONFIG, graph_name
-from .quantisation import read_cost
+from .onnx_files import GENAI_CONFIG, graph_name, steps_in_name
+from .quantisation import Cost, read_cost
 
 TASK = re.compile(r"[a-z]+(-[a-z]+)*")  # the form of the names of tasks on the Hub
 
@@ -114,8 +116,10 @@ def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
     graphs = {name: record for name, record in files.items() if record.steps is not None}
     if not graphs:
         return ""
-    name = graph_name(1, 1) if graph_name(1, 1) in graphs else min(graphs)
-    parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=python_literal(name))]
+    name = min(graphs, key=_rank)
+    option = "" if name == graph_name(1, 1) or len(graphs) == 1 else f" --file {shlex.quote(name)}"
+    command = markdown_code(f'loopexport run DIRECTORY "Hello"{option}')
+    parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=python_literal(name), command=command)]
     if GENAI_CONFIG in files:  # it exists only if all cache slots have one shape, which these libraries assume
         parts += [_GENAI, _OPTIMUM.format(name=python_literal(name))]
         small = _quantised_graph(graphs) or name
@@ -134,9 +138,14 @@ def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) 
     return _VLLM.format(options=length + eager)
 
 
+def _rank(name: str) -> tuple[bool, bool, str]:
+    """Which graph to show: `model.onnx`, then one of the export's own K, then any."""
+    return name != graph_name(1, 1), steps_in_name(name) is not None, name
+
+
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
     rows = [
-        f"| {markdown_code(name)} | {record.steps} | {markdown_text(record.dtype_text)} | "
+        f"| {markdown_code(name)} | {record.steps} | {record.dtype_text} | "
         f"{markdown_text(record.attention or '')} | {_data_text(record)} |"
         for name, record in sorted(graphs.items())
     ]
@@ -146,8 +155,12 @@ def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
 def _cost_lines(graphs: Mapping[str, OnnxRecord]) -> list[str]:
     """What quantising costs in each graph, as a list; nothing if it was not measured."""
     costs = {name: read_cost(record.cost) for name, record in sorted(graphs.items())}
-    lines = [f"- {markdown_code(name)} {markdown_text(cost.words)}" for name, cost in costs.items() if cost is not None]
+    lines = [f"- {markdown_code(name)} {_cost_text(cost)}" for name, cost in costs.items() if cost is not None]
     return [_COSTS, *lines, ""] if lines else []
+
+
+def _cost_text(cost: Cost) -> str:
+    return replace(cost, text=markdown_text(cost.text)).words
 
 
 def _data_text(record: OnnxRecord) -> str:
@@ -157,7 +170,9 @@ def _data_text(record: OnnxRecord) -> str:
 
 def _quantised_graph(graphs: Mapping[str, OnnxRecord]) -> str | None:
     """The graph to show for transformers.js: one with quantised weights; None if there is none."""
-    small = [name for name in sorted(graphs) if graphs[name].attention == "portable" and _javascript_name(name)[1]]
+    small = [
+        name for name in sorted(graphs, key=_rank) if graphs[name].attention == "portable" and _javascript_name(name)[1]
+    ]
     return min(small, key=lambda name: _JAVASCRIPT_DTYPES.index(_javascript_name(name)[1]), default=None)
 
 
@@ -237,7 +252,7 @@ What quantising costs: how far the next tokens are from those of the model in fp
 """
 
 _RUN = """\
-With LoopExport (`loopexport run DIRECTORY "Hello"` does the same):
+With LoopExport ({command} does the same):
 
 ```python
 from loopexport.onnx import OnnxModel
