@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 
 from loopexport.base.families import is_multimodal
@@ -11,7 +12,7 @@ from loopexport.templates.looped_vllm_limits import VLLM_EAGER, vllm_context, vl
 
 from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
 from .manifest import OnnxRecord
-from .onnx_files import GENAI_CONFIG, graph_name
+from .onnx_files import GENAI_CONFIG, graph_name, steps_in_name
 from .quantisation import read_cost
 
 TASK = re.compile(r"[a-z]+(-[a-z]+)*")  # the form of the names of tasks on the Hub
@@ -114,8 +115,10 @@ def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
     graphs = {name: record for name, record in files.items() if record.steps is not None}
     if not graphs:
         return ""
-    name = graph_name(1, 1) if graph_name(1, 1) in graphs else min(graphs)
-    parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=python_literal(name))]
+    name = min(graphs, key=_rank)
+    option = "" if name == graph_name(1, 1) or len(graphs) == 1 else f" --file {shlex.quote(name)}"
+    command = markdown_code(f'loopexport run DIRECTORY "Hello"{option}')
+    parts = [_graphs_table(graphs), _RUN.format(path=LOCAL_SNAPSHOT, name=python_literal(name), command=command)]
     if GENAI_CONFIG in files:  # it exists only if all cache slots have one shape, which these libraries assume
         parts += [_GENAI, _OPTIMUM.format(name=python_literal(name))]
         small = _quantised_graph(graphs) or name
@@ -132,6 +135,11 @@ def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) 
     length = "" if context is None else f" --max-model-len {context}"
     eager = " --enforce-eager" if family in VLLM_EAGER and not spec.is_identity else ""
     return _VLLM.format(options=length + eager)
+
+
+def _rank(name: str) -> tuple[bool, bool, str]:
+    """Which graph to show: `model.onnx`, then one of the export's own K, then any."""
+    return name != graph_name(1, 1), steps_in_name(name) is not None, name
 
 
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
@@ -161,7 +169,9 @@ def _data_text(record: OnnxRecord) -> str:
 
 def _quantised_graph(graphs: Mapping[str, OnnxRecord]) -> str | None:
     """The graph to show for transformers.js: one with quantised weights; None if there is none."""
-    small = [name for name in sorted(graphs) if graphs[name].attention == "portable" and _javascript_name(name)[1]]
+    small = [
+        name for name in sorted(graphs, key=_rank) if graphs[name].attention == "portable" and _javascript_name(name)[1]
+    ]
     return min(small, key=lambda name: _JAVASCRIPT_DTYPES.index(_javascript_name(name)[1]), default=None)
 
 
@@ -241,7 +251,7 @@ What quantising costs: how far the next tokens are from those of the model in fp
 """
 
 _RUN = """\
-With LoopExport (`loopexport run DIRECTORY "Hello"` does the same):
+With LoopExport ({command} does the same):
 
 ```python
 from loopexport.onnx import OnnxModel

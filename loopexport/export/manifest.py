@@ -61,8 +61,8 @@ class OnnxRecord:
         layout: of a data file: the number of our layout; None in files of earlier releases.
         quantised: how the weights of a graph or a data file are quantised, as fields of `Quantisation`.
         cost: what quantising the weights of a graph costs, as fields of `Cost`; None if it was not measured.
-        difference: the largest difference of a graph's logits from torch, as a fraction of the logits' scale; None if
-            they were not compared.
+        difference: the largest difference of a graph's logits from torch, as a fraction of the logits' scale, without
+            rounded activations; None if they were not compared.
     """
 
     size: int

@@ -44,14 +44,24 @@ def stale_graphs(export: Export) -> str:
     for name, record in export.manifest.onnx.items():
         changed = "" if record.spec is None else loop_difference(name, make_spec(**record.spec), export.spec)
         if changed:
-            return stale_message(name, export.root, changed, record.quantisation)
+            return stale_message(name, export.root, changed, export.spec.steps, record.quantisation)
     return ""
 
 
-def stale_message(name: str, root: Path, changed: str, quantisation: Quantisation | None) -> str:
-    """The error message for a stale graph; `changed` is the result of `loop_difference`."""
-    command = f"loopexport onnx {root}{options_for(name, quantisation)}"
-    return f"{name}: the graph contains another loop ({changed}): run `{command}` again"
+def stale_message(name: str, root: Path, changed: str, own_steps: int, quantisation: Quantisation | None) -> str:
+    """The error message for a stale graph.
+
+    Args:
+        name: the file name of the graph.
+        root: its export.
+        changed: the result of `loop_difference`.
+        own_steps: K of the export.
+        quantisation: of the graph's weights.
+    """
+    command = f"`loopexport onnx {root}{options_for(name, quantisation)}`"
+    # The graph of the export's own K has no K in its name, so no command writes this one again.
+    remedy = f"delete it, and run {command}" if steps_in_name(name) == own_steps else f"run {command} again"
+    return f"{name}: the graph contains another loop ({changed}): {remedy}"
 
 
 def check_loops(export: Export) -> list[Check]:
@@ -79,7 +89,7 @@ def refuse_stale(path: Path, metadata: Mapping[str, str]) -> None:
         return
     changed = loop_difference(path.name, _loop_of_graph(path, fields), now)
     if changed:
-        raise OnnxError(stale_message(path.name, path.parent, changed, _quantisation_of(metadata)))
+        raise OnnxError(stale_message(path.name, path.parent, changed, now.steps, _quantisation_of(metadata)))
 
 
 def _quantisation_of(metadata: Mapping[str, str]) -> Quantisation | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loopexport._keywords import suggest_keywords
 from loopexport.base.checkpoint import CARD
@@ -33,9 +33,6 @@ from .data_files import LAYOUT, holds_the_weights, is_intact
 from .genai_files import write_genai_config
 from .plan import OnnxPlan, Say, plan_onnx
 from .weights.source import open_weights
-
-if TYPE_CHECKING:
-    pass
 
 # Names of all files that an ONNX export writes into an export.
 WRITTEN = re.compile("|".join([ONNX_FILES.pattern, re.escape(CARD), re.escape(MANIFEST)]))
@@ -240,7 +237,7 @@ def _verify(plan: OnnxPlan, root: Path, spec: LoopSpec, path: Path) -> list[Chec
 def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: list[Check] | None) -> OnnxRecord:
     from loopexport.onnx.graph.bind_weights import stored_bytes
 
-    from .check.comparison import largest_difference
+    from .check.comparison import worst_check
 
     return OnnxRecord(
         size=path.stat().st_size,
@@ -251,7 +248,7 @@ def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: lis
         quantised=plan.quantised,
         spec=loop_fields(spec),
         data=tuple(sorted({location for location, _ in stored_bytes(model)})),
-        difference=largest_difference(checks or []),
+        difference=worst_check(checks).difference if checks else None,
     )
 
 

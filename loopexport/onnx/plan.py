@@ -26,7 +26,7 @@ from loopexport.onnx.graph.releases import OLDEST, release_text
 from .data_files import check_other_graphs
 from .limits import check_memory, check_spec
 from .quantise.choice import QuantiseOptions, choose_quantisation, has_whole_experts
-from .quantise.size import expert_arrays, weight_bytes
+from .quantise.size import check_quantises, expert_arrays, weight_bytes
 from .requirements import check_installed, check_releases, needed_release
 from .weights.source import Weights, open_weights
 from .weights.stored_matrices import stored_quantisation, stored_warnings
@@ -208,6 +208,8 @@ def plan_onnx(
     check_memory(config)
     is_sparse = export.base.is_sparse
     whole_experts = quantisation is not None and has_whole_experts(config, is_sparse, weights, chosen, quantisation)
+    if quantisation is not None:
+        check_quantises(weights, quantisation, whole_experts)
     target = _checked_out(export, out, overwrite)
     if as_is and target is None:
         _check_real_shards(export)

@@ -147,6 +147,14 @@ def test_published_card_has_weights_and_the_repository_as_its_path(name):
     assert published_card(text, "me/x") == text
 
 
+def test_card_shows_a_graph_of_the_exports_own_k():
+    names = ("model_k2_q4.onnx", "model_q4.onnx")
+    text = card(onnx={**dict.fromkeys(names, ONNX["model.onnx"]), "genai_config.json": OnnxRecord(9)})
+    assert 'OnnxModel(path, "model_q4.onnx")' in text
+    assert '`loopexport run DIRECTORY "Hello" --file model_q4.onnx` does the same' in text
+    assert 'model_file_name: "model", dtype: "q4"' in text
+
+
 def test_runtimes_that_could_not_run_the_graphs_are_not_mentioned():
     gqa = {"model_gqa.onnx": replace(ONNX["model.onnx"], attention="gqa"), "genai_config.json": OnnxRecord(9)}
     told = {name: card(onnx=files) for name, files in {"none": {}, "mla": PER_STEP, "gqa": gqa, "all": ONNX}.items()}

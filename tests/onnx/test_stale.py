@@ -40,6 +40,16 @@ def test_the_command_that_is_named_makes_a_stale_graph_anew(export):
     assert checks(export, "--files-only")[1] == 0
 
 
+def test_graph_whose_k_became_the_exports_own_is_to_be_deleted(export):
+    """The graph of the own K has no K in its name, so that no command writes this one again."""
+    edit_config(export, loop_steps=2, loop_anchor=0.5)
+    says = refused("run", export, "it is", "--file", "model_k2.onnx")
+    assert f"delete it, and run `loopexport onnx {export} --steps 2`" in says
+    (export / "model_k2.onnx").unlink()
+    assert run("onnx", export, "--steps", "2", "--no-verify").exit_code == 0
+    assert checks(export, "--files-only")[1] == 0
+
+
 def test_a_graph_that_somebody_deleted_is_forgotten(export):
     (export / "model_k2.onnx").unlink()
     assert checks(export, "--files-only")[1] == 1

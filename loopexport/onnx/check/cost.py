@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from loopexport.errors import OnnxError
+from loopexport.export.foreign_text import printable
 from loopexport.export.quantisation import Divergence
 from loopexport.loop.spec import LoopSpec
 from loopexport.onnx.runtime.model import OnnxModel
@@ -47,12 +48,12 @@ def read_text(model: OnnxModel, path: Path | None) -> Text | str:
         ids = model.tokenizer(content, add_special_tokens=False, verbose=False).input_ids
     except OnnxError as error:
         return str(error)
-    tokens = np.array(ids, dtype=np.int64)
+    tokens, name = np.array(ids, dtype=np.int64), PROSE_NAME if path is None else printable(path.name)
     if tokens.size < 2:
-        return f"{path} has {tokens.size} tokens, and 2 are needed"
+        return f"{name} has {tokens.size} tokens, and 2 are needed"
     if model.vocab_size is not None and tokens.max() >= model.vocab_size:
         return "the tokenizer has tokens that the model does not know"
-    return Text(PROSE_NAME if path is None else path.name, tokens)
+    return Text(name, tokens)
 
 
 def divergence(graph: OnnxModel, plain: Any, spec: LoopSpec, text: Text) -> Divergence:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from loopexport.base.tensor_names import EMBEDDING, HEAD, is_tower, layer_of
+from loopexport.errors import OnnxError
 from loopexport.export.quantisation import HEAD_BITS, Quantisation
 from loopexport.onnx.weights.source import Weights
 
@@ -40,6 +41,20 @@ def weight_bytes(
     tensors = weights.tensors
     chosen = [name for name in tensors if not is_tower(name)] if names is None else names
     return sum(_bytes(weights, name, dtype, quantisation, whole_experts) for name in chosen)
+
+
+def check_quantises(weights: Weights, quantisation: Quantisation, whole_experts: bool) -> None:
+    """Check that a quantisation changes some weight.
+
+    Raises:
+        OnnxError: all matrices are too small for it.
+    """
+    names = (name for name in weights.tensors if not is_tower(name))
+    if not quantisation.kept and not any(_layout(weights, name, quantisation, whole_experts) for name in names):
+        raise OnnxError(
+            f"no matrix of the base has {MIN_ROWS} outputs and a whole block of {quantisation.block_size} inputs, so "
+            "nothing would be quantised; use a smaller --block-size, or --dtype fp16"
+        )
 
 
 def expert_arrays(weights: Weights) -> list[str]:

@@ -208,18 +208,20 @@ def test_cost_is_told_everywhere(quantised):
     record = json.loads((root / "loopexport.json").read_text())["onnx"]["model_q4.onnx"]
     assert record["cost"]["loop"]["nats"] == cost.loop.nats
     assert record["quantised"]["head"] is True
+    assert record["difference"] < 1e-5, "of the exact graph: activations in 8 bits are judged apart"
     card = (root / "README.md").read_text()
-    assert f"KL {cost.loop.nats:.3g} nats a token" in card
+    assert f"- `model_q4.onnx` on {cost.tokens:,} tokens of `mine.txt`: KL {cost.loop.nats:.3g} nats a token" in card
     assert "| `model_q4.onnx` | 3 | fp32, weights in int4 in blocks of 32 with zero points, the head in int8 |" in card
     assert 'model_file_name: "model", dtype: "q4"' in card
     assert json.loads((root / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model_q4.onnx"
 
 
 def test_text_of_the_users_own(export, tmp_path):
-    (tmp_path / "mine.txt").write_text("it is what it is " * 9)
-    outcome = export_onnx(export, dtype="int8", steps=[1], text=tmp_path / "mine.txt")
+    text = tmp_path / "mi\nne.txt"
+    text.write_text("it is what it is " * 9)
+    outcome = export_onnx(export, dtype="int8", steps=[1], text=text)
     (cost,) = outcome.costs.values()
-    assert cost.text == "mine.txt"
+    assert cost.text == "mi\ufffdne.txt", "a name that does not print would damage the manifest"
     assert cost.base == cost.loop
     assert cost.base.nats < 0.1, "int8 is nearly free"
     assert "cannot read" in refused("onnx", export, "--dtype", "int4", "--text", tmp_path / "none.txt")
@@ -238,6 +240,11 @@ def test_options_of_quantising_alone_are_refused_without_it(export, option):
     assert "is for --dtype int4 and int8" in refused("onnx", export, "--dtype", "fp16", *option, "--dry-run")
     assert "8 everywhere" in refused("onnx", export, "--dtype", "int8", "--mixed", "--dry-run")
     assert "must be one of 16, 32" in refused("onnx", export, "--dtype", "int8", "--block-size", "8", "--dry-run")
+
+
+def test_a_block_that_no_matrix_fills_is_refused(export):
+    says = "no matrix of the base has 32 outputs and a whole block of 256 inputs, so nothing would be quantised"
+    assert says in refused("onnx", export, "--dtype", "int8", "--block-size", "256", "--dry-run")
 
 
 def test_plan_says_how_weights_are_stored(export):
