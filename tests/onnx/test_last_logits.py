@@ -7,6 +7,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+import loopexport
+from loopexport.onnx import OnnxModel
+from loopexport.onnx.check.comparison import check_graph
 from support.structure import by_class
 from support.tiny import FAMILIES, VOCAB
 
@@ -48,3 +51,17 @@ def test_head_runs_on_the_kept_positions_alone(graph, family):
     (kept,) = [index for index, node in enumerate(nodes) if node.name == "num_logits_to_keep/rows"]
     assert {node.op_type for node in nodes[kept + 1 :]} & {"MatMul", "Gemm"}
     assert not {node.op_type for node in nodes[kept + 1 :]} & {"Attention", "RMSNormalization"}
+
+
+def test_wrong_last_logits_fail_their_check(graph, monkeypatch):
+    """The logits of all positions stay right."""
+    forward = OnnxModel.forward
+
+    def first_logits(self, *args, num_logits=None):
+        logits, cache = forward(self, *args)
+        return logits[:, :num_logits], cache
+
+    monkeypatch.setattr(OnnxModel, "forward", first_logits)
+    root = graph("llama", steps=2)
+    checks = check_graph(root, root / "model.onnx", loopexport.open_export(root).spec, "fp32")
+    assert [check.name for check in checks if not check.passed] == ["the last logits alone equal torch"]

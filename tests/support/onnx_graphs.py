@@ -44,7 +44,7 @@ def largest_difference(root, scenario):
 
 def relative_difference(graph, model, scenario):
     ours, theirs = run_graph(graph, scenario), run_torch(model, scenario)
-    visible = scenario.mask.astype(bool)
+    visible = scenario.visible
     return float(np.abs(ours - theirs)[visible].max() / np.abs(theirs[visible]).max())
 
 

@@ -1,4 +1,4 @@
-"""Compare a graph with the export in torch: prefill, decode, chunks, batches with padding."""
+"""Compare a graph with the export in torch: prefill, decode, chunks, batches with padding, the last logits alone."""
 
 from __future__ import annotations
 
@@ -38,12 +38,20 @@ class Scenario:
         name: the invariant, as a sentence.
         tokens, mask: `(batch, seq)`.
         chunks: lengths that make up `seq`.
+        is_last_only: whether the graph computes the last logits of each chunk alone, as `generate` asks for.
     """
 
     name: str
     tokens: np.ndarray
     mask: np.ndarray
     chunks: tuple[int, ...]
+    is_last_only: bool = False
+
+    @property
+    def visible(self) -> np.ndarray:
+        """Which logits count: those of tokens, not of padding."""
+        ends = np.cumsum(self.chunks) - 1
+        return (self.mask[:, ends] if self.is_last_only else self.mask).astype(bool)
 
 
 def check_graph(root: Path, path: Path, spec: LoopSpec, dtype: str, attention: str = "portable") -> list[Check]:
@@ -130,6 +138,7 @@ def make_scenarios(vocab_size: int, spec: LoopSpec, text: np.ndarray | None = No
         Scenario("a batch, prefilled and decoded, equals torch", tokens, everything, (7, 1, 1, 1)),
         Scenario("prefill, decode and a chunk equal torch", tokens[:1], everything[:1], (5, 1, 1, 3)),
         Scenario("decoding from an empty cache equals torch", tokens[:1, :3], everything[:1, :3], (1, 1, 1)),
+        Scenario("the last logits alone equal torch", tokens[1:], everything[1:], (6, 4), is_last_only=True),
     ]
     # Rule anderson fits one mix to all tokens of a chunk, padding included, so the two may differ.
     if spec.is_identity or spec.rule != "anderson":
@@ -149,7 +158,7 @@ def _text_tokens(model: OnnxModel, vocab_size: int) -> np.ndarray | None:
 
 def _compare(ours: OnnxModel, theirs, scenario: Scenario, tolerance: float) -> Check:
     mine, reference = run_graph(ours, scenario), run_torch(theirs, scenario)
-    visible = scenario.mask.astype(bool)
+    visible = scenario.visible
     scale = float(np.abs(reference[visible]).max()) or 1.0
     difference = float(np.abs(mine - reference)[visible].max()) / scale
     detail = f"largest difference {difference:.3g} of the logits' scale, allowed {tolerance:g}"
@@ -161,7 +170,7 @@ def _compare_as_run(ours: OnnxModel, theirs, scenarios: list[Scenario]) -> Check
 
     The mean over all logits counts: where activations are rounded, a router may choose another expert for some token.
     """
-    pairs = [(run_graph(ours, each), run_torch(theirs, each), each.mask.astype(bool)) for each in scenarios]
+    pairs = [(run_graph(ours, each), run_torch(theirs, each), each.visible) for each in scenarios]
     error = sum(float(np.square(mine - reference)[visible].sum()) for mine, reference, visible in pairs)
     scale = sum(float(np.square(reference)[visible].sum()) for _, reference, visible in pairs) or 1.0
     difference = (error / scale) ** 0.5
@@ -170,18 +179,20 @@ def _compare_as_run(ours: OnnxModel, theirs, scenarios: list[Scenario]) -> Check
 
 
 def run_graph(model: OnnxModel, scenario: Scenario) -> np.ndarray:
-    """Logits of all tokens."""
+    """The logits of a scenario."""
     cache, parts, start = None, [], 0
+    number = 1 if scenario.is_last_only else None
     for length in scenario.chunks:
         stop = start + length
-        logits, cache = model.forward(scenario.tokens[:, start:stop], scenario.mask[:, :stop], cache)
+        tokens, mask = scenario.tokens[:, start:stop], scenario.mask[:, :stop]
+        logits, cache = model.forward(tokens, mask, cache, num_logits=number)
         parts.append(logits)
         start = stop
     return np.concatenate(parts, axis=1)
 
 
 def run_torch(model, scenario: Scenario) -> np.ndarray:
-    """Logits of all tokens, from transformers."""
+    """The logits of a scenario, from transformers."""
     from transformers import DynamicCache
 
     from loopexport.templates.looped_arguments import find_cache_argument
@@ -191,13 +202,14 @@ def run_torch(model, scenario: Scenario) -> np.ndarray:
     argument = find_cache_argument(model)
     assert argument is not None
     cache, parts, start = DynamicCache(config=model.config), [], 0
+    first = -1 if scenario.is_last_only else 0
     for length in scenario.chunks:
         stop = start + length
         inputs = {"input_ids": tokens[:, start:stop], "attention_mask": mask[:, :stop], argument[0]: cache}
         if takes_positions(model):
             inputs["position_ids"] = positions[:, start:stop]
         with torch.no_grad():
-            parts.append(model(**inputs, use_cache=True).logits)
+            parts.append(model(**inputs, use_cache=True).logits[:, first:])
         start = stop
     return torch.cat(parts, dim=1).float().numpy()
 

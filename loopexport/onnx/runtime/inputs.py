@@ -33,8 +33,8 @@ def check_cache(cache: OnnxCache, layout: tuple, batch: int) -> None:
     """
     if cache.storage.layout != layout:
         raise OnnxInputError(
-            "the cache belongs to another graph: the number, shape, type or layout of its tensors differs; "
-            "use a cache of this graph, or None"
+            "the cache belongs to another graph: the number, shape, type or layout of its tensors differs; use a cache "
+            "of this graph, or None"
         )
     cached = cache.storage.batch
     if cached != batch:
