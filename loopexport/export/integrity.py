@@ -15,6 +15,7 @@ from .check import Check
 from .directory import BASE_FOLDER, Export, is_own_auto_map, looped_config
 from .foreign_files import foreign_files
 from .manifest import FileRecord, OnnxRecord
+from .onnx_files import options_for
 from .own_code import code_files
 from .results_file import RESULTS, measured
 
@@ -108,10 +109,17 @@ def hash_onnx(export: Export, name: str, progress: Progress = lambda count: None
     """Check an ONNX file against its record in the manifest and return its sha256.
 
     Raises:
-        ExportError: the file has changed; export the ONNX files again.
+        ExportError: the file has changed; the message says how to export it again.
     """
-    remedy = f"run `loopexport onnx {export.root}` to export the ONNX files again"
-    return _hash(export.root / name, export.manifest.onnx[name], progress, remedy)
+    return _hash(export.root / name, export.manifest.onnx[name], progress, onnx_remedy(export, name))
+
+
+def onnx_remedy(export: Export, name: str) -> str:
+    """How to get an intact ONNX file again: the command that writes it, or a graph that reads it."""
+    graphs = {each: record for each, record in export.manifest.onnx.items() if record.steps is not None}
+    graph = next((each for each in graphs if name == each or name in (graphs[each].data or ())), None)
+    options = "" if graph is None else options_for(graph, graphs[graph].quantisation)
+    return f"run `loopexport onnx {export.root}{options}` to export it again"
 
 
 def _hash(path: Path, record: FileRecord | OnnxRecord, progress: Progress, remedy: str) -> str:
@@ -215,10 +223,13 @@ def check_onnx(
     for file, record in export.manifest.onnx.items():
         missing = sorted({file, *(record.data or ())} - here)
         if missing:
-            return Check(name, False, f"{missing[0]} is missing" + (f"; {file} needs it" if missing[0] != file else ""))
+            lost = missing[0]
+            needs = "" if lost == file else f"; {file} needs it"
+            remedy = f"; {onnx_remedy(export, lost)}" if lost in export.manifest.onnx else ""
+            return Check(name, False, f"{lost} is missing{needs}{remedy}")
         changed = _onnx_changed(export.root / file, record, full, progress)
         if changed:
-            return Check(name, False, f"{file} has changed ({changed})")
+            return Check(name, False, f"{file} has changed ({changed}); {onnx_remedy(export, file)}")
     return Check(name, True, f"{len(export.manifest.onnx)} compared")
 
 

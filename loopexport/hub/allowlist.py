@@ -21,7 +21,7 @@ from loopexport.base.tokenizer import JSON_VOCABULARIES
 from loopexport.errors import PushError
 from loopexport.export.directory import BASE_FOLDER, Export
 from loopexport.export.foreign_files import CODE, IGNORED_FOLDERS, PICKLES, is_small_file
-from loopexport.export.integrity import EDITABLE, check_config, check_onnx, check_small_files
+from loopexport.export.integrity import EDITABLE, check_config, check_onnx, check_small_files, onnx_remedy
 from loopexport.export.manifest import MANIFEST
 from loopexport.export.onnx_files import DATA_SUFFIX
 from loopexport.export.onnx_files import FILES as ONNX_FILES
@@ -123,16 +123,19 @@ def _check_unchanged(export: Export) -> None:
 
 
 def _check_onnx(export: Export) -> None:
-    again = f"run `loopexport onnx {export.root}` to export the ONNX files again"
     for name, record in export.manifest.onnx.items():
         if not ONNX_FILES.fullmatch(name):
-            raise PushError(f"{MANIFEST} lists {name!r} as an ONNX file, which LoopExport never writes; {again}")
+            raise PushError(
+                f"{MANIFEST} lists {name!r} as an ONNX file, which LoopExport never writes; do not trust this export"
+            )
         strange = {*(record.data or ())} - {*export.manifest.onnx, *export.manifest.weights}
         if strange:
-            raise PushError(f"{name} reads {min(strange)}, which is not part of the export; {again}")
+            raise PushError(
+                f"{name} reads {min(strange)}, which is not part of the export; {onnx_remedy(export, name)}"
+            )
     check = check_onnx(export, needs_weights=False)
     if check.passed is False:
-        raise PushError(f"{export.root} has changed since its ONNX export: {check.detail}; {again}")
+        raise PushError(f"{export.root} has changed since its ONNX export: {check.detail}")
     stale = stale_graphs(export)
     if stale:
         raise PushError(stale)

@@ -90,7 +90,7 @@ def test_other_dtype_writes_one_data_file_for_every_k(export, traced, monkeypatc
     flip_last_byte(export / "model_fp16.onnx_data")
     outcome, status = checks(export, "--files-only", "--full")
     assert status == 1
-    assert outcome["ONNX files are as written"]["detail"] == "model_fp16.onnx_data has changed (xxh3_128)"
+    assert outcome["ONNX files are as written"]["detail"].startswith("model_fp16.onnx_data has changed (xxh3_128)")
 
 
 def test_progress_counts_the_bytes_that_are_written(export, traced, monkeypatch):
@@ -192,7 +192,7 @@ def test_damage_to_onnx_files_is_noticed(export, one_trace, kind):
     damage(export)
     outcome, status = checks(export, "--files-only")
     assert status == 1
-    assert outcome["ONNX files are as written"]["detail"] == says
+    assert outcome["ONNX files are as written"]["detail"].startswith(says)
 
 
 @pytest.mark.matrix

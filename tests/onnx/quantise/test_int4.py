@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -240,6 +241,15 @@ def test_options_of_quantising_alone_are_refused_without_it(export, option):
     assert "is for --dtype int4 and int8" in refused("onnx", export, "--dtype", "fp16", *option, "--dry-run")
     assert "8 everywhere" in refused("onnx", export, "--dtype", "int8", "--mixed", "--dry-run")
     assert "must be one of 16, 32" in refused("onnx", export, "--dtype", "int8", "--block-size", "8", "--dry-run")
+
+
+@pytest.mark.parametrize("name", ["model_q4.onnx", "model_q4.onnx_data"])
+def test_command_that_writes_a_damaged_file_again_is_named(export, name):
+    (export / name).unlink()
+    detail = checks(export, "--files-only")[0]["ONNX files are as written"]["detail"]
+    command = re.search(rf"{name} is missing.*; run `loopexport (.*)` to export it again", detail)[1]
+    assert run(*command.split(), "--no-verify").exit_code == 0
+    assert checks(export, "--files-only", "--full")[1] == 0
 
 
 def test_a_block_that_no_matrix_fills_is_refused(export):
