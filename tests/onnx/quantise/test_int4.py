@@ -190,8 +190,8 @@ def test_rounded_activations_that_go_astray_do_not_pass(export, monkeypatch):
     exact, forward = in_full_precision(ours), ours.forward
     monkeypatch.setattr(comparison, "in_full_precision", lambda model: exact)
 
-    def astray(*inputs):
-        logits, cache = forward(*inputs)
+    def astray(*inputs, **options):
+        logits, cache = forward(*inputs, **options)
         return -logits, cache
 
     ours.forward = astray
@@ -211,7 +211,7 @@ def test_cost_is_told_everywhere(quantised):
     assert record["quantised"]["head"] is True
     assert record["difference"] < 1e-5, "of the exact graph: activations in 8 bits are judged apart"
     card = (root / "README.md").read_text()
-    assert f"- `model_q4.onnx` on {cost.tokens:,} tokens of `mine.txt`: KL {cost.loop.nats:.3g} nats a token" in card
+    assert f"- `model_q4.onnx`, on {cost.tokens:,} tokens of `mine.txt`: KL {cost.loop.nats:.3g} nats a token" in card
     assert "| `model_q4.onnx` | 3 | fp32, weights in int4 in blocks of 32 with zero points, the head in int8 |" in card
     assert 'model_file_name: "model", dtype: "q4"' in card
     assert json.loads((root / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model_q4.onnx"
