@@ -23,7 +23,8 @@ def kept_trace():
     return trace
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.matrix) for name in NAMES[:-1]), NAMES[-1]])
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", NAMES)
 def test_graphs_of_an_earlier_export_outlive_its_code(name, tmp_path, monkeypatch, kept_trace):
     root = earlier_export(name, tmp_path / f"looped_{name.replace('-', '_')}")
     monkeypatch.setattr(build, "trace_export", kept_trace)

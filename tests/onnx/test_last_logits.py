@@ -44,7 +44,7 @@ def test_last_logits_are_those_of_the_last_positions(graph, family):
         assert np.abs(last - everything[:, -rows:]).max() <= 1e-6 * scale, number
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.matrix)])
 def test_head_runs_on_the_kept_positions_alone(graph, family):
     """A tied head, too."""
     nodes = list(ir.load(graph(family, steps=1) / "model.onnx").graph)

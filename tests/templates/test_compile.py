@@ -21,7 +21,7 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 KV_POLICIES = ("shared", "per_step", "reference")
 DECODES = {"full": {}, "bypass": {"decode": "bypass"}, "first_n": {"decode": "first_n", "first_n": 2}}
 FULLGRAPH_SAMPLE = {("shared", "block"), ("reference", "layer")}
-DECODE_SAMPLE = {("llama", "per_step", "bypass"), ("gemma3_text", "shared", "full")}
+DECODE_SAMPLE = {("llama", "per_step", "bypass")}
 
 
 FOUR_LAYERS = {

@@ -67,6 +67,7 @@ def results(export_dir, tmp_path_factory):
     return directory
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_equal_one(name, results, export_dir):
     family, how, options = JOBS[name]
