@@ -40,6 +40,9 @@ TRAINING: dict[str, tuple[str, str, dict]] = {
     "llama fsdp": ("llama", "fsdp", {}),
     "llama fsdp, layers, per step": ("llama", "fsdp", {"loop_mode": "layer", "loop_kv": "per_step"}),
 }
+# One start of two processes serves all tests.
+pytestmark = pytest.mark.matrix
+
 CROSSING = ("llama", "pp", {"loop_span": [2, 5]})
 
 
@@ -67,7 +70,6 @@ def results(export_dir, tmp_path_factory):
     return directory
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_equal_one(name, results, export_dir):
     family, how, options = JOBS[name]
