@@ -51,6 +51,7 @@ def speed(name: str, scale: Scale) -> Iterator[Result]:
 
 
 def torch_speed(name: str, bandwidth: float, scale: Scale) -> Iterator[Result]:
+    """Speed of base and loop in torch: the prompt, and decode steps; `bandwidth` is in bytes per second."""
     base = random_base(name, scale.device, DTYPE.get(name, "fp16"), scale.real)
     looped = looped_over(base)
     ratio = evaluations(looped.config)

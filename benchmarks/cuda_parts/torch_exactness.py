@@ -181,6 +181,7 @@ def _family(family: str, dtype: str, scale: Scale) -> Iterator[Result]:
 
 
 def cases_of(pair: Pair, dtype: str, attention: str, scale: Scale) -> Iterator[Result]:
+    """One result for each K/V policy: the loop may lose a few times what its base loses in the same way."""
     sparse = pair.family in SPARSE
     experts, typical = ("grouped_mm", dtype != "fp32") if sparse else (None, False)
     base = load(pair.base, dtype, scale.device, attention, experts)
