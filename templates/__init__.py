@@ -20,6 +20,7 @@ FILES = (
     "looped_states.py",
     "looped_vllm.py",
     "looped_vllm_limits.py",
+    "looped_vllm_settings.py",
     "looped_walk.py",
     "modeling_looped.py",
 )

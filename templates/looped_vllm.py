@@ -7,20 +7,16 @@ calls the model without a cache, on one row with the tokens of all requests, in 
 iteration runs a layer with a stand-in for its vLLM attention layer. With `shared`, the stand-in calls that attention
 layer without keys and values: it then reads the natural ones and writes none, as in vLLM's own models whose layers
 share keys and values. With `per_step`, it calls an extra attention layer; vLLM makes these because the config counts
-more layers than there are. While vLLM builds the model, `check_vllm` refuses every setting that was not found to give
-the greedy tokens of transformers.
+more layers than there are.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_looped import base_model_type
 from .looped_spec import LoopSpec
-from .looped_vllm_limits import VLLM_EAGER, vllm_context, vllm_refusal
+from .looped_vllm_settings import not_on_vllm
 
 VLLM = "vllm"  # the attention implementation that vLLM sets in the config before it builds the model
 VLLM_ATTENTION = "attn"  # newer releases set their attention layer as this attribute of a module
@@ -28,57 +24,6 @@ VLLM_INSTANCES = "attention_instances"  # older releases, 0.28 among them, pass 
 
 # Attribute that we set on a config: the real number of layers, once `num_hidden_layers` counts slots too.
 VLLM_LAYERS = "vllm_physical_layers"
-
-
-def check_vllm(config, spec: LoopSpec) -> None:
-    """Check that vLLM serves this loop exactly with its current settings.
-
-    Raises:
-        ValueError: it does not, or this was not tested; the message says what to do.
-    """
-    # Not an import statement: transformers would then require vLLM from everyone who loads this file.
-    engine = import_module("vllm.config").get_current_vllm_config()
-    family, values = base_model_type(config.model_type), config.to_dict()
-    refusals = [vllm_refusal(family, spec, values), _refused_length(engine, values)]
-    if not spec.is_identity:
-        refusals += _refused_settings(engine, family)
-    for refusal in refusals:
-        if refusal is not None:
-            raise ValueError(_not_on_vllm(refusal))
-
-
-def _refused_length(engine, config: dict) -> str | None:
-    context = vllm_context(config)
-    if context is None or engine.model_config.max_model_len <= context:
-        return None
-    return (
-        f"beyond {context} positions, the longest request changes the rotary embeddings of all requests; add "
-        f"--max-model-len {context}"
-    )
-
-
-def _refused_settings(engine, family: str):
-    """The reason for each setting of the engine with which it cannot serve a loop."""
-    parallel = engine.parallel_config
-    refusals = (
-        (
-            parallel.pipeline_parallel_size > 1,
-            "each pipeline stage would loop only its own part of a span; use --tensor-parallel-size instead",
-        ),
-        (engine.quant_config is not None, "quantised models were not tested; serve a model that is not quantised"),
-        (engine.speculative_config is not None, "speculative decoding was not tested; leave --speculative-config out"),
-        (engine.lora_config is not None, "adapters were not tested; leave --enable-lora out, or merge them first"),
-        (parallel.enable_expert_parallel, "expert parallelism was not tested; leave --enable-expert-parallel out"),
-        (
-            family in VLLM_EAGER and not engine.model_config.enforce_eager,
-            f"with torch.compile, vLLM computes loops of {family} wrongly; add --enforce-eager",
-        ),
-    )
-    return [reason for holds, reason in refusals if holds]
-
-
-def _not_on_vllm(reason: str) -> str:
-    return f"cannot serve this looped model on vLLM: {reason}"
 
 
 class VllmSeam:
@@ -111,7 +56,7 @@ class VllmSeam:
             finally:
                 del vars(module)[VLLM_ATTENTION]
         if stand_in.count != 1:
-            raise ValueError(_not_on_vllm(f"layer {index} called its attention {stand_in.count} times, not once"))
+            raise ValueError(not_on_vllm(f"layer {index} called its attention {stand_in.count} times, not once"))
         return output
 
     def _attention(self, module: nn.Module, index: int, slot: int | None, instances):
@@ -120,9 +65,9 @@ class VllmSeam:
         else:
             attention = getattr(module if slot is None else self.slots[str(slot)], VLLM_ATTENTION, None)
         if attention is None:
-            raise ValueError(_not_on_vllm("this release keeps its attention layers elsewhere; use a tested release"))
+            raise ValueError(not_on_vllm("this release keeps its attention layers elsewhere; use a tested release"))
         if getattr(module, "sinks", None) is not None and not attention.has_sink:
-            raise ValueError(_not_on_vllm("this release ignores the attention sinks of this family; use a newer one"))
+            raise ValueError(not_on_vllm("this release ignores the attention sinks of this family; use a newer one"))
         return attention
 
 
@@ -160,7 +105,7 @@ def _attention_path(layer: nn.Module, index: int) -> str:
     """Path of the attention module of a layer: the only module with the layer's number in `layer_idx`."""
     paths = [path for path, module in layer.named_modules() if path and getattr(module, "layer_idx", None) == index]
     if len(paths) != 1:
-        raise ValueError(_not_on_vllm(f"layer {index} has {len(paths)} modules with its number, not one"))
+        raise ValueError(not_on_vllm(f"layer {index} has {len(paths)} modules with its number, not one"))
     return paths[0]
 
 

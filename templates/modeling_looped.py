@@ -48,8 +48,9 @@ from .looped_routing import ROUTERS  # noqa: F401  as above
 from .looped_rules import run_loop  # noqa: F401  as above
 from .looped_spec import LoopSpec
 from .looped_states import HAS_STATE  # noqa: F401  as above
-from .looped_vllm import VLLM, VllmSeam, check_vllm, count_layers, count_slots, scale_logits
+from .looped_vllm import VLLM, VllmSeam, count_layers, count_slots, scale_logits
 from .looped_vllm_limits import vllm_refusal  # noqa: F401  as above
+from .looped_vllm_settings import check_vllm
 from .looped_walk import Walk  # noqa: F401  as above
 
 # transformers 4 runs a changed file again in the same module: forget the classes that the other version made.

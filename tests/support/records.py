@@ -17,6 +17,7 @@ from support.paths import RECORDS as DIRECTORY
 from support.paths import ROOT
 
 TEMPLATES = ("templates/*.py",)
+WITHOUT_VLLM = ("templates/*_looped.py", "templates/looped_[!v]*.py")  # only vLLM runs the others
 TINY = ("tests/support/tiny.py", "tests/support/compare.py", "tests/support/structure.py")
 VERIFY = tuple(
     f"loopexport/checks/{name}.py"
@@ -34,7 +35,7 @@ ORACLE = (
 VLLM = (
     *(f"templates/{name}.py" for name in ("configuration_looped", "modeling_looped")),
     *(f"templates/looped_{name}.py" for name in ("arguments", "body", "decoder", "walk", "rules", "spec", "routing")),
-    *(f"templates/looped_{name}.py" for name in ("vllm", "vllm_limits")),
+    *(f"templates/looped_{name}.py" for name in ("vllm", "vllm_limits", "vllm_settings")),
     "loopexport/checks/vllm.py", "loopexport/checks/vllm_worker.py", "tests/support/vllm_cases.py",
     "tests/support/tiny.py", "tests/checks/test_vllm.py",
 )  # fmt: skip
@@ -90,7 +91,7 @@ RECORDS = {
             "verify",
             tuple(f"tests/checks/test_{name}.py" for name in ("verify", "mutations", "replay", "states")),
             (
-                *TEMPLATES,
+                *WITHOUT_VLLM,
                 *TINY,
                 *VERIFY,
                 "tests/checks/test_mutations.py",
@@ -99,8 +100,8 @@ RECORDS = {
                 "tests/support/export_faults.py",
             ),
         ),
-        Record("families", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),
-        Record("families-oldest", ("tests/base",), (*TEMPLATES, *WALK, "tests/base/test_families.py")),
+        Record("families", ("tests/base",), (*WITHOUT_VLLM, *WALK, "tests/base/test_families.py")),
+        Record("families-oldest", ("tests/base",), (*WITHOUT_VLLM, *WALK, "tests/base/test_families.py")),
         Record(
             "cost",
             ("tests/loop/test_cost.py",),
@@ -110,7 +111,7 @@ RECORDS = {
             "onnx",
             ("tests/onnx",),
             (
-                *(*TEMPLATES, *TINY, "loopexport/onnx/**/*.py", "tests/onnx/**/*.py"),
+                *(*WITHOUT_VLLM, *TINY, "loopexport/onnx/**/*.py", "tests/onnx/**/*.py"),
                 *(*WALK, "tests/support/onnx_walk.py", "tests/support/onnx_graphs.py"),
             ),
             ("onnx", "onnx-ir", "onnxruntime", "onnxscript"),

@@ -1,0 +1,64 @@
+"""Which settings of vLLM's engine serve a loop exactly, checked while vLLM builds the model; used nowhere else.
+
+Every export has a copy of this file. It needs only torch and transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from .configuration_looped import base_model_type
+from .looped_spec import LoopSpec
+from .looped_vllm_limits import VLLM_EAGER, vllm_context, vllm_refusal
+
+
+def check_vllm(config, spec: LoopSpec) -> None:
+    """Check that vLLM serves this loop exactly with its current settings.
+
+    Raises:
+        ValueError: it does not, or this was not tested; the message says what to do.
+    """
+    # Not an import statement: transformers would then require vLLM from everyone who loads this file.
+    engine = import_module("vllm.config").get_current_vllm_config()
+    family, values = base_model_type(config.model_type), config.to_dict()
+    refusals = [vllm_refusal(family, spec, values), _refused_length(engine, values)]
+    if not spec.is_identity:
+        refusals += _refused_settings(engine, family)
+    for refusal in refusals:
+        if refusal is not None:
+            raise ValueError(not_on_vllm(refusal))
+
+
+def _refused_length(engine, config: dict) -> str | None:
+    context = vllm_context(config)
+    if context is None or engine.model_config.max_model_len <= context:
+        return None
+    return (
+        f"beyond {context} positions, the longest request changes the rotary embeddings of all requests; add "
+        f"--max-model-len {context}"
+    )
+
+
+def _refused_settings(engine, family: str):
+    """The reason for each setting of the engine with which it cannot serve a loop."""
+    parallel = engine.parallel_config
+    refusals = (
+        (
+            parallel.pipeline_parallel_size > 1,
+            "each pipeline stage would loop only its own part of a span; use --tensor-parallel-size instead",
+        ),
+        (engine.quant_config is not None, "quantised models were not tested; serve a model that is not quantised"),
+        (engine.speculative_config is not None, "speculative decoding was not tested; leave --speculative-config out"),
+        (engine.lora_config is not None, "adapters were not tested; leave --enable-lora out, or merge them first"),
+        (parallel.enable_expert_parallel, "expert parallelism was not tested; leave --enable-expert-parallel out"),
+        (
+            family in VLLM_EAGER and not engine.model_config.enforce_eager,
+            f"with torch.compile, vLLM computes loops of {family} wrongly; add --enforce-eager",
+        ),
+    )
+    return [reason for holds, reason in refusals if holds]
+
+
+def not_on_vllm(reason: str) -> str:
+    """The error for a reason why vLLM cannot serve a model."""
+    return f"cannot serve this looped model on vLLM: {reason}"
