@@ -132,7 +132,7 @@ def _check_asked(path: str, route: RecordRoute) -> None:
         )
 
 
-def _split(path: str) -> tuple[str, str]:
+def split(path: str) -> tuple[str, str]:
     """Split a module's path into its parent's path and its own name."""
     parent, _, name = path.rpartition(".")
     return parent, name
@@ -153,15 +153,15 @@ class Routers(NamedTuple):
     def of(cls, layer: nn.Module) -> Routers:
         """Find the routers of a layer: modules named `router` or `router_gate`, or `gate` next to experts."""
         paths = [path for path, _ in layer.named_modules() if path]
-        experts = [path for path in paths if _has_experts(_split(path)[1], layer.get_submodule(path))]
-        blocks = {_split(path)[0] for path in experts}
-        known = [path for path in paths if _is_router(*_split(path), blocks)]
-        askers = {_split(path)[0] for path in known}
+        experts = [path for path in paths if _has_experts(split(path)[1], layer.get_submodule(path))]
+        blocks = {split(path)[0] for path in experts}
+        known = [path for path in paths if _is_router(*split(path), blocks)]
+        askers = {split(path)[0] for path in known}
         outermost = [path for path in experts if not any(path.startswith(f"{other}.") for other in experts)]
         missing = [
             path
             for path in outermost
-            if _split(path)[0] not in askers and not any(router.startswith(f"{path}.") for router in known)
+            if split(path)[0] not in askers and not any(router.startswith(f"{path}.") for router in known)
         ]
         return cls(tuple(known), tuple(missing))
 

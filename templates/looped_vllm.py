@@ -2,103 +2,189 @@
 
 Every export has a copy of this file. It needs only torch and transformers.
 
-vLLM stores keys and values itself, in one attention layer of its own for each number below `num_hidden_layers`. It
-calls the model without a cache, on one row with the tokens of all requests, in chunks of its own choice. So an
-iteration runs a layer with a stand-in for its vLLM attention layer. With `shared`, the stand-in calls that attention
-layer without keys and values: it then reads the natural ones and writes none, as in vLLM's own models whose layers
-share keys and values. With `per_step`, it calls an extra attention layer; vLLM makes these because the config counts
-more layers than there are.
+vLLM stores keys and values itself: each attention module of the model has an attention layer of vLLM, which writes the
+keys and values (with MLA, the latents) that it gets into the slots of their tokens, and then attends. vLLM calls the
+model without a cache, on one row with the tokens of all requests, in chunks of its own choice. So an iteration runs a
+layer with a stand-in for its attention layer. With `shared`, the stand-in hands on the recorded keys and values of the
+natural pass: they are written again into the slots that hold them already. With `per_step`, it is a copy of the
+attention layer with slots of its own. With `reference`, it writes the iterate's keys and values; after the iterations,
+the natural ones are written back.
 """
 
 from __future__ import annotations
 
+import copy
+from contextlib import contextmanager
+from importlib import import_module
+
+import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .looped_routing import RecordRoute, ReplayRoute, split
 from .looped_spec import LoopSpec
-from .looped_vllm_settings import not_on_vllm
+from .looped_vllm_settings import check_vllm, keeps_routers_outside, not_on_vllm
 
-VLLM = "vllm"  # the attention implementation that vLLM sets in the config before it builds the model
-VLLM_ATTENTION = "attn"  # newer releases set their attention layer as this attribute of a module
-VLLM_INSTANCES = "attention_instances"  # older releases, 0.28 among them, pass the layers in this argument
+# The attention implementations that vLLM sets in the config: before it builds the model, and with MLA afterwards.
+VLLM_IMPLEMENTATIONS = ("vllm", "vllm_mla")
+VLLM_ATTENTION = "attn"  # the attribute of an attention module that holds its attention layer of vLLM
 
-# Attribute that we set on a config: the real number of layers, once `num_hidden_layers` counts slots too.
-VLLM_LAYERS = "vllm_physical_layers"
+
+def serve_on_vllm(model: nn.Module, loop, layers: nn.ModuleList, spec: LoopSpec) -> None:
+    """Prepare a model that vLLM builds.
+
+    Args:
+        model: the looped model.
+        loop: the `DecoderLoop` of its decoder.
+        layers: the decoder layers.
+        spec: the loop.
+
+    Raises:
+        ValueError: vLLM does not serve the loop exactly with its current settings.
+    """
+    engine = current_engine()
+    check_vllm(engine, loop.config, spec)
+    _scale_logits(loop.config)
+    _size_latents(engine, loop.text_config)
+    if spec.is_identity:
+        return
+    loop.vllm = VllmSeam(layers, spec)
+    model.loop_slots = VllmSlots(loop.vllm, engine.compilation_config.static_forward_context)
+    if keeps_routers_outside(loop.config, spec):
+        for index in spec.layers:
+            for path in loop.traits[index].routers.known:
+                layers[index].get_submodule(split(path)[0]).loop_router_outside = UnknownState()
+
+
+def current_engine():
+    """The settings of the engine that builds the model, a `VllmConfig`."""
+    # Not an import statement: transformers would then require vLLM from everyone who loads this file.
+    return import_module("vllm.config").get_current_vllm_config()
 
 
 class VllmSeam:
     """Runs looped layers on vLLM's attention layers.
 
     Attributes:
+        layers: the decoder layers.
+        spec: the loop.
         paths: for each looped layer, by number, the path of its attention module.
-        slots: with `per_step`, one `VllmSlot` for each looped layer and iteration, by its number as text.
+        slots: with `per_step`, the attention layers of iterations, by layer number and iteration.
     """
 
-    def __init__(self, layers: nn.ModuleList, slots: nn.ModuleDict, spec: LoopSpec):
+    def __init__(self, layers: nn.ModuleList, spec: LoopSpec):
+        self.layers = layers
+        self.spec = spec
         self.paths = {index: _attention_path(layers[index], index) for index in spec.layers}
-        self.slots = slots
-        for _ in range(1, spec.evaluations) if spec.kv == "per_step" else ():
-            for index in spec.layers:
-                number = len(layers) + len(slots)
-                slots[str(number)] = VllmSlot(layers[index].get_submodule(self.paths[index]), number)
+        self.slots: dict[tuple[int, int], nn.Module] = {}
 
-    def run(self, layer: nn.Module, index: int, slot: int | None, args, kwargs):
-        """The output of a layer that attends to the natural keys and values or, with a `slot`, to its own there."""
-        module = layer.get_submodule(self.paths[index])
-        instances = kwargs.get(VLLM_INSTANCES)
-        stand_in = VllmAttention(self._attention(module, index, slot, instances), writes=slot is not None)
-        if instances is not None:
-            output = layer(*args, **{**kwargs, VLLM_INSTANCES: {index: stand_in}})
-        else:
-            vars(module)[VLLM_ATTENTION] = stand_in
-            try:
-                output = layer(*args, **kwargs)
-            finally:
-                del vars(module)[VLLM_ATTENTION]
-        if stand_in.count != 1:
-            raise ValueError(not_on_vllm(f"layer {index} called its attention {stand_in.count} times, not once"))
+    def run_natural(self, call):
+        """The output of a layer in the natural pass; records in the call what its attention layer got."""
+        with call.frozen(RecordRoute), self._attending(call, self._attention(call.layer, call.index)) as attention:
+            output = call.run(call.hidden, call.cache)
+        call.handed = attention.handed
         return output
 
-    def _attention(self, module: nn.Module, index: int, slot: int | None, instances):
-        if instances is not None:
-            attention = instances.get(index if slot is None else slot)
-        else:
-            attention = getattr(module if slot is None else self.slots[str(slot)], VLLM_ATTENTION, None)
+    def run_iteration(self, call, hidden, k: int):
+        """The output of a layer for other hidden states, in iteration k >= 1."""
+        attention = self.slots.get((call.index, k)) or self._attention(call.layer, call.index)
+        given = call.handed if self.spec.kv == "shared" else None
+        with call.frozen(ReplayRoute), self._attending(call, attention, given):
+            return call.run(hidden, call.cache, k)
+
+    def write_back(self, calls, hidden):
+        """The hidden states of a loop, unchanged; with `reference`, also stores the natural keys and values again.
+
+        A compiler drops calls whose output nobody uses, so the sum contains nothing of the output: zero times it.
+        """
+        for call in calls if self.spec.kv == "reference" else ():
+            query, new, options = call.handed
+            attended = self._attention(call.layer, call.index).forward(query, *new, **options)
+            hidden = hidden + 0 * attended[:, :1]
+        return hidden
+
+    def add_slots(self, known: dict) -> None:
+        """With `per_step`, make the attention layers of iterations: copies that differ in name and K/V cache.
+
+        Args:
+            known: all attention layers of the engine, by name; vLLM gives each of them a K/V cache.
+        """
+        for k in range(1, self.spec.evaluations) if self.spec.kv == "per_step" and not self.slots else ():
+            for index in self.spec.layers:
+                slot = copy.copy(self._attention(self.layers[index], index))
+                slot.layer_name = f"loop_slots.{len(self.layers) + len(self.slots)}.{VLLM_ATTENTION}"
+                self.slots[index, k] = known[slot.layer_name] = slot
+
+    def _attention(self, layer: nn.Module, index: int):
+        attention = getattr(layer.get_submodule(self.paths[index]), VLLM_ATTENTION, None)
         if attention is None:
             raise ValueError(not_on_vllm("this release keeps its attention layers elsewhere; use a tested release"))
-        if getattr(module, "sinks", None) is not None and not attention.has_sink:
-            raise ValueError(not_on_vllm("this release ignores the attention sinks of this family; use a newer one"))
         return attention
+
+    @contextmanager
+    def _attending(self, call, attention, given=None):
+        """Let a layer call a stand-in for its attention layer."""
+        module = call.layer.get_submodule(self.paths[call.index])
+        stand_in = VllmAttention(attention, given)
+        vars(module)[VLLM_ATTENTION] = stand_in
+        try:
+            yield stand_in
+        finally:
+            del vars(module)[VLLM_ATTENTION]
+        if stand_in.count != 1:
+            raise ValueError(not_on_vllm(f"layer {call.index} called its attention {stand_in.count} times, not once"))
 
 
 class VllmAttention:
-    """Stands in for a vLLM attention layer in an iteration: can leave out writes, and counts its calls."""
+    """Stands in for an attention layer of vLLM during one pass of a layer.
 
-    def __init__(self, attention, writes: bool):
+    Attributes:
+        attention: the attention layer.
+        given: what it gets instead of the keys and values of this pass: `handed` of another pass; None for none.
+        handed: what this pass handed to it: the query, the keys and values (or latents), and options.
+        count: how often the layer called it.
+    """
+
+    def __init__(self, attention, given):
         self.attention = attention
-        self.writes = writes
+        self.given = given
+        self.handed: tuple = ()
         self.count = 0
 
-    def forward(self, query, key, value):
-        """The output of vLLM's attention layer."""
+    def forward(self, query, *new, **options):
+        """The output of vLLM's attention layer, `(tokens, heads * head_size)`."""
         self.count += 1
-        return self.attention.forward(query, key if self.writes else None, value if self.writes else None)
+        self.handed = query, new, options
+        return self.attention.forward(query, *(new if self.given is None else self.given[1]), **options)
 
     def __getattr__(self, name):
         return getattr(self.attention, name)
 
 
-class VllmSlot(nn.Module):
-    """Looks to vLLM like one more attention module, so that vLLM makes one more attention layer."""
+class VllmSlots(nn.Module):
+    """Adds the slots of `per_step` at the right moment.
 
-    def __init__(self, attention: nn.Module, number: int):
+    That is when vLLM switches the model to evaluation: it has made its attention layers by then, and loaded the
+    weights, and next it asks which attention layers there are.
+    """
+
+    def __init__(self, seam: VllmSeam, known: dict):
         super().__init__()
-        self.config, self.layer_idx, self.scaling = attention.config, number, attention.scaling
+        self.seam = seam
+        self.known = known
 
-    def forward(self, *args, **kwargs):
-        """Never called: vLLM parses this source to see that it calls the attention interface, and with which scale."""
-        attention_interface = ALL_ATTENTION_FUNCTIONS[VLLM]
-        return attention_interface(self, *args, scaling=self.scaling, **kwargs)
+    def train(self, mode: bool = True):
+        """Add the slots on `eval()`."""
+        if not mode:
+            self.seam.add_slots(self.known)
+        return super().train(mode)
+
+
+class UnknownState(nn.Module):
+    """A buffer in a sparse block. vLLM fuses only blocks of which it knows all state, so this one keeps its router."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("marker", torch.zeros(1, device="cpu"), persistent=False)
 
 
 def _attention_path(layer: nn.Module, index: int) -> str:
@@ -109,26 +195,13 @@ def _attention_path(layer: nn.Module, index: int) -> str:
     return paths[0]
 
 
-def scale_logits(config) -> None:
+def _scale_logits(config) -> None:
     """Set `logit_scale`: vLLM computes the logits itself, without the division of the family's code."""
     if hasattr(config, "logits_scaling"):
         config.logit_scale = 1 / config.logits_scaling
 
 
-def count_slots(config, spec: LoopSpec) -> None:
-    """Count slots as layers in the config, each of its layer's type; vLLM reads it again after building the model."""
-    layers = [*range(config.num_hidden_layers), *spec.layers * (spec.extra_kv_slots // len(spec.layers))]
-    setattr(config, VLLM_LAYERS, config.num_hidden_layers)
-    _set_layers(config, layers)
-
-
-def count_layers(config) -> None:
-    """Undo `count_slots`, since vLLM builds more than one model from a config."""
-    if hasattr(config, VLLM_LAYERS):
-        _set_layers(config, range(getattr(config, VLLM_LAYERS)))
-
-
-def _set_layers(config, layers) -> None:
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in layers]
+def _size_latents(engine, config) -> None:
+    """Tell vLLM the width of what MLA stores, which it looks up by model types that it knows."""
+    if getattr(engine.model_config, "use_mla", False):
+        engine.model_config.model_arch_config.head_size = config.kv_lora_rank + config.qk_rope_head_dim

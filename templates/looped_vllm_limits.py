@@ -10,15 +10,18 @@ from .looped_spec import LoopSpec
 
 # Families for which vLLM was found to give the greedy tokens of transformers; the documentation has the settings.
 VLLM_FAMILIES = (
-    "gemma2", "gemma3_text", "glm4_moe", "gpt_neox", "gpt_oss", "granite", "llama", "mistral", "mixtral", "olmo2",
-    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "deepseek_v2", "deepseek_v3", "gemma2", "gemma3_text", "glm4_moe", "gpt_neox", "gpt_oss", "granite", "llama",
+    "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
 )  # fmt: skip
 
 # Those of them whose experts vLLM computes itself, always with silu.
 VLLM_EXPERTS = ("glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
 
-# Those of them whose loops vLLM computes wrongly with torch.compile; with --enforce-eager the tokens are right.
-VLLM_EAGER = ("glm4_moe",)
+# Those of them whose loops vLLM computes wrongly, with torch.compile, when it fuses routers with experts.
+VLLM_UNFUSED = ("glm4_moe",)
+
+# What kv reference needs: each prompt in one chunk.
+REFERENCE_FLAGS = "--no-enable-chunked-prefill --no-enable-prefix-caching"
 
 
 def vllm_refusal(family: str, spec: LoopSpec, config: dict) -> str | None:
@@ -36,17 +39,8 @@ def vllm_refusal(family: str, spec: LoopSpec, config: dict) -> str | None:
 def _vllm_loop_refusal(family: str, spec: LoopSpec) -> str | None:
     if family not in VLLM_FAMILIES:
         return f"family {family} was not found exact there, only {', '.join(VLLM_FAMILIES)} were; use transformers"
-    if spec.kv == "reference":
-        return "kv reference depends on where chunks start, and vLLM chooses that; set loop_kv to shared or per_step"
-    if spec.kv == "per_step" and family == "gpt_oss":
-        return "kv per_step does not work with attention sinks; set loop_kv to shared"
     if spec.decode != "full":
         return f"decode {spec.decode} depends on where a prompt ends, and vLLM does not say; set loop_decode to full"
-    if spec.frozen_routing:
-        return (
-            "vLLM chooses experts inside its fused layer, where routing cannot be frozen; set loop_frozen_routing to "
-            "false"
-        )
     return None
 
 

@@ -5,28 +5,34 @@ Every export has a copy of this file. It needs only torch and transformers.
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from .configuration_looped import base_model_type
 from .looped_spec import LoopSpec
-from .looped_vllm_limits import VLLM_EAGER, vllm_context, vllm_refusal
+from .looped_vllm_limits import REFERENCE_FLAGS, VLLM_UNFUSED, vllm_context, vllm_refusal
 
 
-def check_vllm(config, spec: LoopSpec) -> None:
-    """Check that vLLM serves this loop exactly with its current settings.
+def check_vllm(engine, config, spec: LoopSpec) -> None:
+    """Check that vLLM serves a loop exactly with its current settings.
+
+    Args:
+        engine: the settings, a `VllmConfig`.
+        config: the model's config.
+        spec: the loop.
 
     Raises:
         ValueError: it does not, or this was not tested; the message says what to do.
     """
-    # Not an import statement: transformers would then require vLLM from everyone who loads this file.
-    engine = import_module("vllm.config").get_current_vllm_config()
     family, values = base_model_type(config.model_type), config.to_dict()
     refusals = [vllm_refusal(family, spec, values), _refused_length(engine, values)]
     if not spec.is_identity:
-        refusals += _refused_settings(engine, family)
+        refusals += _refused_settings(engine, spec)
     for refusal in refusals:
         if refusal is not None:
             raise ValueError(not_on_vllm(refusal))
+
+
+def keeps_routers_outside(config, spec: LoopSpec) -> bool:
+    """Whether routers of looped layers must stay modules of their own, which vLLM does not fuse with the experts."""
+    return spec.frozen_routing or base_model_type(config.model_type) in VLLM_UNFUSED
 
 
 def _refused_length(engine, config: dict) -> str | None:
@@ -39,7 +45,7 @@ def _refused_length(engine, config: dict) -> str | None:
     )
 
 
-def _refused_settings(engine, family: str):
+def _refused_settings(engine, spec: LoopSpec):
     """The reason for each setting of the engine with which it cannot serve a loop."""
     parallel = engine.parallel_config
     refusals = (
@@ -52,11 +58,16 @@ def _refused_settings(engine, family: str):
         (engine.lora_config is not None, "adapters were not tested; leave --enable-lora out, or merge them first"),
         (parallel.enable_expert_parallel, "expert parallelism was not tested; leave --enable-expert-parallel out"),
         (
-            family in VLLM_EAGER and not engine.model_config.enforce_eager,
-            f"with torch.compile, vLLM computes loops of {family} wrongly; add --enforce-eager",
+            spec.kv == "reference" and not _keeps_prompts_whole(engine),
+            f"kv reference depends on where chunks start; add {REFERENCE_FLAGS}, or set loop_kv to shared or per_step",
         ),
     )
     return [reason for holds, reason in refusals if holds]
+
+
+def _keeps_prompts_whole(engine) -> bool:
+    """Whether each prompt is one chunk."""
+    return not (engine.scheduler_config.enable_chunked_prefill or engine.cache_config.enable_prefix_caching)
 
 
 def not_on_vllm(reason: str) -> str:

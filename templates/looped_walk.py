@@ -153,7 +153,9 @@ class Walk:
             return output
         if self.loops:
             body = Body([self.calls[index] for index in range(start, stop)], _hidden_of(output))
-            output = _with_hidden(output, run_loop(body.calls[0].hidden, body, self.spec), call.chosen)
+            hidden = run_loop(body.calls[0].hidden, body, self.spec)
+            hidden = hidden if self.vllm is None else self.vllm.write_back(body.calls, hidden)
+            output = _with_hidden(output, hidden, call.chosen)
         call.hand_on()
         return output
 
@@ -212,6 +214,7 @@ class LayerCall:
         natural: the keys, values and states that the natural pass stored and read.
         routes: for each router of the layer, by path, its answers in the natural pass; used with frozen routing.
         chosen: for each pass, the positions that the layer returned for the next one, if it has the argument `CHOSEN`.
+        handed: under vLLM, what its attention layer got in the natural pass; see `looped_vllm.VllmAttention`.
     """
 
     def __init__(self, walk: Walk, layer: Any, traits: LayerTraits, args, kwargs):
@@ -230,6 +233,7 @@ class LayerCall:
         self.natural = NaturalPass(None)
         self.output: Any = None
         self.chosen: dict[int, Any] = {}
+        self.handed: tuple = ()
 
     def run(self, hidden, cache, k: int = 0):
         """The layer's output for this input and cache in pass k (0: the natural one), all else as recorded."""
@@ -274,12 +278,14 @@ class LayerCall:
     def run_natural(self):
         """The layer's output for the call as recorded; also records what iterations need."""
         spec = self.walk.spec
+        if self.walk.vllm is not None:
+            return self.walk.vllm.run_natural(self)
         if not is_checkpointing(self.native):
             self.natural = NaturalPass(natural_cache(self.native, self.cache))
             self.natural.is_shared = spec.kv == "shared"
             # Without a cache, an iteration of another policy needs nothing of the natural pass.
             has_memory = self.cache is not None or spec.kv == "shared"
-            with self._frozen(RecordRoute):
+            with self.frozen(RecordRoute):
                 output = self.run(self.hidden, self.natural if has_memory else None)
             if spec.kv == "shared":
                 self.traits.mixers.check_recorded(self.natural.states)
@@ -299,13 +305,13 @@ class LayerCall:
         if spec.kv == "shared" and self.natural.read and is_checkpointing(self.native):
             return self.native._gradient_checkpointing_func(partial(self._run_shared, k), hidden, *self.natural.seen)
         if vllm is not None:
-            slot = self.walk.slot(self.index, k) if spec.kv == "per_step" else None
-            return _hidden_of(vllm.run(self.layer, self.index, slot, *self._arguments(hidden, self.cache, k)))
+            return _hidden_of(vllm.run_iteration(self, hidden, k))
         cache = self._iteration_cache(k)
-        with self._frozen(ReplayRoute):
+        with self.frozen(ReplayRoute):
             return _hidden_of(self.run(hidden, cache, k))
 
-    def _frozen(self, route):
+    def frozen(self, route):
+        """Let the layer's routers record or replay their answers, if the loop freezes them."""
         return routing(self.native, route, self.routes if self.walk.spec.frozen_routing else {})
 
     def store_natural(self) -> None:

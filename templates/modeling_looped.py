@@ -48,9 +48,9 @@ from .looped_routing import ROUTERS  # noqa: F401  as above
 from .looped_rules import run_loop  # noqa: F401  as above
 from .looped_spec import LoopSpec
 from .looped_states import HAS_STATE  # noqa: F401  as above
-from .looped_vllm import VLLM, VllmSeam, count_layers, count_slots, scale_logits
+from .looped_vllm import VLLM_IMPLEMENTATIONS, serve_on_vllm
 from .looped_vllm_limits import vllm_refusal  # noqa: F401  as above
-from .looped_vllm_settings import check_vllm
+from .looped_vllm_settings import check_vllm  # noqa: F401  as above
 from .looped_walk import Walk  # noqa: F401  as above
 
 # transformers 4 runs a changed file again in the same module: forget the classes that the other version made.
@@ -69,7 +69,6 @@ class LoopedModelMixin:
 
     def __init__(self, config, *inputs, **kwargs):
         text_config = config.get_text_config(decoder=True)
-        count_layers(text_config)
         has_body = type(config).native_config_class in MODEL_MAPPING
         if has_body and type(config) not in MODEL_MAPPING:  # a head may make its body by AutoModel
             body = f"{CLASS_PREFIX}{family_name(base_model_type(config.model_type))}Model"
@@ -82,14 +81,8 @@ class LoopedModelMixin:
         loop = loop_decoder(decoder, list_name, config, self.native_class if decoder is self else None)
         layers = loop.layers_of(decoder)
         spec = loop.checked_spec(layers)
-        if text_config._attn_implementation != VLLM:  # of a multimodal model, vLLM sets it there alone
-            return
-        check_vllm(config, spec)
-        scale_logits(config)
-        if not spec.is_identity:
-            self.loop_slots = nn.ModuleDict()
-            loop.vllm = VllmSeam(layers, self.loop_slots, spec)
-            count_slots(text_config, spec)
+        if text_config._attn_implementation in VLLM_IMPLEMENTATIONS:  # of a multimodal model, vLLM sets it there alone
+            serve_on_vllm(self, loop, layers, spec)
 
     @classmethod
     def is_custom_code(cls) -> bool:

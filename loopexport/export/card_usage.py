@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from loopexport.base.families import is_multimodal
 from loopexport.loop.spec import LoopSpec, make_spec
-from loopexport.templates.looped_vllm_limits import VLLM_EAGER, vllm_context, vllm_refusal
+from loopexport.templates.looped_vllm_limits import REFERENCE_FLAGS, vllm_context, vllm_refusal
 
 from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
 from .manifest import OnnxRecord
@@ -133,8 +133,8 @@ def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) 
         return ""
     context = vllm_context(config)
     length = "" if context is None else f" --max-model-len {context}"
-    eager = " --enforce-eager" if family in VLLM_EAGER and not spec.is_identity else ""
-    return _VLLM.format(options=length + eager)
+    whole = f" {REFERENCE_FLAGS}" if spec.kv == "reference" and not spec.is_identity else ""
+    return _VLLM.format(options=length + whole)
 
 
 def _rank(name: str) -> tuple[bool, bool, str]:
