@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from loopexport.checks.vllm import Greedy, first_difference, largest_logprob_difference, run_vllm
+from loopexport.checks.vllm import Greedy, Served, first_difference, largest_logprob_difference, run_vllm
 from loopexport.loop.spec import LoopSpec
 from loopexport.templates.looped_vllm_limits import VLLM_FAMILIES, vllm_refusal
 from support.commands import run
@@ -42,6 +42,46 @@ def test_a_process_that_dies_is_told_for_every_run(tmp_path):
     python.chmod(0o755)
     outcomes = run_vllm([{}, {}], python=str(python))
     assert [each.error for each in outcomes] == ["vLLM's process ended with status 3: out of luck"] * 2
+
+
+@pytest.fixture
+def served_with(monkeypatch):
+    """`served_with(values)`: vLLM is taken to be installed and to answer this; returns what it was asked."""
+
+    def pretend(**values):
+        asked = []
+        monkeypatch.setattr("loopexport.checks.vllm.find_spec", lambda name: True)
+        monkeypatch.setattr("loopexport.checks.vllm.run_vllm", lambda runs: asked.extend(runs) or [answer])
+        answer = Served(
+            **{"answers": [], "cached": [], "error": "", "is_flag_error": False, "settings": "", "log": "", **values}
+        )
+        return asked
+
+    return pretend
+
+
+def test_verify_says_in_a_line_that_vllm_does_not_know_a_flag(export_dir, served_with):
+    asked = served_with(error="unrecognized arguments: --max-modellen", is_flag_error=True)
+    result = run("verify", export_dir(), "--runtime", "vllm", "--", "--max-modellen", "64")
+    assert asked[0]["flags"] == ["--max-modellen", "64"]
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: vLLM does not accept --max-modellen 64: unrecognized arguments: --max-mod")
+    assert result.stderr.count("\n") == 1
+
+
+def test_verify_takes_flags_of_vllm_for_vllm_alone(export_dir):
+    result = run("verify", export_dir(), "--", "--max-model-len", "64")
+    assert result.exit_code == 2
+    assert "--max-model-len 64 is for vLLM; add --runtime vllm, or leave it out" in result.stderr
+
+
+def test_verify_serves_kv_reference_with_whole_prompts(export_dir, served_with):
+    asked = served_with(error="stopped")
+    for kv in ("shared", "reference"):
+        assert run("verify", export_dir(kv=kv), "--runtime", "vllm").exit_code == 1
+    shared, reference = (each["engine"] for each in asked)
+    assert shared.get("enable_chunked_prefill") is None
+    assert (reference["enable_chunked_prefill"], reference["enable_prefix_caching"]) == (False, False)
 
 
 def cases_of(file):
