@@ -31,7 +31,7 @@ def main(runs: str, outcomes: str) -> None:
             done.append(generate(**run))
         except Exception as error:  # anything may stop an engine; the next one may still run
             traceback.print_exc()
-            done.append({"error": str(error), "is_flag_error": isinstance(error, FlagError)})
+            done.append({"error": str(error) or type(error).__name__, "is_flag_error": isinstance(error, FlagError)})
         Path(outcomes).write_text(json.dumps(done))
         gc.collect()
 
