@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +87,7 @@ class VllmSeam:
 
     def run_iteration(self, call, hidden, k: int):
         """The output of a layer for other hidden states, in iteration k >= 1."""
-        attention = self.slots.get((call.index, k)) or self._attention(call.layer, call.index)
+        attention = self._attention(call.layer, call.index, k if self.spec.kv == "per_step" else 0)
         given = call.handed if self.spec.kv == "shared" else None
         with call.frozen(ReplayRoute), self._attending(call, attention, given):
             return call.run(hidden, call.cache, k)
@@ -94,10 +95,13 @@ class VllmSeam:
     def write_back(self, calls, hidden):
         """The hidden states of a loop, unchanged; with `reference`, also stores the natural keys and values again.
 
-        A compiler drops calls whose output nobody uses, so the sum contains nothing of the output: zero times it.
+        A compiler drops a call whose output nobody uses, and a call that repeats an earlier one. So this call takes
+        zero times the hidden states, which also makes it the last one, and they take zero times its output.
         """
         for call in calls if self.spec.kv == "reference" else ():
             query, new, options = call.handed
+            zero = 0 * hidden[0, :, :1]
+            new = [each + zero.view(-1, *[1] * (each.dim() - 1)) for each in new]
             attended = self._attention(call.layer, call.index).forward(query, *new, **options)
             hidden = hidden + 0 * attended[:, :1]
         return hidden
@@ -108,14 +112,16 @@ class VllmSeam:
         Args:
             known: all attention layers of the engine, by name; vLLM gives each of them a K/V cache.
         """
-        for k in range(1, self.spec.evaluations) if self.spec.kv == "per_step" and not self.slots else ():
+        for k in range(1, self.spec.evaluations):
             for index in self.spec.layers:
                 slot = copy.copy(self._attention(self.layers[index], index))
                 slot.layer_name = f"loop_slots.{len(self.layers) + len(self.slots)}.{VLLM_ATTENTION}"
                 self.slots[index, k] = known[slot.layer_name] = slot
 
-    def _attention(self, layer: nn.Module, index: int):
+    def _attention(self, layer: nn.Module, index: int, k: int = 0) -> Any:
+        """The attention layer of a layer or, with k > 0, of its iteration k."""
         attention = getattr(layer.get_submodule(self.paths[index]), VLLM_ATTENTION, None)
+        attention = self.slots.get((index, k)) if k else attention
         if attention is None:
             raise ValueError(not_on_vllm("this release keeps its attention layers elsewhere; use a tested release"))
         return attention
@@ -174,7 +180,7 @@ class VllmSlots(nn.Module):
 
     def train(self, mode: bool = True):
         """Add the slots on `eval()`."""
-        if not mode:
+        if not (mode or self.seam.slots) and self.known and self.seam.spec.kv == "per_step":
             self.seam.add_slots(self.known)
         return super().train(mode)
 

@@ -1,9 +1,9 @@
 """A small double of vLLM's Transformers backend; it needs no vLLM, and can split requests into any steps.
 
-vLLM keeps keys and values in its own attention layers, one for each number below `num_hidden_layers`. New releases
-attach them to the modules of that number; older ones (0.28, for example) pass them as an argument. vLLM calls the model
-without cache and mask, on one row that holds the next tokens of several requests. An attention layer that gets keys and
-values stores them before it attends; one that gets none attends to the stored ones.
+vLLM keeps keys and values in its own attention layers. It attaches one to each attention module, switches the model to
+evaluation, and gives a K/V cache to every attention layer that is registered by name in the engine's settings then. It
+calls the model without cache and mask, on one row that holds the next tokens of several requests. An attention layer
+writes the keys and values that it gets into the slots of their tokens, and attends then.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-SEAMS = ("module", "argument")
-ATTRIBUTES = {"module": "attn", "elsewhere": "vllm_attention"}  # no release has the second one
-
 
 class Attention(nn.Module):
     """An attention layer of vLLM: it stores each request's keys and values, `(kv_heads, length, head_size)`.
@@ -29,18 +26,18 @@ class Attention(nn.Module):
         config: the model's config.
         number: the layer's number.
         batch: what the current call holds.
-        sinks: whether to use the module's attention sinks.
     """
 
-    def __init__(self, owner: nn.Module, config, number: int, batch: Batch, sinks: bool):
+    def __init__(self, owner: nn.Module, config, number: int, batch: Batch):
         super().__init__()
         heads = config.num_attention_heads
-        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.num_heads, self.num_kv_heads = heads, getattr(config, "num_key_value_heads", None) or heads
+        is_latent = hasattr(config, "kv_lora_rank")  # their keys and values are expanded to all heads
+        self.num_heads = heads
+        self.num_kv_heads = heads if is_latent else getattr(config, "num_key_value_heads", None) or heads
         self.scale, self.soft_cap = owner.scaling, getattr(config, "attn_logit_softcapping", None)
         self.window = _window(config, number)
-        self.sinks = [owner.sinks] if sinks and hasattr(owner, "sinks") else []  # in a list: not a parameter of ours
-        self.has_sink = bool(self.sinks)
+        self.sinks = [owner.sinks] if hasattr(owner, "sinks") else []  # in a list: not a parameter of ours
+        self.layer_name = f"model.layers.{number}.self_attn.attn"
         self.batch, self.stored = batch, {}
 
     def forward(self, query, key, value):
@@ -48,7 +45,7 @@ class Attention(nn.Module):
 
         Args:
             query: `(tokens, heads * head_size)`.
-            key, value: `(tokens, kv_heads * head_size)`, or None to attend to the stored ones alone.
+            key, value: `(tokens, kv_heads * head_size)`.
 
         Returns:
             `(tokens, heads * head_size)`.
@@ -56,16 +53,15 @@ class Attention(nn.Module):
         answers, row = [], 0
         for request, start, length in self.batch.parts:
             rows = slice(row, row + length)
-            if key is not None:
-                past = [each[:, :start] for each in self.stored[request]] if start else None
-                new = [self._heads(each[rows], self.num_kv_heads) for each in (key, value)]
-                self.stored[request] = [torch.cat(both, dim=1) for both in zip(past, new, strict=True)] if past else new
+            new = [self._heads(each[rows], self.num_kv_heads) for each in (key, value)]
+            past = [each[:, :start] for each in self.stored[request]] if start else [each[:, :0] for each in new]
+            self.stored[request] = [torch.cat(both, dim=1) for both in zip(past, new, strict=True)]
             answers.append(self._attend(self._heads(query[rows], self.num_heads), start, *self.stored[request]))
             row += length
         return torch.cat(answers)
 
     def _heads(self, rows, heads):
-        return rows.view(rows.shape[0], heads, self.head_size).transpose(0, 1)
+        return rows.view(rows.shape[0], heads, -1).transpose(0, 1)
 
     def _attend(self, query, start, key, value):
         group = self.num_heads // self.num_kv_heads
@@ -98,23 +94,27 @@ class Batch:
     parts: tuple = ()
 
 
-def attention_forward(module, query, key, value, attention_mask, attention_instances=None, **kwargs):
+def attention_forward(module, query, key, value, attention_mask, **kwargs):
     """What vLLM registers in transformers as attention function "vllm"."""
-    here = [getattr(module, name) for name in ATTRIBUTES.values() if hasattr(module, name)]
-    attention = here[0] if attention_instances is None else attention_instances[module.layer_idx]
     query, key, value = (each.transpose(1, 2).reshape(query.shape[2], -1) for each in (query, key, value))
+    attention = module.attn if hasattr(module, "attn") else module.elsewhere
     return attention.forward(query, key, value), None
 
 
 def settings(**changes):
     """The part of the engine's config that a looped model reads, with changes by field name."""
-    parallel = {"pipeline_parallel_size": 1, "enable_expert_parallel": False}
-    parallel |= {name: changes.pop(name) for name in parallel.keys() & changes.keys()}
-    others = {"quant_config": None, "speculative_config": None, "lora_config": None}
-    model = {"max_model_len": 128, "enforce_eager": True}
-    model |= {name: changes.pop(name) for name in model.keys() & changes.keys()}
-    others["model_config"] = SimpleNamespace(**model)
-    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **{**others, **changes})
+
+    def part(**fields):
+        return SimpleNamespace(**fields | {name: changes.pop(name) for name in fields.keys() & changes.keys()})
+
+    return SimpleNamespace(
+        parallel_config=part(pipeline_parallel_size=1, enable_expert_parallel=False),
+        model_config=part(max_model_len=128, enforce_eager=True, use_mla=False),
+        scheduler_config=part(enable_chunked_prefill=True),
+        cache_config=part(enable_prefix_caching=True),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        **{"quant_config": None, "speculative_config": None, "lora_config": None, **changes},
+    )
 
 
 class Engine:
@@ -123,32 +123,28 @@ class Engine:
     Args:
         export: the export's directory.
         monkeypatch: replaces vLLM's config module during the test.
-        seam: how the model gets its attention layers, one of `SEAMS`; "elsewhere" for a way that no release has.
-        sinks: whether the attention layers use sinks.
+        attribute: where attention modules get their attention layers: "attn", as in vLLM, or "elsewhere".
         **changes: see `settings`.
     """
 
-    def __init__(self, export, monkeypatch, seam="module", sinks=True, **changes):
-        config = ModuleType("vllm.config")
-        config.get_current_vllm_config = lambda: settings(**changes)
+    def __init__(self, export, monkeypatch, attribute="attn", **changes):
+        config, engine = ModuleType("vllm.config"), settings(**changes)
+        config.get_current_vllm_config = lambda: engine
         monkeypatch.setitem(sys.modules, "vllm.config", config)
         AttentionInterface.register("vllm", attention_forward)
         self.model = AutoModelForCausalLM.from_pretrained(
             export, trust_remote_code=True, attn_implementation="vllm", dtype=torch.float32
-        ).eval()
+        )
         self.batch = Batch()
-        owners = {
-            each.layer_idx: each
-            for each in self.model.modules()
-            if isinstance(getattr(each, "layer_idx", None), int) and hasattr(each, "scaling")
-        }
-        self.layers = {
-            number: Attention(owners[number], self.model.config, number, self.batch, sinks)
-            for number in range(self.model.config.num_hidden_layers)
-        }
-        self.arguments = {"attention_instances": self.layers} if seam == "argument" else {}
-        for number, attention in self.layers.items() if seam in ATTRIBUTES else ():
-            setattr(owners[number], ATTRIBUTES[seam], attention)
+        self.layers = engine.compilation_config.static_forward_context
+        for module in [*self.model.modules()]:
+            if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "scaling"):
+                attention = Attention(module, self.model.config, module.layer_idx, self.batch)
+                setattr(module, attribute, attention)
+                self.layers[attention.layer_name] = attention
+        self.model.eval()
+        for attention in self.layers.values():
+            attention.stored = {}
 
     @torch.no_grad()
     def logits(self, prompts, steps):
@@ -164,7 +160,7 @@ class Engine:
             rows = [prompts[request][:, start : start + length] for request, start, length in self.batch.parts]
             positions = [torch.arange(start, start + length)[None] for _, start, length in self.batch.parts]
             row, tokens = torch.cat(rows, dim=1), torch.cat(positions, dim=1)
-            logits = self.model(input_ids=row, position_ids=tokens, use_cache=False, **self.arguments).logits
+            logits = self.model(input_ids=row, position_ids=tokens, use_cache=False).logits
             for (request, _, length), part in zip(
                 self.batch.parts, logits.split([length for _, _, length in self.batch.parts], dim=1), strict=True
             ):

@@ -16,7 +16,7 @@ from support.compare import TOLERANCE, assert_close, assert_differs
 from support.loaded_code import code_beside
 from support.structure import REPRESENTATIVES
 from support.tiny import FAMILIES, SPAN, save_tiny, tiny_tokens
-from support.vllm_double import SEAMS, Engine
+from support.vllm_double import Engine
 
 if transformers.__version__.startswith("4."):
     pytest.skip("vLLM runs models of transformers 5", allow_module_level=True)
@@ -46,17 +46,14 @@ def largest_difference(ours, theirs):
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("seam", SEAMS)
 @pytest.mark.parametrize(
     ("family", "kv"),
     [pytest.param(family, kv, marks=() if family in REPRESENTATIVES else pytest.mark.matrix) for family, kv in SERVED],
 )
-def test_however_prompts_are_cut_logits_are_those_of_transformers(
-    looped, plain, export_dir, monkeypatch, family, kv, seam
-):
+def test_however_prompts_are_cut_logits_are_those_of_transformers(looped, plain, export_dir, monkeypatch, family, kv):
     theirs = by_transformers(looped(family, kv=kv))
     for cut in CUTS.values():
-        ours = Engine(export_dir(family, kv=kv), monkeypatch, seam).logits(PROMPTS, cut)
+        ours = Engine(export_dir(family, kv=kv), monkeypatch).logits(PROMPTS, cut)
         for each, expected in zip(ours, theirs, strict=True):
             assert_close(each, expected)
     assert_differs(theirs[0], by_transformers(plain(family))[0])
@@ -83,12 +80,64 @@ def test_other_loops_are_served_as_they_are(looped, export_dir, monkeypatch, fam
         assert_close(each, expected)
 
 
-def writes_always(stand_in, attention, writes):
-    stand_in.attention, stand_in.writes, stand_in.count = attention, True, 0
+WHOLE = {"enable_chunked_prefill": False, "enable_prefix_caching": False}
+MOE_LOOP = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True, "frozen_routing": True}
 
 
-def attention_of_the_layer(seam, module, index, slot, instances):
-    return module.attn
+def by_transformers_token_by_token(model, num_prompt_tokens):
+    """Logits of all tokens: of the first ones in one chunk, then of one at a time."""
+    return [torch.cat(list(_steps(model, *each)), dim=1) for each in zip(PROMPTS, num_prompt_tokens, strict=True)]
+
+
+@torch.no_grad()
+def _steps(model, prompt, num_prompt_tokens):
+    output = model(prompt[:, :num_prompt_tokens], use_cache=True)
+    yield output.logits
+    for token in prompt[0, num_prompt_tokens:]:
+        output = model(token.view(1, 1), past_key_values=output.past_key_values, use_cache=True)
+        yield output.logits
+
+
+@pytest.mark.parametrize("loop", [{}, MOE_LOOP, {"span": ((0, 2), (3, 5))}], ids=["", "layers", "spans"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_kv_reference_decodes_as_in_transformers(looped, export_dir, monkeypatch, family, loop):
+    if family == "llama":
+        loop = {name: value for name, value in loop.items() if name != "frozen_routing"}
+    model = looped(family, kv="reference", **loop)
+    theirs = by_transformers_token_by_token(model, (16, 8))
+    ours = Engine(export_dir(family, kv="reference", **loop), monkeypatch, **WHOLE).logits(PROMPTS, CUTS["decoding"])
+    for each, expected in zip(ours, theirs, strict=True):
+        assert_close(each, expected)
+    assert_differs(theirs[0], by_transformers(model)[0])
+
+
+@pytest.mark.parametrize("left", WHOLE)
+def test_kv_reference_needs_prompts_in_one_chunk(export_dir, monkeypatch, left):
+    with pytest.raises(ValueError, match="add --no-enable-chunked-prefill --no-enable-prefix-caching"):
+        Engine(export_dir("llama", kv="reference"), monkeypatch, **{**WHOLE, left: True})
+    assert "--trust-remote-code --no-enable-chunked" in (export_dir("llama", kv="reference") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kv", POLICIES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_frozen_routing_is_that_of_transformers(looped, export_dir, monkeypatch, family, kv):
+    theirs = by_transformers(looped(family, kv=kv, **MOE_LOOP))
+    engine = Engine(export_dir(family, kv=kv, **MOE_LOOP), monkeypatch)
+    for each, expected in zip(engine.logits(PROMPTS, CUTS["chunked"]), theirs, strict=True):
+        assert_close(each, expected)
+    marked = {name.rpartition(".mlp.")[0] for name, _ in engine.model.named_buffers() if "loop_router_outside" in name}
+    layers = engine.model.model.layers
+    assert (
+        marked == {f"model.layers.{index}" for index in range(*SPAN) if hasattr(layers[index].mlp, "experts")} != set()
+    )
+
+
+def given_nothing(stand_in, attention, given):
+    stand_in.attention, stand_in.given, stand_in.count = attention, None, 0
+
+
+def attention_of_the_layer(seam, layer, index, k=0):
+    return layer.self_attn.attn
 
 
 @pytest.mark.parametrize(("kv", "cut"), [("shared", "chunked"), ("shared", "decoding"), ("per_step", "chunked")])
@@ -97,10 +146,19 @@ def test_a_broken_stand_in_would_be_seen(looped, export_dir, monkeypatch, kv, cu
     engine = Engine(export_dir("llama", kv=kv), monkeypatch)
     code = code_beside(engine.model, "looped_vllm")
     if kv == "shared":
-        monkeypatch.setattr(code.VllmAttention, "__init__", writes_always)
+        monkeypatch.setattr(code.VllmAttention, "__init__", given_nothing)
     else:
         monkeypatch.setattr(code.VllmSeam, "_attention", attention_of_the_layer)
     assert largest_difference(engine.logits(PROMPTS, CUTS[cut]), theirs) > 1000 * TOLERANCE
+
+
+def test_keys_and_values_that_are_not_written_back_would_be_seen(looped, export_dir, monkeypatch):
+    theirs = by_transformers_token_by_token(looped("llama", kv="reference"), (16, 8))
+    engine = Engine(export_dir("llama", kv="reference"), monkeypatch, **WHOLE)
+    monkeypatch.setattr(
+        code_beside(engine.model, "looped_vllm").VllmSeam, "write_back", lambda self, calls, hidden: hidden
+    )
+    assert largest_difference(engine.logits(PROMPTS, CUTS["decoding"]), theirs) > 1000 * TOLERANCE
 
 
 REFUSALS = [
@@ -120,11 +178,10 @@ def test_settings_that_were_not_tried_are_refused_while_the_model_is_built(expor
         Engine(export_dir("qwen3_moe"), monkeypatch, **changes)
 
 
-def test_a_family_that_compiles_wrongly_is_served_eagerly_alone(export_dir, monkeypatch):
-    with pytest.raises(ValueError, match="add --enforce-eager"):
-        Engine(export_dir("glm4_moe"), monkeypatch, enforce_eager=False)
-    Engine(export_dir("glm4_moe", steps=1), monkeypatch, enforce_eager=False)
-    assert "--trust-remote-code --enforce-eager\n" in (export_dir("glm4_moe") / "README.md").read_text()
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_routers_of_a_family_that_vllm_would_fuse_wrongly_stay_outside(export_dir, monkeypatch, steps):
+    model = Engine(export_dir("glm4_moe", steps=steps), monkeypatch).model
+    assert any("loop_router_outside" in name for name, _ in model.named_buffers()) == (steps > 1)
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
@@ -179,16 +236,10 @@ def test_a_loop_of_one_step_is_served_whatever_the_settings(export_dir, plain, m
         assert_close(ours, theirs)
 
 
-def test_attention_layers_that_are_not_found_are_told(export_dir, monkeypatch):
-    engine = Engine(export_dir("llama"), monkeypatch, seam="elsewhere")
+@pytest.mark.parametrize("kv", POLICIES)
+def test_attention_layers_that_are_not_found_are_told(export_dir, monkeypatch, kv):
     with pytest.raises(ValueError, match="this release keeps its attention layers elsewhere"):
-        engine.logits(PROMPTS, CUTS["whole"])
-
-
-def test_sinks_that_the_engine_drops_are_told(export_dir, monkeypatch):
-    engine = Engine(export_dir("gpt_oss"), monkeypatch, sinks=False)
-    with pytest.raises(ValueError, match="this release ignores the attention sinks"):
-        engine.logits(PROMPTS, CUTS["whole"])
+        Engine(export_dir("llama", kv=kv), monkeypatch, attribute="elsewhere").logits(PROMPTS, CUTS["whole"])
 
 
 def test_a_layer_that_asks_its_attention_twice_is_told(export_dir, monkeypatch):
