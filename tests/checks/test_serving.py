@@ -10,7 +10,7 @@ import pytest
 
 from loopexport.checks.vllm import Greedy, Served, first_difference, largest_logprob_difference, run_vllm
 from loopexport.loop.spec import LoopSpec
-from loopexport.templates.looped_vllm_limits import VLLM_FAMILIES, vllm_refusal
+from loopexport.templates.looped_vllm_limits import VLLM_EXPERTS, VLLM_FAMILIES, VLLM_REFUSED, vllm_refusal
 from support.commands import run
 from support.paths import VLLM_RECORDS
 
@@ -93,6 +93,9 @@ def test_the_template_serves_what_was_found_exact_and_nothing_else():
     newest = max(VLLM_RECORDS.glob("*.json"), key=lambda file: [int(part) for part in file.stem.split(".")])
     results = cases_of(newest)
     assert {each["family"] for each in results if each["outcome"] == "exact"} == set(VLLM_FAMILIES)
+    others = json.loads(newest.read_text())["results"].values()
+    assert {each["refused_family"] for each in others if "refused_family" in each} == set(VLLM_REFUSED)
+    assert {each["experts_of"] for each in others if "experts_of" in each} >= set(VLLM_EXPERTS)
     exact = {(each["family"], each["kv"]) for each in results if not each["loop"] and each["outcome"] == "exact"}
     for family, kv in {(each["family"], each["kv"]) for each in results}:
         assert (vllm_refusal(family, LoopSpec((1, 4), 3, kv=kv), {}) is None) == ((family, kv) in exact), (family, kv)
