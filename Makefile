@@ -6,7 +6,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 # vLLM pins its torch, so each release has its own environment: the newest that we tried, and an older one.
 VLLM ?= 0.32.0
-VLLM_OLDER ?= 0.28.0
+VLLM_OLDER ?= 0.30.0
 VLLM_TORCH ?= torch==2.13.0+cpu
 VLLM_CASES ?=
 DEMO ?= demo

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .looped_body import Body
 from .looped_routing import RecordRoute, ReplayRoute, split
+from .looped_rules import run_loop
 from .looped_spec import LoopSpec
 from .looped_vllm_settings import check_vllm, keeps_routers_outside, not_on_vllm
 
@@ -42,24 +44,21 @@ def serve_on_vllm(model: nn.Module, loop, layers: nn.ModuleList, spec: LoopSpec)
     Raises:
         ValueError: vLLM does not serve the loop exactly with its current settings.
     """
-    engine = current_engine()
+    # Not an import statement: transformers would then require vLLM from everyone who loads this file.
+    engine = import_module("vllm.config").get_current_vllm_config()
     check_vllm(engine, loop.config, spec)
     _scale_logits(loop.config)
     _size_latents(engine, loop.text_config)
     if spec.is_identity:
         return
+    # Or else a compiled model finds its experts by counting calls, and a loop calls them more often.
+    engine.compilation_config.fast_moe_cold_start = False
     loop.vllm = VllmSeam(layers, spec)
     model.loop_slots = VllmSlots(loop.vllm, engine.compilation_config.static_forward_context)
     if keeps_routers_outside(loop.config, spec):
         for index in spec.layers:
             for path in loop.traits[index].routers.known:
                 layers[index].get_submodule(split(path)[0]).loop_router_outside = UnknownState()
-
-
-def current_engine():
-    """The settings of the engine that builds the model, a `VllmConfig`."""
-    # Not an import statement: transformers would then require vLLM from everyone who loads this file.
-    return import_module("vllm.config").get_current_vllm_config()
 
 
 class VllmSeam:
@@ -92,19 +91,40 @@ class VllmSeam:
         with call.frozen(ReplayRoute), self._attending(call, attention, given):
             return call.run(hidden, call.cache, k)
 
-    def write_back(self, calls, hidden):
-        """The hidden states of a loop, unchanged; with `reference`, also stores the natural keys and values again.
+    def run_loop(self, initial, body: Body, spec: LoopSpec):
+        """The hidden states after the loop, `(1, tokens, hidden)`; see `looped_rules.run_loop`."""
+        prompts = self._tokens_of_prompts(body.calls[0]) if spec.decode == "bypass" else None
+        if prompts is not None and not prompts.any():
+            return body.natural
+        hidden = run_loop(initial, body, spec)
+        for call in body.calls if spec.kv == "reference" else ():
+            hidden = self._write_back(call, hidden)
+        return hidden if prompts is None else torch.where(prompts[:, None], hidden, body.natural)
+
+    def _write_back(self, call, hidden):
+        """Store the natural keys and values of a layer again; returns the hidden states, unchanged.
 
         A compiler drops a call whose output nobody uses, and a call that repeats an earlier one. So this call takes
         zero times the hidden states, which also makes it the last one, and they take zero times its output.
         """
-        for call in calls if self.spec.kv == "reference" else ():
-            query, new, options = call.handed
-            zero = 0 * hidden[0, :, :1]
-            new = [each + zero.view(-1, *[1] * (each.dim() - 1)) for each in new]
-            attended = self._attention(call.layer, call.index).forward(query, *new, **options)
-            hidden = hidden + 0 * attended[:, :1]
-        return hidden
+        query, new, options = call.handed
+        zero = 0 * hidden[0, :, :1]
+        new = [each + zero.view(-1, *[1] * (each.dim() - 1)) for each in new]
+        attended = self._attention(call.layer, call.index).forward(query, *new, **options)
+        return hidden + 0 * attended[:, :1]
+
+    def _tokens_of_prompts(self, call):
+        """Which tokens of this forward belong to a prompt, `(tokens,)`; None for all of them.
+
+        A prompt comes whole, so a single token that is not its request's first one was generated.
+        """
+        metadata = import_module("vllm.forward_context").get_forward_context().attn_metadata
+        if metadata is None:  # vLLM measures its memory
+            return None
+        metadata = metadata[self._attention(call.layer, call.index).layer_name]
+        lengths = metadata.query_start_loc.diff()
+        prompts = ((lengths > 1) | (lengths == metadata.seq_lens)).repeat_interleave(lengths)
+        return nn.functional.pad(prompts, (0, call.hidden.shape[1] - len(prompts)))
 
     def add_slots(self, known: dict) -> None:
         """With `per_step`, make the attention layers of iterations: copies that differ in name and K/V cache.
@@ -123,7 +143,7 @@ class VllmSeam:
         attention = getattr(layer.get_submodule(self.paths[index]), VLLM_ATTENTION, None)
         attention = self.slots.get((index, k)) if k else attention
         if attention is None:
-            raise ValueError(not_on_vllm("this release keeps its attention layers elsewhere; use a tested release"))
+            raise ValueError(not_on_vllm("this release keeps its attention layers elsewhere; use vLLM 0.30 or newer"))
         return attention
 
     @contextmanager

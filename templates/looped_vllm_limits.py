@@ -20,8 +20,8 @@ VLLM_EXPERTS = ("glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
 # Those of them whose loops vLLM computes wrongly, with torch.compile, when it fuses routers with experts.
 VLLM_UNFUSED = ("glm4_moe",)
 
-# What kv reference needs: each prompt in one chunk.
-REFERENCE_FLAGS = "--no-enable-chunked-prefill --no-enable-prefix-caching"
+# What kv reference and decode bypass need: each prompt in one chunk.
+WHOLE_PROMPTS = "--no-enable-chunked-prefill --no-enable-prefix-caching"
 
 
 def vllm_refusal(family: str, spec: LoopSpec, config: dict) -> str | None:
@@ -36,11 +36,20 @@ def vllm_refusal(family: str, spec: LoopSpec, config: dict) -> str | None:
     return refusal or _vllm_model_refusal(family, config)
 
 
+def vllm_flags(spec: LoopSpec) -> tuple[str, ...]:
+    """The flags of vLLM's server without which a loop is refused."""
+    needs_whole = spec.kv == "reference" or spec.decode == "bypass"
+    flags = ((needs_whole, WHOLE_PROMPTS), (spec.decode == "bypass", "--enforce-eager"))
+    return tuple(flag for is_needed, flag in flags if is_needed and not spec.is_identity)
+
+
 def _vllm_loop_refusal(family: str, spec: LoopSpec) -> str | None:
     if family not in VLLM_FAMILIES:
         return f"family {family} was not found exact there, only {', '.join(VLLM_FAMILIES)} were; use transformers"
-    if spec.decode != "full":
-        return f"decode {spec.decode} depends on where a prompt ends, and vLLM does not say; set loop_decode to full"
+    if spec.decode == "first_n":
+        return "decode first_n depends on how many tokens are generated, and vLLM does not say; set loop_decode to full"
+    if spec.decode == "bypass" and spec.kv == "per_step":
+        return "decode bypass needs kv shared or reference there; set loop_kv to shared, or loop_decode to full"
     return None
 
 

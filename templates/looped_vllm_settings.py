@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .configuration_looped import base_model_type
 from .looped_spec import LoopSpec
-from .looped_vllm_limits import REFERENCE_FLAGS, VLLM_UNFUSED, vllm_context, vllm_refusal
+from .looped_vllm_limits import VLLM_UNFUSED, WHOLE_PROMPTS, vllm_context, vllm_refusal
 
 
 def check_vllm(engine, config, spec: LoopSpec) -> None:
@@ -59,15 +59,21 @@ def _refused_settings(engine, spec: LoopSpec):
         (parallel.enable_expert_parallel, "expert parallelism was not tested; leave --enable-expert-parallel out"),
         (
             spec.kv == "reference" and not _keeps_prompts_whole(engine),
-            f"kv reference depends on where chunks start; add {REFERENCE_FLAGS}, or set loop_kv to shared or per_step",
+            f"kv reference depends on where chunks start; add {WHOLE_PROMPTS}, or set loop_kv to shared or per_step",
+        ),
+        (
+            spec.decode == "bypass" and not (_keeps_prompts_whole(engine) and engine.model_config.enforce_eager),
+            f"decode bypass depends on where a prompt ends; add {WHOLE_PROMPTS} --enforce-eager, or set loop_decode to "
+            "full",
         ),
     )
     return [reason for holds, reason in refusals if holds]
 
 
 def _keeps_prompts_whole(engine) -> bool:
-    """Whether each prompt is one chunk."""
-    return not (engine.scheduler_config.enable_chunked_prefill or engine.cache_config.enable_prefix_caching)
+    """Whether each prompt is one chunk, and each generated token another one."""
+    scheduler, cache = engine.scheduler_config, engine.cache_config
+    return not (scheduler.enable_chunked_prefill or cache.enable_prefix_caching or engine.speculative_config)
 
 
 def not_on_vllm(reason: str) -> str:

@@ -153,8 +153,8 @@ class Walk:
             return output
         if self.loops:
             body = Body([self.calls[index] for index in range(start, stop)], _hidden_of(output))
-            hidden = run_loop(body.calls[0].hidden, body, self.spec)
-            hidden = hidden if self.vllm is None else self.vllm.write_back(body.calls, hidden)
+            loop = run_loop if self.vllm is None else self.vllm.run_loop
+            hidden = loop(body.calls[0].hidden, body, self.spec)
             output = _with_hidden(output, hidden, call.chosen)
         call.hand_on()
         return output

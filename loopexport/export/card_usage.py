@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from loopexport.base.families import is_multimodal
 from loopexport.loop.spec import LoopSpec, make_spec
-from loopexport.templates.looped_vllm_limits import REFERENCE_FLAGS, vllm_context, vllm_refusal
+from loopexport.templates.looped_vllm_limits import vllm_context, vllm_flags, vllm_refusal
 
 from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
 from .manifest import OnnxRecord
@@ -132,9 +132,8 @@ def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) 
     if is_quantised or vllm_refusal(family, spec, config):
         return ""
     context = vllm_context(config)
-    length = "" if context is None else f" --max-model-len {context}"
-    whole = f" {REFERENCE_FLAGS}" if spec.kv == "reference" and not spec.is_identity else ""
-    return _VLLM.format(options=length + whole)
+    length = () if context is None else (f"--max-model-len {context}",)
+    return _VLLM.format(options="".join(f" {each}" for each in (*length, *vllm_flags(spec))))
 
 
 def _rank(name: str) -> tuple[bool, bool, str]:

@@ -86,7 +86,6 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     """
     from loopexport.onnx.graph.bind_weights import attach_file, attach_stored, stored_bytes
     from loopexport.onnx.graph.unroll import unroll
-    from loopexport.onnx.quantise.experts import MIN_ONNXRUNTIME
     from loopexport.onnx.trace.rope import recomputed_beyond
 
     graphs = []
@@ -102,11 +101,10 @@ def build_graph(plan: OnnxPlan, export: Export, skeleton, traced, spec: LoopSpec
     model = graphs[0]
     model.producer_name = "loopexport"
     model.metadata_props["attention"] = plan.attention
-    model.metadata_props["min_onnxruntime"] = release_text(min_onnxruntime(spec, plan.attention))
+    oldest = min_onnxruntime(spec, plan.attention, plan.whole_experts)
+    model.metadata_props["min_onnxruntime"] = release_text(oldest)
     if plan.quantisation is not None:
         model.metadata_props["quantised"] = json.dumps(plan.quantisation.to_dict())
-    if plan.whole_experts:
-        model.metadata_props["min_onnxruntime"] = MIN_ONNXRUNTIME
     limit = recomputed_beyond(skeleton.model)
     if limit is not None:
         model.metadata_props["recomputed_beyond"] = str(limit)

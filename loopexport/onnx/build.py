@@ -32,7 +32,7 @@ from .assemble import build_graph, loop_fields, prepare, save_graph, trace_expor
 from .data_files import LAYOUT, holds_the_weights, is_intact
 from .genai_files import write_genai_config
 from .plan import OnnxPlan, Say, plan_onnx
-from .weights.source import open_weights
+from .weights.source import Weights, open_weights
 
 # Names of all files that an ONNX export writes into an export.
 WRITTEN = re.compile("|".join([ONNX_FILES.pattern, re.escape(CARD), re.escape(MANIFEST)]))
@@ -135,17 +135,18 @@ def export_onnx(
 def _write_into(root: Path, plan: OnnxPlan, verify: bool, say: Say, progress: Progress) -> OnnxOutcome:
     with staged_files(root, WRITTEN, last=MANIFEST, is_new=plan.out is not None) as files:
         export = open_export(root)
+        weights = open_weights(export)
         say("tracing the model")
         kind = (plan.dtype, plan.attention, *(["whole"] if plan.whole_experts else []))
         skeleton, traced = trace_export(export, *kind)
         if plan.data is not None:
-            skeleton, traced = prepare(plan, open_weights(export), skeleton, traced)
+            skeleton, traced = prepare(plan, weights, skeleton, traced)
         layout: dict = {}
         records: dict[str, OnnxRecord] = {}
         checks: dict[str, list[Check]] = {}
         if plan.data is not None:
             say(f"writing {plan.data}")
-            layout, records[plan.data] = _write_data(plan, export, skeleton, traced, files, progress)
+            layout, records[plan.data] = _write_data(plan, export, weights, skeleton, traced, files, progress)
         for name, spec in plan.graphs.items():
             say(f"unrolling {name}")
             model = build_graph(plan, export, skeleton, traced, spec, layout)
@@ -206,7 +207,9 @@ def _with_costs(records: dict[str, OnnxRecord], costs: dict[str, Cost] | str) ->
     return {name: replace(records[name], cost=asdict(cost)) for name, cost in costs.items()}
 
 
-def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedFiles, progress: Progress):
+def _write_data(
+    plan: OnnxPlan, export: Export, weights: Weights, skeleton, traced, files: StagedFiles, progress: Progress
+):
     """Write the data file unless it is there already: its bytes depend on the checkpoint and the dtype alone."""
     from loopexport.onnx.graph.bind_weights import file_layout, write_file
 
@@ -219,7 +222,7 @@ def _write_data(plan: OnnxPlan, export: Export, skeleton, traced, files: StagedF
     check_space(path, size, remedy="use --out")
     dtypes: Any = {value.name: value.dtype for value in traced.model.graph.inputs}
     with explain_os_errors(path):
-        write_file(files.partial(plan.data), layout, skeleton.recipes, open_weights(export), dtypes, progress)
+        write_file(files.partial(plan.data), layout, skeleton.recipes, weights, dtypes, progress)
     files.move_in(plan.data)
     digest = file_xxh3(path)
     return layout, OnnxRecord(size, xxh3_128=digest, layout=LAYOUT, quantised=plan.quantised)

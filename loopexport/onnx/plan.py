@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,13 +22,13 @@ from loopexport.export.quantisation import Quantisation
 from loopexport.files.digests import Progress
 from loopexport.files.output import check_output, output_path
 from loopexport.loop.spec import LoopSpec
-from loopexport.onnx.graph.releases import OLDEST, release_text
+from loopexport.onnx.graph.releases import release_text
 
 from .data_files import check_other_graphs
 from .limits import check_memory, check_spec
 from .quantise.choice import QuantiseOptions, choose_quantisation, has_whole_experts
 from .quantise.size import check_quantises, expert_arrays, weight_bytes
-from .requirements import check_installed, check_releases, needed_release
+from .requirements import check_installed, check_releases, newer_parts_of
 from .weights.source import Weights, open_weights
 from .weights.stored_matrices import stored_quantisation, stored_warnings
 from .weights.stored_scheme import without_quantiser
@@ -95,13 +96,11 @@ class OnnxPlan:
         """Name of the data file; None if the graphs read the shards."""
         return None if self.as_is else data_name(self.variant)
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         """Bytes of weights to write, without padding."""
-        return 0 if self.as_is else self._weight_bytes
-
-    @property
-    def _weight_bytes(self) -> int:
+        if self.as_is:
+            return 0
         return weight_bytes(open_weights(self.export), self.dtype, self.quantisation, whole_experts=self.whole_experts)
 
     def to_dict(self) -> dict:
@@ -203,11 +202,11 @@ def plan_onnx(
     as_is = quantisation is None and chosen == stored and weights.scheme is None
     specs = tuple(_spec_for(export.spec, each) for each in dict.fromkeys(steps or (export.spec.steps,)))
     _check_specs(specs)
-    check_releases(specs, attention)
     config = native_config(export)
     check_memory(config)
     is_sparse = export.base.is_sparse
     whole_experts = quantisation is not None and has_whole_experts(config, is_sparse, weights, chosen, quantisation)
+    check_releases(newer_parts_of(specs, attention, whole_experts))
     if quantisation is not None:
         check_quantises(weights, quantisation, whole_experts)
     target = _checked_out(export, out, overwrite)
@@ -312,9 +311,8 @@ def _warnings(plan: OnnxPlan, weights: Weights) -> Iterator[str]:
         )
         if dtype == "fp32":
             yield "on CUDA, attention gqa computes in fp16 and bf16 only; this graph is for the CPU"
-        needed = needed_release(plan.specs, attention)
-        if needed > OLDEST:
-            yield f"attention gqa with kv shared runs on onnxruntime {release_text(needed)} or newer"
+    for part in newer_parts_of(plan.specs, attention, plan.whole_experts):
+        yield f"{part.part} runs on onnxruntime {release_text(part.release)} or newer"
     if plan.quantisation is not None:
         experts = expert_arrays(weights)
         if experts and not plan.whole_experts:

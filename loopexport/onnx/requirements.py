@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from loopexport.errors import OnnxError
 from loopexport.loop.spec import LoopSpec
-from loopexport.onnx.graph.releases import OLDEST, min_onnxruntime, release_text
+from loopexport.onnx.graph.releases import OLDEST, Newer, newer_parts, release_text
 
 
 def check_installed() -> None:
@@ -28,21 +28,22 @@ def check_installed() -> None:
             )
 
 
-def check_releases(specs: tuple[LoopSpec, ...], attention: str) -> None:
-    """Check that the installed ONNX Runtime runs the graphs; some releases crash instead of refusing them."""
-    needed = needed_release(specs, attention)
+def newer_parts_of(specs: tuple[LoopSpec, ...], attention: str, whole_experts: bool) -> list[Newer]:
+    """The parts of some graph that need a newer onnxruntime, the newest first; see `min_onnxruntime`."""
+    found = {each for spec in specs for each in newer_parts(spec, attention, whole_experts)}
+    return sorted(found, key=lambda each: each.release, reverse=True)
+
+
+def check_releases(parts: list[Newer]) -> None:
+    """Check that the installed ONNX Runtime runs these parts; some releases crash instead of refusing them."""
     for name in ("onnxruntime", "onnxruntime-gpu"):
         release = _release(name)
-        if release and release < needed:
-            raise OnnxError(
-                f"{name} {version(name)} cannot run a graph of --attention {attention} with kv shared; install "
-                f"{release_text(needed)} or newer, or use --attention portable"
-            )
-
-
-def needed_release(specs: tuple[LoopSpec, ...], attention: str) -> tuple[int, ...]:
-    """The oldest onnxruntime that runs all graphs."""
-    return max(min_onnxruntime(spec, attention) for spec in specs)
+        for part in parts:
+            if release and release < part.release:
+                raise OnnxError(
+                    f"{name} {version(name)} cannot run {part.part}; install {release_text(part.release)} or newer, "
+                    f"or use {part.without}"
+                )
 
 
 def _release(package: str) -> tuple[int, ...] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -65,6 +67,15 @@ def test_graphs_say_which_onnxruntime_they_need(graph, monkeypatch, options, old
     monkeypatch.setattr(requirements, "version", lambda name: refused_on if name == "onnxruntime" else real(name))
     with pytest.raises(loopexport.LoopExportError, match=f"install {oldest} or newer"):
         loopexport.onnx.plan_onnx(root, attention=attention)
+
+
+@pytest.mark.parametrize(("kv", "oldest"), [("shared", "1.31"), ("per_step", "1.25")])
+def test_graphs_with_several_needs_name_the_newest_onnxruntime(export_dir, traced, kv, oldest):
+    """`QMoE` needs 1.25."""
+    plan = loopexport.onnx.plan_onnx(export_dir("llama", kv=kv), attention="gqa")
+    plan = replace(plan, whole_experts=True)
+    model = build.build_graph(plan, plan.export, *traced("llama", attention="gqa"), plan.export.spec, {})
+    assert model.metadata_props["min_onnxruntime"] == oldest
 
 
 @pytest.mark.parametrize(("family", "says"), BEYOND_FUSED.items())

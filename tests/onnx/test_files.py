@@ -75,8 +75,15 @@ def test_genai_config_names_the_graph_of_the_exports_own_k(export, one_trace):
     assert genai_graph(export) == "model.onnx"
 
 
-@pytest.mark.parametrize("step", ["save_graph", "_graph_record", "write_genai_config", "_record_files"])
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    ("step", "failure"),
+    [
+        ("save_graph", RuntimeError),
+        ("_graph_record", KeyboardInterrupt),
+        ("write_genai_config", RuntimeError),
+        ("_record_files", KeyboardInterrupt),
+    ],
+)
 def test_run_that_is_stopped_leaves_the_earlier_one(export, one_trace, monkeypatch, step, failure):
     real = getattr(build, step)
 

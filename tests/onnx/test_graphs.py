@@ -23,17 +23,17 @@ from support.tiny import FAMILIES, MOE_FAMILIES, VOCAB
 # Rotary embeddings whose frequencies change at a length that the compared inputs cross.
 LENGTH_8 = {"max_position_embeddings": 8}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-RULES = (  # `make test` runs these: a schedule, stages, history, norms, weights of all iterates, two spans
-    {"rule": "ema_sched", "schedule": (0.5, 0.25, 0.75, 0.1)},
+RULES = (  # `make test` runs these: stages, history and norms, weights of all iterates, two spans
     {"rule": "heun"},
-    {"rule": "aitken", "kv": "reference"},
-    {"rule": "norm_stab"},
     {"rule": "poly_blend", "schedule": (0.1, 0.2, 0.3, 0.3, 0.1)},
-    {"rule": "uniform", "mode": "layer", "kv": "per_step"},
     {"rule": "anderson", "kv": "reference"},
     {"rule": "euler", "span": ((0, 2), (3, 5)), "kv": "per_step"},
 )
 MORE_RULES = (
+    {"rule": "ema_sched", "schedule": (0.5, 0.25, 0.75, 0.1)},
+    {"rule": "aitken", "kv": "reference"},
+    {"rule": "norm_stab"},
+    {"rule": "uniform", "mode": "layer", "kv": "per_step"},
     {"rule": "residual_scaled"},
     {"rule": "ema"},
     {"rule": "midpoint"},
@@ -45,7 +45,7 @@ MORE_RULES = (
 )
 
 
-@pytest.mark.parametrize("family", by_class(FAMILIES, ("llama", "gpt2", "deepseek_v3")))
+@pytest.mark.parametrize("family", by_class(FAMILIES, ("llama", "gpt2")))
 def test_graph_equals_torch(graph, plain, family):
     roots = []
     for spec in LOOPS:

@@ -9,20 +9,24 @@ import pytest
 from loopexport.onnx import OnnxModel
 
 LOOPS = (
+    {"steps": 6},
+    {"steps": 3, "decode": "bypass", "kv": "per_step"},
+    {"steps": 3, "decode": "bypass", "kv": "reference"},
+)
+MORE_LOOPS = (
     {"steps": 1},
     {"steps": 2},
-    {"steps": 6},
     {"steps": 3, "kv": "per_step"},
     {"steps": 3, "kv": "reference"},
     {"steps": 3, "decode": "bypass"},
-    {"steps": 3, "decode": "bypass", "kv": "per_step"},
-    {"steps": 3, "decode": "bypass", "kv": "reference"},
 )
 LENGTH = 24
 CHUNKS = (7, 1, 1, 4, 1)
 
 
-@pytest.mark.parametrize("spec", LOOPS, ids=str)
+@pytest.mark.parametrize(
+    "spec", [*LOOPS, *(pytest.param(spec, marks=pytest.mark.matrix) for spec in MORE_LOOPS)], ids=str
+)
 def test_one_buffer_as_past_and_present_changes_nothing(graph, spec):
     """An iteration under `shared` reads the natural keys from a buffer that the natural pass has just written."""
     model = OnnxModel(graph("llama", "gqa", **spec))

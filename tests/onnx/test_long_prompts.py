@@ -128,8 +128,8 @@ def test_storage_grows_on_a_device_as_on_the_host(graph):
     _, cache = model.forward(np.array([[5, 6, 7]]))
     room = cache.storage.room
     for name, value in cache.values.items():
-        there = model.slots._lengthened(name, value, 4).numpy()
-        here = model.slots._copied(name, value, 3, room + 4).numpy()
+        longer, copied = model.slots._lengthened(name, value, 4), model.slots._copied(name, value, 3, room + 4)
+        there, here = longer.numpy(), copied.numpy()  # views of memory that the values keep
         assert there.shape == here.shape
         assert np.array_equal(there[:, :, :3], here[:, :, :3])
         assert not there[:, :, 3:].any()

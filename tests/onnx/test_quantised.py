@@ -10,7 +10,7 @@ import pytest
 
 import loopexport
 from loopexport.errors import OnnxError
-from loopexport.onnx import build, export_onnx, plan_onnx
+from loopexport.onnx import build, export_onnx, plan_onnx, requirements
 from loopexport.onnx.weights.source import open_weights
 from support.commands import checks, run
 from support.quantised import as_awq, as_fp8, as_gptq
@@ -116,6 +116,24 @@ def test_sparse_experts_in_four_bits_equal_torch(tmp_path, monkeypatch):
         root = loopexport.convert(str(source), tmp_path / name, span=SPAN, steps=2).root
         assert export_onnx(root, dtype="int4").written, name
         assert operators(root / "model_q4.onnx")["QMoE"] > 4
+
+
+def test_sparse_experts_in_four_bits_are_refused_on_an_onnxruntime_without_them(tmp_path, monkeypatch):
+    base = save_tiny("qwen3_moe", tmp_path / "base", **WHOLE)
+    root = loopexport.convert(str(base), tmp_path / "out", span=SPAN, steps=2).root
+    warnings = plan_onnx(root, dtype="int4", attention="gqa").warnings
+    assert [line for line in warnings if "onnxruntime 1." in line] == [
+        "attention gqa with kv shared runs on onnxruntime 1.31 or newer",
+        "a QMoE of sparse experts runs on onnxruntime 1.25 or newer",
+    ]
+    real = requirements.version
+    monkeypatch.setattr(requirements, "version", lambda name: "1.24.0" if name == "onnxruntime" else real(name))
+    says = "onnxruntime 1.24.0 cannot run a QMoE of sparse experts; install 1.25 or newer, or use --dtype fp32"
+    with pytest.raises(OnnxError, match=says):
+        plan_onnx(root, dtype="int4")
+    with pytest.raises(OnnxError, match=r"install 1\.31 or newer, or use --attention portable"):
+        plan_onnx(root, dtype="int4", attention="gqa")
+    assert plan_onnx(root, dtype="fp32")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def test_bad_options_are_told(export, options, says):
     assert says in result.stderr
 
 
+@pytest.mark.matrix
 def test_family_that_cannot_be_traced_is_refused_with_the_reason(tmp_path):
     """Doge masks otherwise from a number of tokens on."""
     base = save_tiny_family("doge", tmp_path / "base")
@@ -56,6 +57,7 @@ def test_recurrent_layers_outside_of_the_span_are_refused_at_once(tmp_path):
     assert says in run("onnx", export, "--dry-run").stderr
 
 
+@pytest.mark.matrix
 def test_window_that_only_the_cache_knows_is_refused(tmp_path):
     """Moshi masks nothing: torch's cache drops old keys, beyond the lengths that verification compares."""
     outcome, _ = walk_onnx("moshi", tmp_path, sliding_window=3000)

@@ -8,10 +8,12 @@ writes the keys and values that it gets into the slots of their tokens, and atte
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -128,9 +130,12 @@ class Engine:
     """
 
     def __init__(self, export, monkeypatch, attribute="attn", **changes):
-        config, engine = ModuleType("vllm.config"), settings(**changes)
-        config.get_current_vllm_config = lambda: engine
-        monkeypatch.setitem(sys.modules, "vllm.config", config)
+        engine = settings(**changes)
+        vllm = {"config": ("get_current_vllm_config", engine), "forward_context": ("get_forward_context", self)}
+        for name, (function, answer) in vllm.items():
+            module: Any = ModuleType(f"vllm.{name}")
+            setattr(module, function, lambda answer=answer: answer)
+            monkeypatch.setitem(sys.modules, f"vllm.{name}", module)
         AttentionInterface.register("vllm", attention_forward)
         self.model = AutoModelForCausalLM.from_pretrained(
             export, trust_remote_code=True, attn_implementation="vllm", dtype=torch.float32
@@ -145,6 +150,13 @@ class Engine:
         self.model.eval()
         for attention in self.layers.values():
             attention.stored = {}
+
+    @property
+    def attn_metadata(self):
+        """What vLLM says about the requests of this call, by the name of the attention layer."""
+        starts = torch.tensor([0, *itertools.accumulate(length for _, _, length in self.batch.parts)])
+        ends = torch.tensor([start + length for _, start, length in self.batch.parts])
+        return dict.fromkeys(self.layers, SimpleNamespace(query_start_loc=starts, seq_lens=ends))
 
     @torch.no_grad()
     def logits(self, prompts, steps):

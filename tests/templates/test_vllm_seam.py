@@ -111,6 +111,24 @@ def test_kv_reference_decodes_as_in_transformers(looped, export_dir, monkeypatch
     assert_differs(theirs[0], by_transformers(model)[0])
 
 
+@pytest.mark.parametrize("kv", ["shared", "reference"])
+@pytest.mark.parametrize("steps", [[[(0, 16)], [(0, 1), (1, 8)], *[[(0, 1), (1, 1)]] * 2, [(1, 1)]], CUTS["decoding"]])
+def test_generated_tokens_bypass_the_loop_as_in_transformers(looped, export_dir, monkeypatch, kv, steps):
+    theirs = by_transformers_token_by_token(looped("llama", kv=kv, decode="bypass"), (16, 8))
+    engine = Engine(export_dir("llama", kv=kv, decode="bypass"), monkeypatch, **WHOLE)
+    for each, expected in zip(engine.logits(PROMPTS, steps), theirs, strict=True):
+        assert_close(each, expected[:, : each.shape[1]])
+    assert_differs(theirs[0], by_transformers_token_by_token(looped("llama", kv=kv), (16, 8))[0])
+
+
+@pytest.mark.parametrize("left", [*WHOLE, "enforce_eager"])
+def test_bypass_needs_whole_prompts_and_no_compiler(export_dir, monkeypatch, left):
+    settings = {**WHOLE, "enforce_eager": True}
+    with pytest.raises(ValueError, match="--no-enable-prefix-caching --enforce-eager, or set loop_decode to full"):
+        Engine(export_dir("llama", decode="bypass"), monkeypatch, **{**settings, left: not settings[left]})
+    assert "-prefix-caching --enforce-eager\n" in (export_dir("llama", decode="bypass") / "README.md").read_text()
+
+
 @pytest.mark.parametrize("left", WHOLE)
 def test_kv_reference_needs_prompts_in_one_chunk(export_dir, monkeypatch, left):
     with pytest.raises(ValueError, match="add --no-enable-chunked-prefill --no-enable-prefix-caching"):
@@ -155,9 +173,8 @@ def test_a_broken_stand_in_would_be_seen(looped, export_dir, monkeypatch, kv, cu
 def test_keys_and_values_that_are_not_written_back_would_be_seen(looped, export_dir, monkeypatch):
     theirs = by_transformers_token_by_token(looped("llama", kv="reference"), (16, 8))
     engine = Engine(export_dir("llama", kv="reference"), monkeypatch, **WHOLE)
-    monkeypatch.setattr(
-        code_beside(engine.model, "looped_vllm").VllmSeam, "write_back", lambda self, calls, hidden: hidden
-    )
+    seam = code_beside(engine.model, "looped_vllm").VllmSeam
+    monkeypatch.setattr(seam, "_write_back", lambda self, call, hidden: hidden)
     assert largest_difference(engine.logits(PROMPTS, CUTS["decoding"]), theirs) > 1000 * TOLERANCE
 
 

@@ -21,6 +21,7 @@ from loopexport.onnx.graph.bind_weights import TORCH_DTYPES
 from loopexport.onnx.quantise.matrices import MatrixSource
 from loopexport.onnx.quantise.nodes import DOMAIN, PRODUCT
 from loopexport.onnx.runtime.model import OnnxModel
+from loopexport.onnx.runtime.session import quiet_options
 from loopexport.onnx.trace.recipes import Recipe
 
 # Places of the codes, which scales follow, and of the zero points, among the inputs of a node.
@@ -64,8 +65,7 @@ def in_full_precision(model: OnnxModel) -> OnnxModel:
     for node in graph.graph.all_nodes():
         if (node.domain, node.op_type) == (DOMAIN, PRODUCT):
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", EXACT_LEVEL)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options = quiet_options()
     folder = "session.model_external_initializers_file_folder_path"
     options.add_session_config_entry(folder, str(model.path.parent))
     exact = copy.copy(model)

@@ -24,7 +24,6 @@ from .kept_codes import StoredSource
 from .matrices import MatrixPart, MatrixSource
 
 BITS = 4
-MIN_ONNXRUNTIME = "1.25"  # the first release whose `QMoE` takes the weights of the chosen experts
 
 # An expert is down(silu(gate(x)) * up(x)): "swiglu" with a slope of 1 and without an offset, gate and up in turn.
 _ATTRIBUTES = {

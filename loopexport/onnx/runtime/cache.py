@@ -182,9 +182,11 @@ class CacheSlots:
     def _lengthened(self, name: str, value, extra: int):
         """A copy of a tensor on the device, with zeros for more positions; ONNX Runtime itself has no such function."""
         join = self._joins(self._inputs[name].type)
+        # A binding of older releases does not keep it alive.
+        zeros = self._host_value(name, self._host_array(name, value.shape()[0], extra))
         binding = join.io_binding()
         binding.bind_ortvalue_input("first", value)
-        binding.bind_ortvalue_input("second", self._host_value(name, self._host_array(name, value.shape()[0], extra)))
+        binding.bind_ortvalue_input("second", zeros)
         binding.bind_output("y", self.device)
         join.run_with_iobinding(binding)
         return binding.get_outputs()[0]
