@@ -24,7 +24,7 @@ from loopexport.loop.wording import describe_span
 VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "vllm"
 
 SETTINGS = ("eager", "tensor parallel 2", "torch.compile", "VLLM_MLA_DISABLE=1")
-ROUTING = {"": "", "frozen_routing": ", frozen routing"}  # the loops of the first table, and what it calls them
+ROUTING = {"": "", "damping frozen_routing": ", frozen routing"}  # the loops of the first table, and what it calls them
 COST_POINTS = Path(__file__).parent / "pictures" / "data" / "cost.json"
 
 OUTCOMES = ("works", "in part", "no span", "refused", "untried")

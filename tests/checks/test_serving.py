@@ -75,13 +75,14 @@ def test_verify_takes_flags_of_vllm_for_vllm_alone(export_dir):
     assert "--max-model-len 64 is for vLLM; add --runtime vllm, or leave it out" in result.stderr
 
 
-def test_verify_serves_kv_reference_with_whole_prompts(export_dir, served_with):
+def test_verify_serves_a_loop_with_the_flags_that_it_needs_and_then_those_that_are_given(export_dir, served_with):
     asked = served_with(error="stopped")
     for kv in ("shared", "reference"):
-        assert run("verify", export_dir(kv=kv), "--runtime", "vllm").exit_code == 1
-    shared, reference = (each["engine"] for each in asked)
-    assert shared.get("enable_chunked_prefill") is None
-    assert (reference["enable_chunked_prefill"], reference["enable_prefix_caching"]) == (False, False)
+        assert run("verify", export_dir(kv=kv), "--runtime", "vllm", "--", "--block-size", "16").exit_code == 1
+    shared, reference = (each["flags"] for each in asked)
+    assert shared == ["--block-size", "16"]
+    assert reference == ["--no-enable-chunked-prefill", "--no-enable-prefix-caching", *shared]
+    assert "max_num_batched_tokens" in asked[0]["engine"].keys() - asked[1]["engine"].keys()
 
 
 def cases_of(file):

@@ -179,10 +179,21 @@ def test_greedy_tokens_are_those_of_transformers(case, serve, base_of, export_of
     difference = first_difference(served.answers, prompts, theirs)
     record(case, "differs" if difference else "exact")
     assert not difference
-    other_loop = export_of(replace(case, override={})) if case.override else base_of(case.family)
-    others = answers_of_transformers(other_loop, prompts, NEW_TOKENS)
-    assert sum(ours != other for ours, other in zip(theirs.tokens, others.tokens, strict=True)) >= len(prompts) / 2
+    assert unlike(theirs, base_of(case.family), prompts) >= len(prompts) / 2
+    assert not case.override or unlike(theirs, export_of(replace(case, override={})), prompts)
+    assert not case.loop.get("frozen_routing") or unlike(theirs, export_of(without_freezing(case)), prompts)
     assert served.cached == [[0] * len(prompts), [_in_whole_blocks(case, prompt) for prompt in prompts]]
+
+
+def unlike(answers, directory, prompts):
+    """How many answers differ from those of another directory."""
+    others = answers_of_transformers(directory, prompts, NEW_TOKENS)
+    return sum(ours != other for ours, other in zip(answers.tokens, others.tokens, strict=True))
+
+
+def without_freezing(case):
+    """The case with routers that follow each iterate."""
+    return replace(case, loop={**case.loop, "frozen_routing": False})
 
 
 def _in_whole_blocks(case, prompt):

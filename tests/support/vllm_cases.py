@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from loopexport.checks.vllm import ENGINE, WHOLE_PROMPTS
+from loopexport.checks.vllm import ENGINE
 from support.tiny import SPAN, tiny_tokens
 
 LENGTHS = (70, 41, 97, 5)
@@ -15,6 +15,7 @@ BLOCK = ENGINE["block_size"]
 ENGINES_PER_PROCESS = 20
 # Blocks of the K/V cache: enough for all prompts. vLLM would fill its 1 GiB, which each engine of a process keeps.
 BLOCKS = {"num_gpu_blocks_override": 64}
+WHOLE_PROMPTS = {"enable_chunked_prefill": False, "enable_prefix_caching": False, "max_num_batched_tokens": None}
 EAGER, PARALLEL, COMPILED, STAGES = "eager", "tensor parallel 2", "torch.compile", "pipeline parallel 2"
 PLAIN_HEADS = "VLLM_MLA_DISABLE=1"  # MLA computed as attention with plain heads
 ENGINES = {
@@ -66,23 +67,28 @@ class Case:
         return {"span": SPAN, "steps": 3, **self.loop}
 
     @property
-    def group(self) -> tuple[str, str]:
-        """Cases with the same group share a process."""
-        return self.setting, ",".join(self.engine)
+    def group(self) -> tuple[str, bool, str]:
+        """Cases with the same group share a process; vLLM cannot serve a sparse model after a dense one."""
+        return self.setting, self.family in ALL_SPARSE, ",".join(self.engine)
 
     @property
     def arguments(self) -> dict:
         """The arguments of the engine, but the model."""
-        whole = WHOLE_PROMPTS if self.spec.get("kv") == "reference" and not self.refusal else {}
+        whole = WHOLE_PROMPTS if self.has_whole_prompts and not self.refusal else {}
         changed = {"hf_overrides": self.override} if self.override else {}
         settings = {**ENGINE, "max_model_len": 192, **BLOCKS, **whole, **changed}
         return {**settings, **ENGINES[self.setting], **self.engine}
 
     @property
+    def has_whole_prompts(self) -> bool:
+        """Whether the loop is refused where prompts are cut."""
+        return self.loop.get("kv") == "reference" or self.loop.get("decode") == "bypass"
+
+    @property
     def keeps_prefixes(self) -> bool:
         """Whether the prefix cache answers when prompts are asked again; vLLM has none for MLA on a CPU."""
         is_mla = self.family in MLA and self.setting != PLAIN_HEADS
-        return self.spec.get("kv") != "reference" and not is_mla
+        return not (self.has_whole_prompts or is_mla)
 
     def __str__(self):
         options = {**self.loop, **self.engine, **self.override}
@@ -90,7 +96,7 @@ class Case:
 
 
 SHARED, PER_STEP, REFERENCE = {}, {"kv": "per_step"}, {"kv": "reference"}
-FROZEN = {"frozen_routing": True}
+FROZEN = {"frozen_routing": True, "damping": 1.0}  # steps so long that they would change the choice of experts
 POLICIES = (SHARED, PER_STEP)
 LAYERS = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True}
 # `make test-vllm` serves FEW, at least one of each structure; `make record-vllm` MANY too. SLOW, half a minute to two
@@ -102,6 +108,7 @@ FEW = [
         for kv in POLICIES
     ),
     Case("llama", REFERENCE),
+    Case("llama", {"decode": "bypass", **REFERENCE}),
     Case("llama", override={"loop_steps": 2}),
     Case("llama", {**LAYERS, **PER_STEP}),
     Case("llama", {"span": ((1, 2), (3, 5)), "rule": "midpoint", **PER_STEP}),
@@ -144,6 +151,7 @@ MANY = [
     *(Case("qwen3", {"rule": rule, **options, **kv}) for rule, options in RULES.items() for kv in POLICIES),
     *(Case("qwen3_moe", {**LAYERS, **kv}) for kv in POLICIES),
     Case("llama", LAYERS),
+    Case("gemma3_text", {"decode": "bypass"}),
 ]
 SLOW = [
     *(Case(family, kv, setting) for setting in SETTINGS for family in ("gemma3_text", "qwen3_moe") for kv in POLICIES),
@@ -162,7 +170,8 @@ REFUSED = [
         refusal="kv reference depends on where chunks start",
     ),
     Case("llama", {"decode": "bypass"}, refusal="decode bypass depends on where a prompt ends"),
-    Case("llama", {"decode": "first_n", "first_n": 2}, refusal="decode first_n depends on where a prompt ends"),
+    Case("llama", {"decode": "bypass", **PER_STEP}, refusal="decode bypass needs kv shared or reference"),
+    Case("llama", {"decode": "first_n", "first_n": 2}, refusal="decode first_n depends on how many tokens"),
     Case("llama", {}, STAGES, refusal="each pipeline stage would loop only its own part"),
     Case("llama", {}, EAGER, {"enable_lora": True}, refusal="adapters were not tested"),
     Case(
