@@ -17,9 +17,6 @@ VLLM_FAMILIES = (
 # Those of them whose experts vLLM computes itself, always with silu.
 VLLM_EXPERTS = ("glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
 
-# Those of them whose loops vLLM computes wrongly, with torch.compile, when it fuses routers with experts.
-VLLM_UNFUSED = ("glm4_moe",)
-
 # What kv reference and decode bypass need: each prompt in one chunk.
 WHOLE_PROMPTS = "--no-enable-chunked-prefill --no-enable-prefix-caching"
 
