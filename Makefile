@@ -75,15 +75,12 @@ record-%: $(VENV)/test-ready $(SMOLLM)/README.md
 record-families-oldest: $(OLDEST)/test-ready
 	$(OLDEST)/bin/python -m pytest $(PYTEST_OPTIONS) --timeout=3600 --record families-oldest tests/base
 
-# Serve what the table in docs/vllm.md shows, on both releases, and record the results. SLOW=--with-slow serves every
-# family with two workers and compiled too; without it, those results stay in the record as results of earlier code.
+# Serve what the table in docs/vllm.md shows, and record the results. SLOW=--with-slow serves every family with two
+# workers and compiled too; without it, those results stay in the record as results of earlier code.
 SLOW ?=
-RECORDS_VLLM = record-vllm-$(VLLM_OLDER) record-vllm-$(VLLM)
-record-vllm: $(RECORDS_VLLM)
-
-$(RECORDS_VLLM): record-vllm-%: $(VENV)/test-ready .venv-vllm-%/ready $(SMOLLM)/README.md
-	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$*)/bin/python \
-		$(VENV)/bin/python -m pytest --timeout=3600 --record vllm/$* $(SLOW) tests/checks/test_vllm.py
+record-vllm: $(VENV)/test-ready .venv-vllm-$(VLLM)/ready $(SMOLLM)/README.md
+	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$(VLLM))/bin/python \
+		$(VENV)/bin/python -m pytest --timeout=3600 --record vllm/$(VLLM) $(SLOW) tests/checks/test_vllm.py
 
 # Run each fuzz test on FUZZ_EXAMPLES random inputs; `make test` draws a small, fixed sample.
 fuzz: $(VENV)/test-ready

@@ -55,7 +55,7 @@ def serve_on_vllm(model: nn.Module, loop, layers: nn.ModuleList, spec: LoopSpec)
     engine.compilation_config.fast_moe_cold_start = False
     loop.vllm = VllmSeam(layers, spec)
     model.loop_slots = VllmSlots(loop.vllm, engine.compilation_config.static_forward_context)
-    if keeps_routers_outside(loop.config, spec):
+    if keeps_routers_outside(engine, spec):
         for index in spec.layers:
             for path in loop.traits[index].routers.known:
                 layers[index].get_submodule(split(path)[0]).loop_router_outside = UnknownState()

@@ -28,9 +28,6 @@ VLLM_EXPERTS = (
     "granitemoe", "granitemoeshared", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
 
-# Those of them whose loops vLLM computes wrongly, with torch.compile, when it fuses routers with experts.
-VLLM_UNFUSED = ("glm4_moe",)
-
 # What kv reference and decode bypass need: each prompt in one chunk.
 WHOLE_PROMPTS = "--no-enable-chunked-prefill --no-enable-prefix-caching"
 

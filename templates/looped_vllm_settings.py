@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .configuration_looped import base_model_type
 from .looped_spec import LoopSpec
-from .looped_vllm_limits import VLLM_UNFUSED, WHOLE_PROMPTS, vllm_context, vllm_refusal
+from .looped_vllm_limits import WHOLE_PROMPTS, vllm_context, vllm_refusal
 
 
 def check_vllm(engine, config, spec: LoopSpec) -> None:
@@ -30,9 +30,13 @@ def check_vllm(engine, config, spec: LoopSpec) -> None:
             raise ValueError(not_on_vllm(refusal))
 
 
-def keeps_routers_outside(config, spec: LoopSpec) -> bool:
-    """Whether routers of looped layers must stay modules of their own, which vLLM does not fuse with the experts."""
-    return spec.frozen_routing or base_model_type(config.model_type) in VLLM_UNFUSED
+def keeps_routers_outside(engine, spec: LoopSpec) -> bool:
+    """Whether routers of looped layers must stay modules of their own, which vLLM does not fuse with the experts.
+
+    A fused router cannot be frozen. And with torch.compile, fused blocks that have shared experts, too, were found to
+    compute loops wrongly.
+    """
+    return spec.frozen_routing or not engine.model_config.enforce_eager
 
 
 def _refused_length(engine, config: dict) -> str | None:

@@ -52,7 +52,6 @@ class Record:
         packages: what is installed beside torch and transformers and decides about the results.
         whole: whether the walk has all tests of these files, and not only those marked `matrix`.
         keeps_earlier: whether slow cells, which a walk may leave out, stay in the record, marked as earlier ones.
-        is_of_today: whether the record must be of today's code. The older vLLM's need not: CI serves a sample with it.
     """
 
     name: str
@@ -61,12 +60,11 @@ class Record:
     packages: tuple[str, ...] = ()
     whole: bool = False
     keeps_earlier: bool = False
-    is_of_today: bool = True
 
     @property
     def command(self) -> str:
         """What runs the walk and writes the record."""
-        return f"make record-{self.name.replace('/', '-')}"
+        return f"make record-{self.name.partition('/')[0]}"
 
     @property
     def file(self) -> Path:
@@ -116,14 +114,6 @@ RECORDS = {
                 *(*WALK, "tests/support/onnx_walk.py", "tests/support/onnx_graphs.py"),
             ),
             ("onnx", "onnx-ir", "onnxruntime", "onnxscript"),
-        ),
-        Record(
-            "vllm/0.28.0",
-            ("tests/checks/test_vllm.py",),
-            VLLM,
-            whole=True,
-            keeps_earlier=True,
-            is_of_today=False,
         ),
         Record("vllm/0.32.0", ("tests/checks/test_vllm.py",), VLLM, whole=True, keeps_earlier=True),
     )
