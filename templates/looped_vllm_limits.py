@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .looped_spec import LoopSpec
 
-# The next four are what the walk over families found, `tests/records/vllm`; a test compares them with its record.
+# The next three are what the walk over families found, `tests/records/vllm`; a test compares them with its record.
 
 # Families for which vLLM gives the greedy tokens of transformers; the documentation has the settings.
 VLLM_FAMILIES = (
