@@ -11,6 +11,7 @@ from support.walk_configs import save_tiny_family, tiny_family_config
 WIDE = {
     "hidden_size": 128, "n_embd": 128, "d_model": 128, "head_dim": 32, "rotary_dim": 16, "sliding_window": 8,
     "attention_chunk_size": 16, "max_position_embeddings": 256, "n_positions": 256, "n_ctx": 256, "max_seq_len": 256,
+    "initializer_range": 0.15,  # or else experts are so small that it does not matter which ones are chosen
 }  # fmt: skip
 MLA = {
     "q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
