@@ -8,14 +8,25 @@ from __future__ import annotations
 
 from .looped_spec import LoopSpec
 
-# Families for which vLLM was found to give the greedy tokens of transformers; the documentation has the settings.
+# The next three are what the walk over families found, `tests/records/vllm`; a test compares them with its record.
+
+# Families for which vLLM gives the greedy tokens of transformers; the documentation has the settings.
 VLLM_FAMILIES = (
-    "deepseek_v2", "deepseek_v3", "gemma2", "gemma3_text", "glm4_moe", "gpt_neox", "gpt_oss", "granite", "llama",
-    "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "afmoe", "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
+    "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "llama",
+    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 
-# Those of them whose experts vLLM computes itself, always with silu.
-VLLM_EXPERTS = ("glm4_moe", "mixtral", "qwen2_moe", "qwen3_moe")
+# Families that vLLM cannot serve even without a loop, and why.
+VLLM_REFUSED: dict[str, str] = {}
+
+# Those of the first whose experts vLLM computes itself, always with silu.
+VLLM_EXPERTS = (
+    "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+    "granitemoe", "granitemoeshared", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
 
 # What kv reference and decode bypass need: each prompt in one chunk.
 WHOLE_PROMPTS = "--no-enable-chunked-prefill --no-enable-prefix-caching"
@@ -42,7 +53,7 @@ def vllm_flags(spec: LoopSpec) -> tuple[str, ...]:
 
 def _vllm_loop_refusal(family: str, spec: LoopSpec) -> str | None:
     if family not in VLLM_FAMILIES:
-        return f"family {family} was not found exact there, only {', '.join(VLLM_FAMILIES)} were; use transformers"
+        return f"family {family} {VLLM_REFUSED.get(family, 'was not tried there')}; use transformers"
     if spec.decode == "first_n":
         return "decode first_n depends on how many tokens are generated, and vLLM does not say; set loop_decode to full"
     if spec.decode == "bypass" and spec.kv == "per_step":
