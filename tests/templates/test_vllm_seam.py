@@ -178,23 +178,6 @@ def test_keys_and_values_that_are_not_written_back_would_be_seen(looped, export_
     assert largest_difference(engine.logits(PROMPTS, CUTS["decoding"]), theirs) > 1000 * TOLERANCE
 
 
-REFUSALS = [
-    ({"pipeline_parallel_size": 2}, "each pipeline stage would loop only its own part"),
-    ({"quant_config": object()}, "quantised models were not tested"),
-    ({"speculative_config": object()}, "speculative decoding was not tested"),
-    ({"lora_config": object()}, "adapters were not tested"),
-    ({"enable_expert_parallel": True}, "expert parallelism was not tested"),
-]
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"), REFUSALS, ids=lambda value: None if isinstance(value, str) else next(iter(value))
-)
-def test_settings_that_were_not_tried_are_refused_while_the_model_is_built(export_dir, monkeypatch, changes, reason):
-    with pytest.raises(ValueError, match=reason):
-        Engine(export_dir("qwen3_moe"), monkeypatch, **changes)
-
-
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_routers_of_a_family_that_vllm_would_fuse_wrongly_stay_outside(export_dir, monkeypatch, steps):
     model = Engine(export_dir("glm4_moe", steps=steps), monkeypatch).model
