@@ -109,6 +109,23 @@ def _fp8_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: scaled.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
 
 
+def as_w8a8(base: Path, out: Path) -> Path:
+    """compressed-tensors, int8 weights with one scale per row, and activations with one per token."""
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    return _rewrite(base, out, {**config, "ignore": ["lm_head"], "config_groups": {"group_0": group}}, _int8_tensors)
+
+
+def _int8_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return {name: (weight / scale).round().to(torch.int8), f"{name}_scale": scale}
+
+
 def as_gptq(base: Path, out: Path, bits=4, group=GROUP, symmetric=True, layout="gptq", order=None) -> Path:
     """GPTQ: an int32 packs neighbouring weights of a column.
 
