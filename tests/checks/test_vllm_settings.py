@@ -12,7 +12,15 @@ from functools import partial
 import pytest
 
 import loopexport
-from loopexport.checks.vllm import ENGINE, Greedy, answers_of_transformers, first_difference, run_vllm
+from loopexport.checks.vllm import (
+    ENGINE,
+    Greedy,
+    answers_of,
+    answers_of_transformers,
+    first_difference,
+    load_with_transformers,
+    run_vllm,
+)
 from support.quantised import as_awq, as_gptq, as_w8a8, by_compressed_tensors
 from support.routing import draw_without_ties
 from support.tiny import save_tiny
@@ -125,7 +133,8 @@ def test_drafts_that_are_accepted_or_not_change_no_token(base, export, kv):
     theirs = answers_of_transformers(root, PROMPTS, NEW_TOKENS)
     assert not first_difference(served.answers, PROMPTS, theirs)
     assert num_differences(theirs, answers_of_transformers(base, PROMPTS, NEW_TOKENS)) == len(PROMPTS)
-    assert 0 < served.accepted < served.drafted
+    drafted, accepted = served.drafts
+    assert 0 < accepted < drafted
 
 
 @pytest.mark.parametrize(
@@ -139,7 +148,8 @@ def test_drafts_that_are_accepted_or_not_change_no_token(base, export, kv):
 def test_experts_in_two_processes_are_those_of_transformers(export, tmp_path, loop):
     sparse = save_tiny("qwen3_moe", tmp_path / "sparse", **SHAPE)
     root = export("out", sparse, **loop)
-    prompts, theirs = draw_without_ties_of(root)
+    model = load_with_transformers(root)
+    prompts, theirs = draw_without_ties(model, lambda drawn: answers_of(model, drawn, NEW_TOKENS), draw_prompts)
     [served] = serve(
         root, calls=[prompts], environment=TWO_PROCESSES, tensor_parallel_size=2, enable_expert_parallel=True
     )

@@ -37,7 +37,8 @@ VLLM = (
     *(f"templates/looped_{name}.py" for name in ("arguments", "body", "decoder", "walk", "rules", "spec", "routing")),
     *(f"templates/looped_{name}.py" for name in ("vllm", "vllm_limits", "vllm_settings")),
     "loopexport/checks/vllm.py", "loopexport/checks/vllm_worker.py", "tests/support/vllm_cases.py",
-    "tests/support/tiny.py", "tests/checks/test_vllm.py",
+    "tests/support/vllm_bases.py", "tests/support/walk_configs.py", "tests/support/tiny.py",
+    "tests/checks/test_vllm.py",
 )  # fmt: skip
 
 

@@ -7,28 +7,38 @@ from dataclasses import dataclass, field
 import pytest
 
 from loopexport.checks.vllm import ENGINE
-from support.tiny import MOE_FAMILIES, SPAN, tiny_tokens
+from support.tiny import SPAN, tiny_tokens
 
 LENGTHS = (70, 41, 97, 5)
 NEW_TOKENS = 32
 BLOCK = ENGINE["block_size"]
-ENGINES_PER_PROCESS = 10  # each engine keeps its K/V cache of 1 GiB until the process ends
-# vLLM's attention on a CPU needs a head size of 32 or more.
-LONG = {"max_position_embeddings": 256}
-WIDE = {**LONG, "head_dim": 32}
-SHAPES = {
-    "gpt_neox": {**LONG, "hidden_size": 128},
-    "gpt2": {**LONG, "n_positions": 256, "n_embd": 128, "hidden_size": 128},
-    "deepseek_v3": {**LONG, "qk_rope_head_dim": 16, "v_head_dim": 32, "head_dim": 16},
-}
+ENGINES_PER_PROCESS = 20
+# Blocks of the K/V cache: enough for all prompts. vLLM would fill its 1 GiB, which each engine of a process keeps.
+BLOCKS = {"num_gpu_blocks_override": 64}
+WHOLE_PROMPTS = {"enable_chunked_prefill": False, "enable_prefix_caching": False, "max_num_batched_tokens": None}
 EAGER, PARALLEL, COMPILED, STAGES = "eager", "tensor parallel 2", "torch.compile", "pipeline parallel 2"
+PLAIN_HEADS = "VLLM_MLA_DISABLE=1"  # MLA computed as attention with plain heads
 ENGINES = {
     EAGER: {},
     PARALLEL: {"tensor_parallel_size": 2},
     COMPILED: {"enforce_eager": False},
     STAGES: {"pipeline_parallel_size": 2},
+    PLAIN_HEADS: {},
 }
-TWO_PROCESSES = (PARALLEL, STAGES)
+BIND_TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+ENVIRONMENTS = {PARALLEL: BIND_TWO, STAGES: BIND_TWO, PLAIN_HEADS: {"VLLM_MLA_DISABLE": "1"}}
+
+# Families by structure. The walk decides where a family belongs: these are served, `BASES` cannot be.
+DENSE = (
+    "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "granite", "gpt_neox", "smollm3", "seed_oss", "cohere2",
+    "exaone4", "hunyuan_v1_dense", "olmo", "olmo3", "phi", "starcoder2", "glm", "glm4", "helium", "arcee", "stablelm",
+    "nemotron", "apertus", "cohere", "gemma", "ministral", "ministral3", "ernie4_5",
+)  # fmt: skip
+SPARSE = (
+    "mixtral", "qwen2_moe", "glm4_moe", "ernie4_5_moe", "granitemoe", "olmoe", "dots1", "granitemoeshared",
+    "exaone_moe", "afmoe", "flex_olmo",
+)  # fmt: skip
+MLA = ("deepseek_v2", "deepseek_v3")
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class Case:
         loop: fields of the spec.
         setting: one of `ENGINES`.
         engine: further arguments of the engine.
+        override: loop fields that the server changes at its start.
         refusal: a part of the error, if vLLM refuses the case.
     """
 
@@ -47,6 +58,7 @@ class Case:
     loop: dict = field(default_factory=dict)
     setting: str = EAGER
     engine: dict = field(default_factory=dict)
+    override: dict = field(default_factory=dict)
     refusal: str = ""
 
     @property
@@ -56,25 +68,59 @@ class Case:
 
     @property
     def group(self) -> tuple[str, bool, str]:
-        """Cases with the same group share a process; vLLM 0.28 cannot serve a sparse model after a dense one."""
-        return self.setting, self.family in MOE_FAMILIES, ",".join(self.engine)
+        """Cases with the same group share a process; vLLM cannot serve a sparse model after a dense one."""
+        return self.setting, self.family in ALL_SPARSE, ",".join(self.engine)
+
+    @property
+    def arguments(self) -> dict:
+        """The arguments of the engine, but the model."""
+        whole = WHOLE_PROMPTS if self.has_whole_prompts and not self.refusal else {}
+        changed = {"hf_overrides": self.override} if self.override else {}
+        settings = {**ENGINE, "max_model_len": 192, **BLOCKS, **whole, **changed}
+        return {**settings, **ENGINES[self.setting], **self.engine}
+
+    @property
+    def has_whole_prompts(self) -> bool:
+        """Whether the loop is refused where prompts are cut."""
+        return self.loop.get("kv") == "reference" or self.loop.get("decode") == "bypass"
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether the prefix cache answers when prompts are asked again; vLLM has none for MLA on a CPU."""
+        is_mla = self.family in MLA and self.setting != PLAIN_HEADS
+        return not (self.has_whole_prompts or is_mla)
 
     def __str__(self):
-        options = {**self.loop, **self.engine}
+        options = {**self.loop, **self.engine, **self.override}
         return "-".join([self.family, *(f"{key}={value}" for key, value in options.items()), self.setting])
 
 
-SHARED, PER_STEP = {}, {"kv": "per_step"}
+SHARED, PER_STEP, REFERENCE = {}, {"kv": "per_step"}, {"kv": "reference"}
+FROZEN = {"frozen_routing": True, "damping": 1.0}  # steps so long that they would change the choice of experts
 POLICIES = (SHARED, PER_STEP)
 LAYERS = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True}
-# `make test-vllm` serves FEW, `make record-vllm` MANY too. SLOW, half a minute to two each, only with
-# SLOW=--with-slow.
+# `make test-vllm` serves FEW, at least one of each structure; `make record-vllm` MANY too. SLOW, half a minute to two
+# each, only with SLOW=--with-slow.
 FEW = [
-    *(Case(family, kv) for family in ("llama", "gemma3_text", "qwen3_moe") for kv in POLICIES),
-    Case("gpt_oss"),
-    *(Case("llama", {**LAYERS, **kv}) for kv in POLICIES),
+    *(
+        Case(family, kv)
+        for family in ("llama", "gemma3_text", "qwen3_moe", "gpt_oss", "deepseek_v3")
+        for kv in POLICIES
+    ),
+    Case("llama", REFERENCE),
+    Case("llama", {"decode": "bypass", **REFERENCE}),
+    Case("llama", override={"loop_steps": 2}),
+    Case("llama", {**LAYERS, **PER_STEP}),
     Case("llama", {"span": ((1, 2), (3, 5)), "rule": "midpoint", **PER_STEP}),
-    *(Case("llama", kv, setting) for setting in (PARALLEL, COMPILED) for kv in POLICIES),
+    Case("qwen3_moe", FROZEN),
+    Case("gpt_oss", {**FROZEN, **REFERENCE}),
+    Case("deepseek_v3", {**LAYERS, **FROZEN, **REFERENCE}),
+    Case("deepseek_v3", FROZEN, PLAIN_HEADS),
+    Case("llama", PER_STEP, PARALLEL),
+    Case("qwen3_moe", {**FROZEN, **PER_STEP}, PARALLEL),
+    Case("deepseek_v3", {**FROZEN, **PER_STEP}, PARALLEL),
+    Case("llama", REFERENCE, COMPILED),
+    Case("qwen3_moe", {**FROZEN, **PER_STEP}, COMPILED),
 ]
 RULES = {
     "residual_scaled": {},
@@ -89,51 +135,48 @@ RULES = {
     "input_anchor": {},
     "uniform": {},
 }
-DENSE = ("qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "granite", "gpt_neox")
-SPARSE = ("mixtral", "qwen2_moe", "glm4_moe")
+ALL_SPARSE = ("qwen3_moe", "gpt_oss", *SPARSE, *MLA)
+# What the published cells do: they write each iterate's keys and values, and those of sparse models freeze routers.
+PUBLISHED = [
+    *(Case(family, REFERENCE) for family in ("qwen3", "gemma3_text")),
+    *(Case(family, {**LAYERS, **FROZEN, **REFERENCE}) for family in ("qwen3_moe", "ernie4_5_moe", "deepseek_v2")),
+]
 SETTINGS = (PARALLEL, COMPILED)
 MANY = [
-    *(Case(family, kv) for family in (*DENSE, *SPARSE) for kv in POLICIES),
+    *(Case(family, kv) for family in (*DENSE, *SPARSE, "deepseek_v2") for kv in POLICIES),
+    *(Case(family, FROZEN) for family in ALL_SPARSE if family != "qwen3_moe"),
+    *(Case(family, {**FROZEN, **PER_STEP}) for family in ("qwen3_moe", *MLA)),
+    *(Case(family, kv, PLAIN_HEADS) for family in MLA for kv in POLICIES),
+    *PUBLISHED,
     *(Case("qwen3", {"rule": rule, **options, **kv}) for rule, options in RULES.items() for kv in POLICIES),
     *(Case("qwen3_moe", {**LAYERS, **kv}) for kv in POLICIES),
+    Case("llama", LAYERS),
+    Case("gemma3_text", {"decode": "bypass"}),
 ]
 SLOW = [
     *(Case(family, kv, setting) for setting in SETTINGS for family in ("gemma3_text", "qwen3_moe") for kv in POLICIES),
-    *(
-        Case(family, SHARED, setting)
-        for setting in SETTINGS
-        for family in (*DENSE, *SPARSE, "gpt_oss")
-        if (family, setting) != ("glm4_moe", COMPILED)  # refused
-    ),
+    *(Case(family, SHARED, setting) for setting in SETTINGS for family in ("llama", *DENSE, *SPARSE, "gpt_oss", *MLA)),
+    *(Case(family, FROZEN, setting) for setting in SETTINGS for family in ("qwen3_moe", "glm4_moe", "gpt_oss", *MLA)),
+    Case("llama", PER_STEP, COMPILED),
 ]
-# What a release of vLLM cannot do even for the base, by family and setting (None: all settings).
-LACKING = {
-    ("0.28", "gpt_oss", None): "ignores the attention sinks",
-    ("0.28", "gpt_neox", None): "no module or parameter named",
-    ("0.28", "gpt_neox", PARALLEL): "WorkerProc initialization failed",
-    ("0.28", "mistral", PARALLEL): "Check failed: input.block_size",
-    ("0.28", "phi3", PARALLEL): "view size is not compatible",
-    ("0.32", "phi3", PARALLEL): "view size is not compatible",
-}
+# What vLLM cannot do even for the base, by family and setting.
+LACKING = {("phi3", PARALLEL): "view size is not compatible"}
 REFUSED = [
-    Case("llama", {"kv": "reference"}, refusal="kv reference depends on where chunks start"),
-    Case("llama", {"decode": "bypass"}, refusal="decode bypass depends on where a prompt ends"),
-    Case("llama", {"decode": "first_n", "first_n": 2}, refusal="decode first_n depends on where a prompt ends"),
-    Case("qwen3_moe", {"frozen_routing": True}, refusal="set loop_frozen_routing to false"),
-    Case("llama", {}, STAGES, refusal="each pipeline stage would loop only its own part"),
-    Case("glm4_moe", {}, COMPILED, refusal="add --enforce-eager"),
-    Case("llama", {}, EAGER, {"enable_lora": True}, refusal="adapters were not tested"),
     Case(
         "llama",
-        {},
+        REFERENCE,
         EAGER,
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        refusal="speculative decoding was not tested",
+        {"enable_chunked_prefill": True},
+        refusal="kv reference depends on where chunks start",
     ),
-    Case("gpt2", refusal="family gpt2 was not found exact there"),
-    Case("deepseek_v3", refusal="family deepseek_v3 was not found exact there"),
-    Case("gpt_oss", PER_STEP, refusal="attention sinks"),
+    Case("llama", {"decode": "bypass"}, refusal="decode bypass depends on where a prompt ends"),
+    Case("llama", {"decode": "bypass", **PER_STEP}, refusal="decode bypass needs kv shared or reference"),
+    Case("llama", {"decode": "first_n", "first_n": 2}, refusal="decode first_n depends on how many tokens"),
+    Case("llama", {}, STAGES, refusal="a pipeline stage starts at layer 3, inside span 1:4"),
+    Case("gpt2", refusal="family gpt2"),
 ]
+# Families that vLLM's Transformers backend cannot serve even without a loop, and how that shows.
+BASES: dict[str, str] = {}
 
 
 def draw_prompts(seed):

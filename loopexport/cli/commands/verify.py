@@ -16,6 +16,7 @@ from loopexport.cli.progress import ByteBar
 
 @click.command(short_help="Check an export: files, K=1, cached decoding, ONNX graphs.")
 @directory_argument
+@click.argument("vllm_flags", metavar="[-- VLLM_FLAGS...]", nargs=-1)
 @click.option(
     "--full", is_flag=True, help="Hash the weights that have a recorded digest. Without it, compare sizes and headers."
 )
@@ -28,7 +29,8 @@ from loopexport.cli.progress import ByteBar
     type=Words(get_args(Runtime)),
     default="transformers",
     show_default=True,
-    help="vllm compares the greedy tokens of the installed vLLM with those of transformers.",
+    help="vllm compares the greedy tokens of the installed vLLM with those of transformers. Flags of vLLM's server go "
+    "after --: `-- --max-model-len 4096`.",
 )
 @json_option
 def verify(directory, as_json, **options) -> None:
@@ -43,6 +45,8 @@ def verify(directory, as_json, **options) -> None:
 
     if options["files_only"] and options["runtime"] == "vllm":
         raise click.UsageError("--files-only does not load the model, but --runtime vllm needs it; leave one out")
+    if options["vllm_flags"] and options["runtime"] != "vllm":
+        raise click.UsageError(f"{' '.join(options['vllm_flags'])} is for vLLM; add --runtime vllm, or leave it out")
     with ByteBar("hashing weights", _bytes_to_hash(directory, options["full"])) as advance:
         checks = run_checks(directory, progress=advance, **options)
     passed = all(check.passed is not False for check in checks)
