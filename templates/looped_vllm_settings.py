@@ -82,6 +82,11 @@ def _refused_settings(engine, config, spec: LoopSpec):
             f"decode bypass depends on where a prompt ends; add {WHOLE_PROMPTS} --enforce-eager, or set loop_decode to "
             "full",
         ),
+        (
+            spec.decode == "bypass" and engine.parallel_config.data_parallel_size > 1,
+            "with decode bypass, one replica loops while another does not, and their experts wait for each other; "
+            "leave --data-parallel-size out, or set loop_decode to full",
+        ),
     )
     return [*(reason for holds, reason in refusals if holds), _refused_stages(engine, config, spec)]
 

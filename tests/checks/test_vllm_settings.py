@@ -24,7 +24,8 @@ from loopexport.checks.vllm import (
 from support.quantised import as_awq, as_gptq, as_w8a8, by_compressed_tensors
 from support.routing import draw_without_ties
 from support.tiny import save_tiny
-from support.vllm_cases import NEW_TOKENS, PROMPTS, WIDE, draw_prompts
+from support.vllm_bases import HEADS
+from support.vllm_cases import NEW_TOKENS, PROMPTS, draw_prompts
 from support.vllm_extras import save_adapter, unrolled_checkpoint
 
 PYTHON = os.environ.get("LOOPEXPORT_VLLM", "")
@@ -32,7 +33,7 @@ if not PYTHON:
     pytest.skip("needs vLLM; `make test-vllm` makes an environment with it", allow_module_level=True)
 
 # vLLM's products of 4-bit matrices on a CPU need multiples of 32.
-SHAPE = {**WIDE, "hidden_size": 128, "intermediate_size": 128}
+SHAPE = {**HEADS, "hidden_size": 128, "intermediate_size": 128}
 TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
@@ -70,6 +71,7 @@ def num_differences(ours: Greedy, theirs: Greedy) -> int:
 
 FORMATS = {
     "compressed-tensors int8": (as_w8a8, "float32"),
+    "compressed-tensors fp8": (partial(as_w8a8, kind="float"), "bfloat16"),
     "awq": (as_awq, "bfloat16"),
     "gptq": (as_gptq, "bfloat16"),
     "compressed-tensors int4": (partial(by_compressed_tensors, num_bits=4), "bfloat16"),
@@ -116,13 +118,15 @@ def test_requests_with_and_without_an_adapter_get_the_loop_of_the_merged_base(ba
         max_loras=len(adapters) + 1,
         max_lora_rank=8,
     )
-    expected = Greedy(*([getattr(theirs[name], part)[index] for index, name in enumerate(names)] for part in PARTS))
+    expected = Greedy(
+        [theirs[name].tokens[index] for index, name in enumerate(names)],
+        [theirs[name].logprobs[index] for index, name in enumerate(names)],
+    )
     assert not first_difference(served.answers, prompts, expected)
     for name in adapters:
         assert num_differences(theirs[name], theirs[""]) == len(prompts)
 
 
-PARTS = ("tokens", "logprobs")
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 

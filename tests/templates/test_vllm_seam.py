@@ -231,7 +231,7 @@ def test_scale_of_logits_is_told_where_vllm_looks_for_it(export_dir, monkeypatch
 
 
 def test_a_loop_of_one_step_is_served_whatever_the_settings(export_dir, plain, monkeypatch):
-    engine = Engine(export_dir("qwen3_moe", steps=1), monkeypatch, enable_expert_parallel=True, lora_config=object())
+    engine = Engine(export_dir("qwen3_moe", steps=1), monkeypatch, speculative_config=object())
     for ours, theirs in zip(engine.logits(PROMPTS, CUTS["chunked"]), by_transformers(plain("qwen3_moe")), strict=True):
         assert_close(ours, theirs)
 

@@ -37,6 +37,7 @@ def stages(monkeypatch):
         ("llama", {}, {"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding by eagle"),
         ("llama", {"kv": "reference"}, {**WHOLE, **DRAFTS}, "checks several at once; leave --speculative-config out"),
         ("llama", {"decode": "bypass"}, {**WHOLE, **DRAFTS}, "checks several at once; leave --speculative-config out"),
+        ("llama", {"decode": "bypass"}, {**WHOLE, "data_parallel_size": 2}, "leave --data-parallel-size out"),
     ],
 )
 def test_settings_with_other_answers_are_refused(export_dir, monkeypatch, family, loop, changes, reason):
