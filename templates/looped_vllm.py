@@ -104,7 +104,7 @@ class VllmSeam:
     def _write_back(self, call, hidden):
         """Store the natural keys and values of a layer again; returns the hidden states, unchanged.
 
-        A compiler drops a call whose output nobody uses, and a call that repeats an earlier one. So this call adds zeros
+        A compiler drops a call whose output nobody uses, and a call that repeats an earlier one. So this one adds zeros
         made of the hidden states, which also makes it the last one, and they add zeros made of its output.
         """
         query, new, options = call.handed
@@ -132,8 +132,9 @@ class VllmSeam:
         Args:
             known: all attention layers of the engine, by name; vLLM gives each of them a K/V cache.
         """
+        held = [index for index in self.spec.layers if not isinstance(self.layers[index], nn.Identity)]
         for k in range(1, self.spec.evaluations):
-            for index in self.spec.layers:
+            for index in held:  # those of other pipeline stages are placeholders here
                 slot = copy.copy(self._attention(self.layers[index], index))
                 slot.layer_name = f"loop_slots.{len(self.layers) + len(self.slots)}.{VLLM_ATTENTION}"
                 self.slots[index, k] = known[slot.layer_name] = slot
