@@ -104,14 +104,14 @@ class VllmSeam:
     def _write_back(self, call, hidden):
         """Store the natural keys and values of a layer again; returns the hidden states, unchanged.
 
-        A compiler drops a call whose output nobody uses, and a call that repeats an earlier one. So this call takes
-        zero times the hidden states, which also makes it the last one, and they take zero times its output.
+        A compiler drops a call whose output nobody uses, and a call that repeats an earlier one. So this one adds zeros
+        made of the hidden states, which also makes it the last one, and they add zeros made of its output.
         """
         query, new, options = call.handed
-        zero = 0 * hidden[0, :, :1]
-        new = [each + zero.view(-1, *[1] * (each.dim() - 1)) for each in new]
+        zeros = _zeros_of(hidden[0])
+        new = [each + zeros.view(-1, *[1] * (each.dim() - 1)) for each in new]
         attended = self._attention(call.layer, call.index).forward(query, *new, **options)
-        return hidden + 0 * attended[:, :1]
+        return hidden + _zeros_of(attended)
 
     def _tokens_of_prompts(self, call):
         """Which tokens of this forward belong to a prompt, `(tokens,)`; None for all of them.
@@ -132,8 +132,9 @@ class VllmSeam:
         Args:
             known: all attention layers of the engine, by name; vLLM gives each of them a K/V cache.
         """
+        held = [index for index in self.spec.layers if not isinstance(self.layers[index], nn.Identity)]
         for k in range(1, self.spec.evaluations):
-            for index in self.spec.layers:
+            for index in held:  # those of other pipeline stages are placeholders here
                 slot = copy.copy(self._attention(self.layers[index], index))
                 slot.layer_name = f"loop_slots.{len(self.layers) + len(self.slots)}.{VLLM_ATTENTION}"
                 self.slots[index, k] = known[slot.layer_name] = slot
@@ -211,6 +212,11 @@ class UnknownState(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("marker", torch.zeros(1, device="cpu"), persistent=False)
+
+
+def _zeros_of(rows):
+    """A zero for each row, `(tokens, 1)`, that a compiler does not know to be zero; it knows a product with zero."""
+    return rows[:, :1].clamp(0, 0)
 
 
 def _attention_path(layer: nn.Module, index: int) -> str:

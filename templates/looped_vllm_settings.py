@@ -5,9 +5,13 @@ Every export has a copy of this file. It needs only torch and transformers.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from .configuration_looped import base_model_type
 from .looped_spec import LoopSpec
 from .looped_vllm_limits import WHOLE_PROMPTS, vllm_context, vllm_refusal
+
+DRAFTS = ("ngram",)  # methods of speculative decoding for which it was found exact
 
 
 def check_vllm(engine, config, spec: LoopSpec) -> None:
@@ -22,9 +26,9 @@ def check_vllm(engine, config, spec: LoopSpec) -> None:
         ValueError: it does not, or this was not tested; the message says what to do.
     """
     family, values = base_model_type(config.model_type), config.to_dict()
-    refusals = [vllm_refusal(family, spec, values), _refused_length(engine, values)]
+    refusals = [vllm_refusal(family, spec, values), _refused_length(engine, values), _refused_scale(engine, values)]
     if not spec.is_identity:
-        refusals += _refused_settings(engine, spec)
+        refusals += _refused_settings(engine, config, spec)
     for refusal in refusals:
         if refusal is not None:
             raise ValueError(not_on_vllm(refusal))
@@ -49,18 +53,30 @@ def _refused_length(engine, config: dict) -> str | None:
     )
 
 
-def _refused_settings(engine, spec: LoopSpec):
+def _refused_scale(engine, config: dict) -> str | None:
+    scale = config.get("embedding_multiplier", 1)
+    if engine.parallel_config.pipeline_parallel_size == 1 or scale == 1:
+        return None
+    return (
+        f"each pipeline stage multiplies its input by embedding_multiplier ({scale}), not just the first one; use "
+        "--tensor-parallel-size instead"
+    )
+
+
+def _refused_settings(engine, config, spec: LoopSpec):
     """The reason for each setting of the engine with which it cannot serve a loop."""
-    parallel = engine.parallel_config
+    drafts = engine.speculative_config
     refusals = (
         (
-            parallel.pipeline_parallel_size > 1,
-            "each pipeline stage would loop only its own part of a span; use --tensor-parallel-size instead",
+            drafts is not None and drafts.method not in DRAFTS,
+            f"with speculative decoding by {drafts and drafts.method}, answers were not compared; use "
+            f"{' or '.join(DRAFTS)}, or leave --speculative-config out",
         ),
-        (engine.quant_config is not None, "quantised models were not tested; serve a model that is not quantised"),
-        (engine.speculative_config is not None, "speculative decoding was not tested; leave --speculative-config out"),
-        (engine.lora_config is not None, "adapters were not tested; leave --enable-lora out, or merge them first"),
-        (parallel.enable_expert_parallel, "expert parallelism was not tested; leave --enable-expert-parallel out"),
+        (
+            drafts is not None and (spec.kv == "reference" or spec.decode == "bypass"),
+            "kv reference and decode bypass need generated tokens one by one, and speculative decoding checks several "
+            "at once; leave --speculative-config out",
+        ),
         (
             spec.kv == "reference" and not _keeps_prompts_whole(engine),
             f"kv reference depends on where chunks start; add {WHOLE_PROMPTS}, or set loop_kv to shared or per_step",
@@ -70,14 +86,38 @@ def _refused_settings(engine, spec: LoopSpec):
             f"decode bypass depends on where a prompt ends; add {WHOLE_PROMPTS} --enforce-eager, or set loop_decode to "
             "full",
         ),
+        (
+            spec.decode == "bypass" and engine.parallel_config.data_parallel_size > 1,
+            "with decode bypass, one replica loops while another does not, and their experts wait for each other; "
+            "leave --data-parallel-size out, or set loop_decode to full",
+        ),
     )
-    return [reason for holds, reason in refusals if holds]
+    return [*(reason for holds, reason in refusals if holds), _refused_stages(engine, config, spec)]
+
+
+def _refused_stages(engine, config, spec: LoopSpec) -> str | None:
+    """The reason if a stage of a pipeline holds a part of what loops as one function: it would loop that part alone."""
+    first_layers = _first_layers(engine, config.get_text_config(decoder=True).num_hidden_layers)
+    for start, stop in spec.bodies:
+        cuts = [layer for layer in first_layers if start < layer < stop]
+        if cuts:
+            return (
+                f"a pipeline stage starts at layer {cuts[0]}, inside span {start}:{stop}; choose stages with "
+                "VLLM_PP_LAYER_PARTITION, or use --tensor-parallel-size instead"
+            )
+    return None
+
+
+def _first_layers(engine, num_layers: int) -> list[int]:
+    """The numbers of the layers with which the stages of a pipeline start."""
+    stages = engine.parallel_config.pipeline_parallel_size
+    indices = import_module("vllm.distributed.utils").get_pp_indices if stages > 1 else None
+    return [indices(num_layers, stage, stages)[0] for stage in range(1, stages)]
 
 
 def _keeps_prompts_whole(engine) -> bool:
-    """Whether each prompt is one chunk, and each generated token another one."""
-    scheduler, cache = engine.scheduler_config, engine.cache_config
-    return not (scheduler.enable_chunked_prefill or cache.enable_prefix_caching or engine.speculative_config)
+    """Whether each prompt is one chunk."""
+    return not (engine.scheduler_config.enable_chunked_prefill or engine.cache_config.enable_prefix_caching)
 
 
 def not_on_vllm(reason: str) -> str:

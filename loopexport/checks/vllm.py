@@ -69,6 +69,7 @@ class Served:
         is_flag_error: whether vLLM did not accept a command-line argument.
         settings: the release, model class, attention backend and settings of the engine, in words.
         log: everything that the process printed.
+        drafts: how many tokens were drafted, and how many of them accepted, if the engine counts.
     """
 
     answers: list[Greedy]
@@ -77,6 +78,7 @@ class Served:
     is_flag_error: bool
     settings: str
     log: str
+    drafts: tuple[int, int] = (0, 0)
 
 
 def check_serving(export: Export, flags: Sequence[str] = ()) -> Check:
@@ -168,6 +170,7 @@ def _served(outcome: dict, log: str) -> Served:
         outcome.get("is_flag_error", False),
         outcome.get("settings", ""),
         log,
+        tuple(outcome.get("drafts", (0, 0))),
     )
 
 

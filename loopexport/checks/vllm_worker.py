@@ -4,9 +4,11 @@
 
 RUNS.json is a list of objects with `engine`, the arguments of `vllm.LLM`; `flags`, command-line arguments as of vLLM's
 server, which come before those; `calls`, lists of prompts of token ids, each list given to the engine after the
-previous answers; and `max_tokens`. OUTCOMES.json gets one object for each run: `tokens`, lists as in `calls`;
-`logprobs`, the log-probability of each token; `cached`, the number of tokens of each prompt in vLLM's prefix cache; and
-`settings`, a sentence about the engine; or `error`, and `is_flag_error` if it is about the flags.
+previous answers; `max_tokens`; and `adapters`, for each prompt of a list the directory of its adapter, or null.
+OUTCOMES.json gets one object for each run: `tokens`, lists as in `calls`; `logprobs`, the log-probability of each
+token; `cached`, the number of tokens of each prompt in the prefix cache; `settings`, a sentence about the engine; and
+`drafts`, if it counts anything, how many tokens were drafted and how many of them accepted; or `error`, and
+`is_flag_error` if it is about the flags.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
+from zlib import crc32
 
 
 class FlagError(Exception):
@@ -36,7 +39,13 @@ def main(runs: str, outcomes: str) -> None:
         gc.collect()
 
 
-def generate(engine: dict, calls: list[list[list[int]]], max_tokens: int, flags: list[str] | None = None) -> dict:
+def generate(
+    engine: dict,
+    calls: list[list[list[int]]],
+    max_tokens: int,
+    flags: list[str] | None = None,
+    adapters: list[str | None] | None = None,
+) -> dict:
     """The answers of one engine."""
     import vllm
 
@@ -44,15 +53,16 @@ def generate(engine: dict, calls: list[list[list[int]]], max_tokens: int, flags:
     sampling = vllm.SamplingParams(
         temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=1
     )
+    options = {"use_tqdm": False, "lora_request": adapters and [_adapter(each) for each in adapters]}
     answers = [
-        model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        for prompts in calls
+        model.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, **options) for prompts in calls
     ]
     return {
         "tokens": [[list(each.outputs[0].token_ids) for each in answer] for answer in answers],
         "logprobs": [[_logprobs(each.outputs[0]) for each in answer] for answer in answers],
         "cached": [[each.num_cached_tokens for each in answer] for answer in answers],
         "settings": ", ".join(_settings(model)),
+        "drafts": _drafts(model) if model.llm_engine.log_stats else [0, 0],
     }
 
 
@@ -103,6 +113,17 @@ def _implementation(worker) -> tuple[str, list[str]]:
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
     backends = {each.get_attn_backend().get_name() for each in layers if hasattr(each, "get_attn_backend")}
     return type(worker.get_model()).__name__, sorted(backends)
+
+
+def _drafts(model) -> list[int]:
+    counts = {each.name: each.value for each in model.get_metrics() if hasattr(each, "value")}
+    return [counts.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted")]
+
+
+def _adapter(directory: str | None):
+    from vllm.lora.request import LoRARequest
+
+    return directory and LoRARequest(directory, 1 + crc32(directory.encode()) % 2**31, directory)
 
 
 def _logprobs(output) -> list[float]:

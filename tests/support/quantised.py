@@ -109,6 +109,31 @@ def _fp8_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: scaled.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
 
 
+def as_w8a8(base: Path, out: Path, kind="int") -> Path:
+    """compressed-tensors, weights of 8 bits with one scale per row, and activations with one per token.
+
+    Args:
+        base: the base.
+        out: the checkpoint to write.
+        kind: of numbers, "int" or "float".
+    """
+    eight = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    config = {"quant_method": "compressed-tensors", "format": f"{kind}-quantized", "quantization_status": "compressed"}
+
+    def tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = weight.abs().amax(1, keepdim=True) / (127 if kind == "int" else E4M3_MAX)
+        codes = weight / scale
+        codes = codes.round().to(torch.int8) if kind == "int" else codes.to(torch.float8_e4m3fn)
+        return {name: codes, f"{name}_scale": scale}
+
+    return _rewrite(base, out, {**config, "ignore": ["lm_head"], "config_groups": {"all": group}}, tensors)
+
+
 def as_gptq(base: Path, out: Path, bits=4, group=GROUP, symmetric=True, layout="gptq", order=None) -> Path:
     """GPTQ: an int32 packs neighbouring weights of a column.
 

@@ -172,15 +172,7 @@ REFUSED = [
     Case("llama", {"decode": "bypass"}, refusal="decode bypass depends on where a prompt ends"),
     Case("llama", {"decode": "bypass", **PER_STEP}, refusal="decode bypass needs kv shared or reference"),
     Case("llama", {"decode": "first_n", "first_n": 2}, refusal="decode first_n depends on how many tokens"),
-    Case("llama", {}, STAGES, refusal="each pipeline stage would loop only its own part"),
-    Case("llama", {}, EAGER, {"enable_lora": True}, refusal="adapters were not tested"),
-    Case(
-        "llama",
-        {},
-        EAGER,
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
-        refusal="speculative decoding was not tested",
-    ),
+    Case("llama", {}, STAGES, refusal="a pipeline stage starts at layer 3, inside span 1:4"),
     Case("gpt2", refusal="family gpt2"),
 ]
 # Families that vLLM's Transformers backend cannot serve even without a loop, and how that shows.
