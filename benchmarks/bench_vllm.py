@@ -1,98 +1,148 @@
-"""Tokens per second of an export on vLLM, compared with its own base (K = 1) and with the ratio of layer evaluations.
+"""Speed on vLLM: an export's loops against its base, and vLLM's own class of the base against its Transformers backend.
 
-    python benchmarks/bench_vllm.py EXPORT [--prompts 8] [--new 64] [--rounds 3] [--tensor-parallel-size 1] [--eager]
+    python benchmarks/bench_vllm.py [EXPORT] [--loops shared:2,per_step:4] [--native BASE] [--eager] [--tiny]
 
-Needs vLLM, not LoopExport. Each engine runs alone in a process, and the processes take turns. On a GPU they use CUDA
-graphs unless you give --eager. Prints a JSON object; all ratios come from one run.
+Needs vLLM, not LoopExport. All engines live in one process and take turns; each figure is the median over rounds of the
+ratio within a round. On CPUs the clock is the CPU time of the process, since other processes disturb the wall time.
+Prints a JSON object. For each loop, "overhead" is its time / (the base's time x the ratio of layer evaluations), where
+1 is ideal. The base is the export itself with K = 1. "base again" is a second engine of the same: its distance from 1
+is the noise. --native adds the time of the Transformers backend divided by that of vLLM's own class, both on BASE, the
+directory of the base.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
+import os
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from measure import ratio
+from measure import interleaved, ratio
 
-PROMPT_TOKENS = 64
+# For vLLM's import: engines in this process, a K/V cache of 1 GiB for each on CPUs, no log on stdout.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
 
-def tokens_per_second(options) -> float:
-    """New tokens per second of one engine, all prompts at once, after one uncounted round."""
+class Load(NamedTuple):
+    """What an engine is asked: requests, tokens of each prompt, new tokens of each answer."""
+
+    requests: int
+    prompt: int
+    new: int
+
+
+LOADS = {"prompt": Load(1, 512, 1), "one request": Load(1, 16, 32), "64 requests": Load(64, 32, 16)}
+TINY = {name: Load(min(load.requests, 4), 16, min(load.new, 4)) for name, load in LOADS.items()}
+
+
+def make_engine(directory: str, options, **arguments):
+    """An engine without a prefix cache, which would answer all rounds but the first."""
     import vllm
 
-    engine = vllm.LLM(
-        model=options.export,
-        hf_overrides={"loop_steps": options.steps},
+    return vllm.LLM(
+        model=directory,
         trust_remote_code=True,
         skip_tokenizer_init=True,
         dtype=options.dtype,
-        max_model_len=PROMPT_TOKENS + options.new,
+        max_model_len=1024,
+        max_num_seqs=64,
         enforce_eager=options.eager,
-        tensor_parallel_size=options.tensor_parallel_size,
+        gpu_memory_utilization=options.gpu_memory_utilization,
         enable_prefix_caching=False,
+        **arguments,
     )
-    prompts = [{"prompt_token_ids": [3 + number] * PROMPT_TOKENS} for number in range(options.prompts)]
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=options.new, ignore_eos=True, detokenize=False)
-    taken = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        engine.generate(prompts, sampling, use_tqdm=False)
-        taken = time.perf_counter() - start
-    return options.prompts * options.new / taken
 
 
-def evaluations(export: str) -> float:
+def clock():
+    """The function that tells the time: the CPU time of the process, or on a GPU the wall time."""
+    import torch
+
+    return time.perf_counter if torch.cuda.is_available() else time.process_time
+
+
+def answer(engine, load: Load) -> float:
+    """Seconds in which an engine answers greedily."""
+    import vllm
+
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=load.new, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": [3 + number] * load.prompt} for number in range(load.requests)]
+    now = clock()
+    start = now()
+    engine.generate(prompts, sampling, use_tqdm=False)
+    return now() - start
+
+
+def measure(engines: dict, options) -> dict[str, dict[str, list[float]]]:
+    """The seconds of each engine in each round, for each load."""
+    loads = TINY if options.tiny else LOADS
+    return {
+        name: interleaved({each: partial(answer, engine, load) for each, engine in engines.items()}, options.rounds)
+        for name, load in loads.items()
+    }
+
+
+def evaluations(config: dict, steps: int) -> float:
     """Layer evaluations per token, looped / base, for a rule that runs the span once in each step."""
-    config = json.loads((Path(export) / "config.json").read_text())
     span = config["loop_span"]
     spans = span if isinstance(span[0], list) else [span]
-    looped = sum(stop - start for start, stop in spans)
-    return 1 + (config["loop_steps"] - 1) * looped / config["num_hidden_layers"]
+    return 1 + (steps - 1) * sum(stop - start for start, stop in spans) / config["num_hidden_layers"]
 
 
-def in_process(steps: int) -> float:
-    """Tokens per second of one engine in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--steps", str(steps)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return float(output.splitlines()[-1])
+def loops(options) -> dict:
+    """For each loop, its overhead under each load."""
+    config = json.loads((Path(options.export) / "config.json").read_text())
+    chosen = [name.split(":") for name in options.loops.split(",")]
+    loop_of = {"base": {"loop_steps": 1}}
+    loop_of |= {f"{kv} K={steps}": {"loop_kv": kv, "loop_steps": int(steps)} for kv, steps in chosen}
+    loop_of["base again"] = loop_of["base"]
+    engines = {name: make_engine(options.export, options, hf_overrides=loop) for name, loop in loop_of.items()}
+    seconds = measure(engines, options)
+    return {
+        name: {
+            load: ratio(each[name], each["base"]) / evaluations(config, loop["loop_steps"])
+            for load, each in seconds.items()
+        }
+        for name, loop in loop_of.items()
+        if name != "base"
+    }
+
+
+def backends(options) -> dict:
+    """The time of the Transformers backend / that of vLLM's own class, on the base, under each load."""
+    engines = {name: make_engine(options.native, options, model_impl=name) for name in ("transformers", "vllm")}
+    seconds = measure(engines, options)
+    return {load: ratio(each["transformers"], each["vllm"]) for load, each in seconds.items()}
 
 
 def parse():
-    """Parse the command line; --steps is only for the processes that this script starts."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("export", nargs="?")
+    parser.add_argument("--loops", default="shared:2,shared:4,per_step:2,per_step:4")
+    parser.add_argument("--native", metavar="BASE")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.15, help="for each engine")
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help="few short requests, to see that it runs")
     return parser.parse_args()
 
 
 def main() -> None:
     """Measure and print the results."""
     options = parse()
-    if options.steps:
-        print(tokens_per_second(options))
-        return
-    config = json.loads((Path(options.export) / "config.json").read_text())
-    rounds = [(in_process(1), in_process(config["loop_steps"])) for _ in range(options.rounds)]
-    base, looped = ([each[side] for each in rounds] for side in (0, 1))
-    slower = ratio(base, looped)
-    result = {
-        "tokens per second, base": statistics.median(base),
-        f"tokens per second, K={config['loop_steps']}": statistics.median(looped),
-        "base / looped": slower,
-        "layer evaluations, looped / base": evaluations(options.export),
-        "base / looped, over layer evaluations (1 is ideal)": slower / evaluations(options.export),
-    }
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    result = {"overhead": loops(options)} if options.export else {}
+    if options.native:
+        result["transformers backend / own class"] = backends(options)
     print(json.dumps(result, indent=2))
 
 

@@ -1,4 +1,7 @@
-"""`benchmarks/cuda.py` rehearsed on the CPU: a thin slice of each part, and that damage makes it fail."""
+"""`benchmarks/cuda.py` rehearsed on the CPU: a thin slice of each part, and that damage makes it fail.
+
+And what `benchmarks/bench_vllm.py` makes of the times of engines, which a double of vLLM sets.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,3 +173,36 @@ def test_speed_of_torch_is_measured(monkeypatch):
     everything = sum(each.nbytes for each in base.model.layers.parameters())
     assert speed.bytes_read(looped, 0) > everything - 4 * sum(experts)
     assert speed.bytes_read(looped, 10) > speed.bytes_read(looped, 0)
+
+
+def test_vllm_is_compared_with_the_base_and_with_its_own_class(monkeypatch, tmp_path, capsys):
+    import bench_vllm
+
+    for name in bench_vllm.ENVIRONMENT:
+        monkeypatch.setenv(name, "")  # so that it is restored
+    monkeypatch.setattr(bench_vllm, "clock", lambda: lambda: clock.now)
+    clock = SimpleNamespace(now=0.0)
+
+    class Engine:
+        """Takes a second for each layer and new token; loops of 2 of 4 layers take a tenth longer."""
+
+        def __init__(self, hf_overrides=None, model_impl="vllm", **arguments):
+            assert not arguments["enable_prefix_caching"]
+            loop = hf_overrides or {"loop_steps": 1}
+            layers = 4 + 2 * (loop["loop_steps"] - 1)
+            self.seconds = layers * (1.1 if loop["loop_steps"] > 1 else 1) * (1.25 if model_impl != "vllm" else 1)
+
+        def generate(self, prompts, sampling, use_tqdm):
+            clock.now += self.seconds * len(prompts) * sampling.max_tokens
+
+    vllm = SimpleNamespace(LLM=Engine, SamplingParams=lambda **given: SimpleNamespace(**given))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    (tmp_path / "config.json").write_text(json.dumps({"loop_span": [1, 3], "num_hidden_layers": 4}))
+    command = ["bench_vllm.py", str(tmp_path), "--loops", "shared:2,per_step:4", "--native", "base", "--tiny"]
+    monkeypatch.setattr(sys, "argv", command)
+    bench_vllm.main()
+    result = json.loads(capsys.readouterr().out)
+    loads = ("prompt", "one request", "64 requests")
+    for name, wanted in (("shared K=2", 1.1), ("per_step K=4", 1.1), ("base again", 1.0)):
+        assert result["overhead"][name] == pytest.approx(dict.fromkeys(loads, wanted))
+    assert result["transformers backend / own class"] == pytest.approx(dict.fromkeys(loads, 1.25))
