@@ -94,6 +94,11 @@ def _refused_settings(engine, config, spec: LoopSpec):
             "with decode bypass, one replica loops while another does not, and their experts wait for each other; "
             "leave --data-parallel-size out, or set loop_decode to full",
         ),
+        (
+            engine.parallel_config.enable_expert_parallel,
+            "expert parallelism could not be compared, since vLLM's kernels for CPUs ignore which experts a process "
+            "has; leave --enable-expert-parallel out",
+        ),
     )
     return [*(reason for holds, reason in refusals if holds), _refused_stages(engine, config, spec)]
 
