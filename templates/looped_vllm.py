@@ -32,7 +32,7 @@ VLLM_IMPLEMENTATIONS = ("vllm", "vllm_mla")
 VLLM_ATTENTION = "attn"  # the attribute of an attention module that holds its attention layer of vLLM
 
 
-def serve_on_vllm(model: nn.Module, loop, layers: nn.ModuleList, spec: LoopSpec) -> None:
+def serve_on_vllm(model: Any, loop, layers: nn.ModuleList, spec: LoopSpec) -> None:
     """Prepare a model that vLLM builds.
 
     Args:
@@ -135,7 +135,7 @@ class VllmSeam:
         for k in range(1, self.spec.evaluations):
             for index in held:  # those of other pipeline stages are placeholders here
                 slot = copy.copy(self._attention(self.layers[index], index))
-                slot.layer_name = f"loop_slots.{len(self.layers) + len(self.slots)}.{VLLM_ATTENTION}"
+                slot.layer_name = f"loop_slots.{k * len(self.layers) + index}.{VLLM_ATTENTION}"
                 self.slots[index, k] = known[slot.layer_name] = slot
 
     def _attention(self, layer: nn.Module, index: int, k: int = 0) -> Any:
