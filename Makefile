@@ -9,6 +9,7 @@ VLLM ?= 0.32.0
 VLLM_OLDER ?= 0.30.0
 VLLM_TORCH ?= torch==2.13.0+cpu
 VLLM_CASES ?=
+VLLM_TESTS = tests/checks/test_vllm.py tests/checks/test_vllm_settings.py tests/checks/test_vllm_load.py
 DEMO ?= demo
 PYTEST_OPTIONS ?= -n 2 --durations=25
 # The rest knows nothing of transformers: no need to run it again.
@@ -40,7 +41,7 @@ test-oldest-matrix: $(OLDEST)/test-ready $(SMOLLM)/README.md
 # Serve exports with vLLM, in an environment without LoopExport. For another release: make test-vllm VLLM=0.31.0
 test-vllm: $(VENV)/test-ready .venv-vllm-$(VLLM)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$(VLLM))/bin/python \
-		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" -k "$(VLLM_CASES)" tests/checks/test_vllm.py
+		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" -k "$(VLLM_CASES)" $(VLLM_TESTS)
 
 # The page of examples/browser in Chromium, which has to be installed. Of transformers.js and the ONNX Runtime that it was
 # built with, only what a browser loads: `npm install` would bring 290 MB for Node too.
@@ -80,7 +81,7 @@ record-families-oldest: $(OLDEST)/test-ready
 SLOW ?=
 record-vllm: $(VENV)/test-ready .venv-vllm-$(VLLM)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$(VLLM))/bin/python \
-		$(VENV)/bin/python -m pytest --timeout=3600 --record vllm/$(VLLM) $(SLOW) tests/checks/test_vllm.py
+		$(VENV)/bin/python -m pytest --timeout=3600 --record vllm/$(VLLM) $(SLOW) $(VLLM_TESTS)
 
 # Run each fuzz test on FUZZ_EXAMPLES random inputs; `make test` draws a small, fixed sample.
 fuzz: $(VENV)/test-ready

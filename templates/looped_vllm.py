@@ -25,14 +25,14 @@ from .looped_body import Body
 from .looped_routing import RecordRoute, ReplayRoute, split
 from .looped_rules import run_loop
 from .looped_spec import LoopSpec
-from .looped_vllm_settings import check_vllm, keeps_routers_outside, not_on_vllm
+from .looped_vllm_settings import check_vllm, layers_with_own_routers, not_on_vllm
 
 # The attention implementations that vLLM sets in the config: before it builds the model, and with MLA afterwards.
 VLLM_IMPLEMENTATIONS = ("vllm", "vllm_mla")
 VLLM_ATTENTION = "attn"  # the attribute of an attention module that holds its attention layer of vLLM
 
 
-def serve_on_vllm(model: nn.Module, loop, layers: nn.ModuleList, spec: LoopSpec) -> None:
+def serve_on_vllm(model: Any, loop, layers: nn.ModuleList, spec: LoopSpec) -> None:
     """Prepare a model that vLLM builds.
 
     Args:
@@ -49,16 +49,15 @@ def serve_on_vllm(model: nn.Module, loop, layers: nn.ModuleList, spec: LoopSpec)
     check_vllm(engine, loop.config, spec)
     _scale_logits(loop.config)
     _size_latents(engine, loop.text_config)
+    for index in layers_with_own_routers(engine, spec, len(layers)):
+        for path in loop.traits[index].routers.known:
+            layers[index].get_submodule(split(path)[0]).loop_own_router = UnknownState()
     if spec.is_identity:
         return
     # Or else a compiled model finds its experts by counting calls, and a loop calls them more often.
     engine.compilation_config.fast_moe_cold_start = False
     loop.vllm = VllmSeam(layers, spec)
     model.loop_slots = VllmSlots(loop.vllm, engine.compilation_config.static_forward_context)
-    if keeps_routers_outside(engine, spec):
-        for index in spec.layers:
-            for path in loop.traits[index].routers.known:
-                layers[index].get_submodule(split(path)[0]).loop_router_outside = UnknownState()
 
 
 class VllmSeam:
@@ -136,7 +135,7 @@ class VllmSeam:
         for k in range(1, self.spec.evaluations):
             for index in held:  # those of other pipeline stages are placeholders here
                 slot = copy.copy(self._attention(self.layers[index], index))
-                slot.layer_name = f"loop_slots.{len(self.layers) + len(self.slots)}.{VLLM_ATTENTION}"
+                slot.layer_name = f"loop_slots.{k * len(self.layers) + index}.{VLLM_ATTENTION}"
                 self.slots[index, k] = known[slot.layer_name] = slot
 
     def _attention(self, layer: nn.Module, index: int, k: int = 0) -> Any:

@@ -28,6 +28,9 @@ VLLM_EXPERTS = (
     "granitemoe", "granitemoeshared", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
 
+# Ways to quantise, by `quant_method`, with which loops on vLLM were compared.
+VLLM_QUANTISED = ("awq", "compressed-tensors", "gptq")
+
 # What kv reference and decode bypass need: each prompt in one chunk.
 WHOLE_PROMPTS = "--no-enable-chunked-prefill --no-enable-prefix-caching"
 

@@ -5,6 +5,7 @@ Every export has a copy of this file. It needs only torch and transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 from .configuration_looped import base_model_type
@@ -34,13 +35,15 @@ def check_vllm(engine, config, spec: LoopSpec) -> None:
             raise ValueError(not_on_vllm(refusal))
 
 
-def keeps_routers_outside(engine, spec: LoopSpec) -> bool:
-    """Whether routers of looped layers must stay modules of their own, which vLLM does not fuse with the experts.
+def layers_with_own_routers(engine, spec: LoopSpec, num_layers: int) -> Sequence[int]:
+    """The layers whose routers must stay modules of their own, which vLLM does not fuse with the experts.
 
-    A fused router cannot be frozen. And with torch.compile, fused blocks that have shared experts, too, were found to
-    compute loops wrongly.
+    A fused router cannot be frozen. And with torch.compile, vLLM was found to compute fused blocks that have shared
+    experts wrongly, also without a loop; then a base (one step) that is wrong would make any loop look better.
     """
-    return spec.frozen_routing or not engine.model_config.enforce_eager
+    if not engine.model_config.enforce_eager:
+        return range(num_layers)
+    return spec.layers if spec.frozen_routing and not spec.is_identity else ()
 
 
 def _refused_length(engine, config: dict) -> str | None:
@@ -90,6 +93,11 @@ def _refused_settings(engine, config, spec: LoopSpec):
             spec.decode == "bypass" and engine.parallel_config.data_parallel_size > 1,
             "with decode bypass, one replica loops while another does not, and their experts wait for each other; "
             "leave --data-parallel-size out, or set loop_decode to full",
+        ),
+        (
+            engine.parallel_config.enable_expert_parallel,
+            "expert parallelism could not be compared, since vLLM's kernels for CPUs ignore which experts a process "
+            "has; leave --enable-expert-parallel out",
         ),
     )
     return [*(reason for holds, reason in refusals if holds), _refused_stages(engine, config, spec)]

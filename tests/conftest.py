@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import io
 import os
+import runpy
 import shutil
+import subprocess
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may use the network; tests of the Hub set their own endpoint
@@ -19,6 +24,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import loopexport
+from support.commands import run
+from support.paths import EXAMPLES
 from support.recording import Recorder, largest_difference_of_the_test  # noqa: F401
 from support.records import RECORDS
 from support.tiny import SPAN, save_tiny
@@ -105,3 +112,31 @@ def plain(tiny_base):
         return AutoModelForCausalLM.from_pretrained(tiny_base(family)).eval()
 
     return make
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path):
+    """`example(name, *arguments)`: run a script of `examples/` in this process; what it printed.
+
+    A new process would import torch for each command. The shell gives the commands of a shell script to a recorder that
+    stands for `loopexport`; they run afterwards.
+    """
+
+    def run_python(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return printed.getvalue()
+
+    def run_shell(name, *arguments):
+        recorder = tmp_path / "recorder" / "loopexport"
+        recorder.parent.mkdir()
+        recorder.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" >> '{recorder}.log'\necho >> '{recorder}.log'\n")
+        recorder.chmod(0o755)
+        path = f"{recorder.parent}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run([EXAMPLES / name, *map(str, arguments)], check=True, env={**os.environ, "PATH": path})
+        results = [run(*line.split("\0")[:-1]) for line in recorder.with_suffix(".log").read_text().splitlines()]
+        assert [each.exit_code for each in results] == [0] * len(results), [each.stderr for each in results]
+        return "".join(each.stdout for each in results)
+
+    return lambda name, *arguments: (run_shell if name.endswith(".sh") else run_python)(name, *arguments)

@@ -62,24 +62,13 @@ def small_looped(tmp_path_factory):
     return loopexport.convert(base, root / "looped", span=(1, 2), steps=3).root
 
 
-def example(*command):
-    """Run an example as a user would, and give back what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [str(part) for part in command]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def answer(directory):
-    return example(sys.executable, EXAMPLES / "answer.py", directory, "What is the capital of France?")
-
-
-def test_answers_a_question_before_and_after(base, looped):
-    assert answer(base) == "LlamaForCausalLM: The capital of France is Paris.\n"
-    assert answer(looped) == "LoopedLlamaForCausalLM: The capital of France is Paris.\n"
+def test_answers_a_question_before_and_after(example, base, looped):
+    """The looped model in a process of its own, as a user has it."""
+    question = "What is the capital of France?"
+    assert example("answer.py", base, question) == "LlamaForCausalLM: The capital of France is Paris.\n"
+    command = [sys.executable, EXAMPLES / "answer.py", looped, question]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stdout == "LoopedLlamaForCausalLM: The capital of France is Paris.\n", done.stderr
 
 
 def test_verifies_in_full(looped):
@@ -112,30 +101,30 @@ def test_identities_are_bitwise_and_the_loop_is_not_idle(base, looped):
             setattr(ours.config, field, before)
 
 
-def test_quickstart_example_runs(small, tmp_path):
-    printed = example("bash", EXAMPLES / "quickstart.sh", small, tmp_path)
+def test_quickstart_example_runs(example, small, tmp_path):
+    printed = example("quickstart.sh", small, tmp_path)
     assert "Dry run: nothing was written." in printed
     assert "cached decode equals the full forward" in printed
     assert (tmp_path / "base-again" / "model.safetensors").is_file()
 
 
-def test_python_example_runs(small, tmp_path):
-    printed = example(sys.executable, EXAMPLES / "loop_from_python.py", small, tmp_path / "out")
+def test_python_example_runs(example, small, tmp_path):
+    printed = example("loop_from_python.py", small, tmp_path / "out")
     assert "4 layers, 1.44x the layer evaluations of the base" in printed
     assert printed.count("passed ") == 12
     assert "this failed, as it should: span 13:99 ends outside the model" in printed
 
 
-def test_changing_steps_example_runs(small_looped):
-    lines = example(sys.executable, EXAMPLES / "change_steps.py", small_looped).splitlines()
+def test_changing_steps_example_runs(example, small_looped):
+    lines = example("change_steps.py", small_looped).splitlines()
     losses = [line.split("loss ")[1].split(",")[0] for line in lines if line.startswith("steps ")]
     assert len(set(losses)) == 4
     assert lines[-1].startswith("this failed, as it should: steps 0")
 
 
-def test_lora_example_runs(cut, tmp_path):
+def test_lora_example_runs(example, cut, tmp_path):
     pytest.importorskip("peft")
-    printed = example(sys.executable, EXAMPLES / "lora.py", cut, tmp_path / "adapter")
+    printed = example("lora.py", cut, tmp_path / "adapter")
     losses = [float(line.split("loss ")[1]) for line in printed.splitlines() if line.startswith("step ")]
     assert losses[-1] < losses[0] - 0.2
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
@@ -181,26 +170,26 @@ def test_graph_verifies_against_torch(with_graph):
 
 
 @needs_onnx
-def test_onnx_runtime_generates_the_greedy_tokens_of_torch(with_graph, greedy_tokens):
+def test_onnx_runtime_generates_the_greedy_tokens_of_torch(example, with_graph, greedy_tokens):
     _, _, text = greedy_tokens
     result = run("run", with_graph, QUESTION, "--max-new-tokens", 40, "--provider", "cpu")
     assert result.stdout == f"{text}\n"
-    printed = example(sys.executable, EXAMPLES / "onnx_generate.py", with_graph, QUESTION, 40)
+    printed = example("onnx_generate.py", with_graph, QUESTION, 40)
     assert printed == f"{text}\n"
 
 
 @needs_onnx
-def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(with_graph, greedy_tokens):
+def test_onnxruntime_genai_generates_the_greedy_tokens_of_torch(example, with_graph, greedy_tokens):
     pytest.importorskip("onnxruntime_genai")
     _, new, text = greedy_tokens
-    printed = example(sys.executable, EXAMPLES / "onnx_genai.py", with_graph, QUESTION, 40)
+    printed = example("onnx_genai.py", with_graph, QUESTION, 40)
     assert json.loads(printed.splitlines()[0]) == new
     assert printed.split("\n", 1)[1] == f"{text}\n"
 
 
 @needs_onnx
-def test_several_steps_example_runs(small_looped):
-    lines = example(sys.executable, EXAMPLES / "onnx_steps.py", small_looped, 2, 3).splitlines()
+def test_several_steps_example_runs(example, small_looped):
+    lines = example("onnx_steps.py", small_looped, 2, 3).splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("K = ")] == ["K = 2", "K = 3"]
     assert lines[-1].startswith("weights written: 0 bytes")
 
@@ -210,13 +199,13 @@ CAPITALS = EXAMPLES / "items" / "capitals.jsonl"
 
 def test_loop_that_destroys_the_model_is_worse_and_one_step_is_nothing(base):
     pytest.importorskip("lm_eval")
-    settings = {"items": CAPITALS, "limit": 40, "device": "cpu", "dtype": "float32", "batch_size": 16}
+    settings = {"items": CAPITALS, "limit": 30, "device": "cpu", "dtype": "float32", "batch_size": 16}
     naive, one = loopexport.LoopSpec(span=(5, 25), steps=4, damping=1.0), loopexport.LoopSpec(span=(5, 25), steps=1)
     [row] = loopexport.compare(base, naive, **settings).comparisons
-    assert (row.n, row.verdict) == (40, "worse")
+    assert (row.n, row.verdict) == (30, "worse")
     assert row.base > 0.8
-    [row] = loopexport.compare(base, one, **settings | {"limit": 10}).comparisons
-    assert (row.n, row.difference, row.gained, row.lost) == (10, 0, 0, 0)
+    [row] = loopexport.compare(base, one, **settings | {"limit": 5}).comparisons
+    assert (row.n, row.difference, row.gained, row.lost) == (5, 0, 0, 0)
 
 
 def test_no_example_is_left_out():

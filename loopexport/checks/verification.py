@@ -97,8 +97,7 @@ def verify(
         progress: called with the number of weight bytes just hashed.
 
     Raises:
-        ExportError: `root` is not an export, or holds unknown code; or `runtime` is unknown, not installed, or does
-            not accept the flags.
+        ExportError: `root` is no export or holds unknown code; `runtime` is unknown, not installed or lacks a flag.
     """
     if runtime not in RUNTIMES:
         raise ExportError(f"runtime {runtime!r} must be one of {', '.join(RUNTIMES)}")

@@ -196,7 +196,7 @@ def _use(facts: CardFacts) -> list[str]:
         onnx_section(facts.onnx, facts.num_layers),
         ""
         if facts.is_multimodal
-        else vllm_section(facts.model_type, facts.spec, facts.config, bool(facts.quantisation)),
+        else vllm_section(facts.model_type, facts.spec, facts.config, facts.quantisation),
     ]
 
 

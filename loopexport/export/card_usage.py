@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from loopexport.base.families import is_multimodal
 from loopexport.loop.spec import LoopSpec, make_spec
-from loopexport.templates.looped_vllm_limits import vllm_context, vllm_flags, vllm_refusal
+from loopexport.templates.looped_vllm_limits import VLLM_QUANTISED, vllm_context, vllm_flags, vllm_refusal
 
 from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
 from .manifest import OnnxRecord
@@ -127,9 +127,9 @@ def onnx_section(files: Mapping[str, OnnxRecord], num_layers: int) -> str:
     return "\n".join(parts)
 
 
-def vllm_section(family: str, spec: LoopSpec, config: dict, is_quantised: bool) -> str:
-    """The section for vLLM; empty if it refuses to serve the loop, or if this was not tested."""
-    if is_quantised or vllm_refusal(family, spec, config):
+def vllm_section(family: str, spec: LoopSpec, config: dict, quantisation: str | None) -> str:
+    """The section for vLLM; empty if it refuses to serve the loop, or if this way to quantise was not tested."""
+    if quantisation not in (None, *VLLM_QUANTISED) or vllm_refusal(family, spec, config):
         return ""
     context = vllm_context(config)
     length = () if context is None else (f"--max-model-len {context}",)

@@ -14,6 +14,7 @@ from loopexport.export.card import read_metadata
 from support.checkpoints import write_sparse_checkpoint
 from support.commands import SPEC, sha256
 from support.hub_double import HubDouble
+from support.push import loopexport_command
 
 
 @pytest.fixture
@@ -34,9 +35,12 @@ def hub(tmp_path):
 
 @pytest.fixture
 def convert(hub, tmp_path):
-    """Run `loopexport convert` in a process of its own against the double."""
+    """Run `loopexport convert` against the double; with other variables, in a process of its own."""
 
     def run(model, *options, **environment):
+        if not environment:
+            command = ["convert", model, tmp_path / "out", *SPEC, *options]
+            return loopexport_command(hub, tmp_path / "home", *command, token=None)
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", **environment}
         settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
         command = [sys.executable, "-m", "loopexport", "convert", model, str(tmp_path / "out"), *SPEC, *options]

@@ -15,17 +15,14 @@ import loopexport
 from loopexport.checks.vllm import (
     ENGINE,
     Greedy,
-    answers_of,
     answers_of_transformers,
     first_difference,
-    load_with_transformers,
     run_vllm,
 )
 from support.quantised import as_awq, as_gptq, as_w8a8, by_compressed_tensors
-from support.routing import draw_without_ties
 from support.tiny import save_tiny
 from support.vllm_bases import HEADS
-from support.vllm_cases import NEW_TOKENS, PROMPTS, draw_prompts
+from support.vllm_cases import LENGTHS, NEW_TOKENS, PROMPTS, draw_prompts
 from support.vllm_extras import save_adapter, unrolled_checkpoint
 
 PYTHON = os.environ.get("LOOPEXPORT_VLLM", "")
@@ -127,37 +124,20 @@ def test_requests_with_and_without_an_adapter_get_the_loop_of_the_merged_base(ba
         assert num_differences(theirs[name], theirs[""]) == len(prompts)
 
 
+# After one token many times, many drafts are right; after random tokens hardly any is.
+REPEATED = [[token] * length for token, length in zip((5, 9, 17, 33), LENGTHS, strict=True)]
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
 @pytest.mark.parametrize("kv", [pytest.param("shared", marks=pytest.mark.matrix), "per_step"])
 def test_drafts_that_are_accepted_or_not_change_no_token(base, export, kv):
     root = export("out", kv=kv)
-    [served] = serve(root, calls=[PROMPTS] * 2, speculative_config=DRAFTS, disable_log_stats=False)
-    theirs = answers_of_transformers(root, PROMPTS, NEW_TOKENS)
-    assert not first_difference(served.answers, PROMPTS, theirs)
-    assert num_differences(theirs, answers_of_transformers(base, PROMPTS, NEW_TOKENS)) == len(PROMPTS)
+    [served] = serve(root, calls=[REPEATED] * 2, speculative_config=DRAFTS, disable_log_stats=False)
+    theirs = answers_of_transformers(root, REPEATED, NEW_TOKENS)
+    assert not first_difference(served.answers, REPEATED, theirs)
+    assert num_differences(theirs, answers_of_transformers(base, REPEATED, NEW_TOKENS)) == len(REPEATED)
     drafted, accepted = served.drafts
     assert 0 < accepted < drafted
-
-
-@pytest.mark.parametrize(
-    "loop",
-    [
-        {"mode": "layer", "anchor": 0.5, "frozen_routing": True},
-        pytest.param({"kv": "per_step"}, marks=pytest.mark.matrix),
-    ],
-    ids=["frozen routing", "per_step"],
-)
-def test_experts_in_two_processes_are_those_of_transformers(export, tmp_path, loop):
-    sparse = save_tiny("qwen3_moe", tmp_path / "sparse", **SHAPE)
-    root = export("out", sparse, **loop)
-    model = load_with_transformers(root)
-    prompts, theirs = draw_without_ties(model, lambda drawn: answers_of(model, drawn, NEW_TOKENS), draw_prompts)
-    [served] = serve(
-        root, calls=[prompts], environment=TWO_PROCESSES, tensor_parallel_size=2, enable_expert_parallel=True
-    )
-    assert not first_difference(served.answers, prompts, theirs)
 
 
 @pytest.mark.matrix

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+from multiprocessing import get_context
 
 import pytest
 
 from loopexport import EvaluationError, LoopSpec, convert, plan_compare
+from support.commands import run
 from support.evaluation import tokenized_base, write_items
 
 pytest.importorskip("lm_eval")
@@ -328,20 +332,40 @@ def test_saves_into_an_export(base, items, tmp_path):
     assert "mine" in (export.root / "README.md").read_text()
 
 
+def answer_as_one_of_two(rank, port, arguments, outcomes):
+    """Run the command line as `accelerate launch` starts it."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    os.environ |= {"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    PartialState._reset_state()  # of the tests before
+    AcceleratorState._reset_state()
+    result = run("compare", *arguments)
+    outcomes.put((result.exit_code, result.stdout, result.stderr))
+
+
 def test_processes_share_the_items(base, items, tmp_path):
     """Two processes, each with every second item, give what one process gives."""
-    import os
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "loopexport", "compare"]
-    options = ["--span", "2:4", "--steps", "2", "--items", str(items), "--out", str(tmp_path / "out")]
+    processes = get_context("fork")  # what this process has imported takes the longest
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--span", "2:4", "--steps", "2", "--items", items, "--out", tmp_path / "out"]
     compute = [f"--{name.replace('_', '-')}={value}" for name, value in CPU.items()]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(base), *options, *compute], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Model ") == 1
-    assert done.stdout.count("Wrote ") == 1
+    outcomes = processes.Queue()
+    both = [
+        processes.Process(target=answer_as_one_of_two, args=(rank, port, [base, *options, *compute], outcomes))
+        for rank in (0, 1)
+    ]
+    for each in both:
+        each.start()
+    found = [outcomes.get(timeout=120) for _ in both]
+    for each in both:
+        each.join()
+    printed = "".join(stdout for _, stdout, _ in found)
+    assert [status for status, _, _ in found] == [0, 0], [stderr for _, _, stderr in found]
+    assert printed.count("Model ") == 1
+    assert printed.count("Wrote ") == 1
     pairs = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
     alone = plan_compare(base, MILD, items=items, **CPU).run()
     assert [pair["item"] for pair in pairs] == [pair.item for pair in alone.pairs] == list(range(30))

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from loopexport import convert
 from support.evaluation import tokenized_base, write_items
-from support.paths import ROOT
 
 pytest.importorskip("lm_eval")
 
@@ -21,25 +15,16 @@ def base(tmp_path_factory):
     return tokenized_base("llama", tmp_path_factory.mktemp("examples") / "base")
 
 
-def run_example(name: str, *arguments) -> str:
-    """What an example prints, with this Python's commands first on the PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = [ROOT / "examples" / name, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_compare_items_saves_the_result(base, tmp_path):
+def test_compare_items_saves_the_result(example, base, tmp_path):
     export = convert(base, tmp_path / "looped", span=(2, 4), steps=2).root
-    printed = run_example("compare_items.sh", export, write_items(tmp_path / "mine.jsonl", 10), tmp_path / "out")
+    printed = example("compare_items.sh", export, write_items(tmp_path / "mine.jsonl", 10), tmp_path / "out")
     assert "mine" in (export / "README.md").read_text()
     assert (tmp_path / "out" / "report.html").is_file()
     assert "verdict" in printed or "inconclusive" in printed
 
 
-def test_scan_draws_a_heatmap(base, tmp_path):
-    printed = run_example("scan.sh", base, write_items(tmp_path / "mine.jsonl", 40), tmp_path / "out")
+def test_scan_draws_a_heatmap(example, base, tmp_path):
+    printed = example("scan.sh", base, write_items(tmp_path / "mine.jsonl", 40), tmp_path / "out")
     assert (tmp_path / "out" / "cells.csv").is_file()
     assert list((tmp_path / "out").glob("*.png"))
     assert "recommend" in printed

@@ -32,13 +32,15 @@ ORACLE = (
     *(f"tests/templates/test_{name}.py" for name in ("semantics", "rules", "frozen_routing", "routers")),
     *(f"tests/templates/test_{name}.py" for name in ("compile", "experts", "vllm_seam")),
 )
+VLLM_TESTS = tuple(f"tests/checks/test_vllm{part}.py" for part in ("", "_settings", "_load"))
 VLLM = (
     *(f"templates/{name}.py" for name in ("configuration_looped", "modeling_looped")),
     *(f"templates/looped_{name}.py" for name in ("arguments", "body", "decoder", "walk", "rules", "spec", "routing")),
     *(f"templates/looped_{name}.py" for name in ("vllm", "vllm_limits", "vllm_settings")),
     "loopexport/checks/vllm.py", "loopexport/checks/vllm_worker.py", "tests/support/vllm_cases.py",
     "tests/support/vllm_bases.py", "tests/support/walk_configs.py", "tests/support/tiny.py",
-    "tests/checks/test_vllm.py",
+    "tests/support/vllm_extras.py", "tests/support/vllm_server.py", "tests/support/quantised.py",
+    *VLLM_TESTS,
 )  # fmt: skip
 
 
@@ -115,7 +117,7 @@ RECORDS = {
             ),
             ("onnx", "onnx-ir", "onnxruntime", "onnxscript"),
         ),
-        Record("vllm/0.32.0", ("tests/checks/test_vllm.py",), VLLM, whole=True, keeps_earlier=True),
+        Record("vllm/0.32.0", VLLM_TESTS, VLLM, whole=True, keeps_earlier=True),
     )
 }
 

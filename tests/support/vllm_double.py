@@ -110,7 +110,7 @@ def settings(**changes):
         return SimpleNamespace(**fields | {name: changes.pop(name) for name in fields.keys() & changes.keys()})
 
     return SimpleNamespace(
-        parallel_config=part(pipeline_parallel_size=1, data_parallel_size=1),
+        parallel_config=part(pipeline_parallel_size=1, data_parallel_size=1, enable_expert_parallel=False),
         model_config=part(max_model_len=128, enforce_eager=True, use_mla=False),
         scheduler_config=part(enable_chunked_prefill=True),
         cache_config=part(enable_prefix_caching=True),

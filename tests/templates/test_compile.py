@@ -1,7 +1,7 @@
 """torch.compile of a looped model: one graph, with and without a static cache, equals eager.
 
 `make test` compiles each mechanism once: each K/V policy, each mode, a loop that decode steps skip, a sliding window.
-The matrix has all combinations.
+The matrix has all combinations, and Inductor, whose C++ compiler takes the longest.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def test_compiled_decode_on_a_static_cache_equals_eager(looped, family, kv, deco
     assert_close(run(torch.compile(model, fullgraph=True, backend="aot_eager")), run(model))
 
 
+@pytest.mark.matrix
 def test_inductor_compiled_forward_equals_eager(looped):
     torch._dynamo.reset()
     model, tokens = looped("llama", span=(2, 3), steps=2), tiny_tokens(2, 9)

@@ -35,6 +35,7 @@ def stages(monkeypatch):
         ("granite", {"span": (3, 5)}, STAGES, r"multiplies its input by embedding_multiplier \(3.0\)"),
         ("granite", {"steps": 1}, STAGES, "multiplies its input by embedding_multiplier"),
         ("llama", {}, {"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding by eagle"),
+        ("qwen3_moe", {}, {"enable_expert_parallel": True}, "ignore which experts a process has"),
         ("llama", {"kv": "reference"}, {**WHOLE, **DRAFTS}, "checks several at once; leave --speculative-config out"),
         ("llama", {"decode": "bypass"}, {**WHOLE, **DRAFTS}, "checks several at once; leave --speculative-config out"),
         ("llama", {"decode": "bypass"}, {**WHOLE, "data_parallel_size": 2}, "leave --data-parallel-size out"),

@@ -15,7 +15,6 @@ from typing import Any
 
 from loopexport.choices import Provider
 from loopexport.errors import OnnxError, one_line
-from loopexport.onnx.graph.releases import SHARED_GQA, WHOLE_EXPERTS, release_text
 
 PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 MAX_REASON_CHARS = 300
@@ -180,11 +179,12 @@ def _check_release(path: Path) -> None:
     except Exception:  # a broken file may raise anything, and ONNX Runtime says better what is wrong
         return
     needed = {each.key: each.value for each in properties}.get("min_onnxruntime", "0")
-    without = {release_text(each.release): each.without for each in (SHARED_GQA, WHOLE_EXPERTS)}
-    remedy = f", or write the graph again with `loopexport onnx {without[needed]}`" if needed in without else ""
     installed = onnxruntime.__version__
     if _numbers(installed) < _numbers(needed):
-        raise OnnxError(f"{path} needs onnxruntime {needed} or newer, not {installed}; install it{remedy}")
+        raise OnnxError(
+            f"{path} needs onnxruntime {needed} or newer, not {installed}; install it, or write the graph again with "
+            "`loopexport onnx`, which says what this one runs"
+        )
 
 
 def _numbers(release: str) -> tuple[int, ...]:
