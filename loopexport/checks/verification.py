@@ -26,15 +26,7 @@ from loopexport.files.digests import Progress
 from loopexport.loop.spec import LoopSpec, make_spec
 from loopexport.templates.looped_spec import ATTENTION_TYPES
 
-from .effect import (
-    CHANGES_LOGITS,
-    LAYER_RUNS,
-    check_effect,
-    check_image,
-    check_runs,
-    counted_runs,
-    image_effect,
-)
+from .effect import CHANGES_LOGITS, LAYER_RUNS, check_effect, check_image, check_runs, counted_runs, image_effect
 from .probe import Probe, cached_logits, full_logits, make_probe
 from .vllm import check_serving
 

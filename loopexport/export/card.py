@@ -194,9 +194,7 @@ def _use(facts: CardFacts) -> list[str]:
     return [
         _transformers(facts),
         onnx_section(facts.onnx, facts.num_layers),
-        ""
-        if facts.is_multimodal
-        else vllm_section(facts.model_type, facts.spec, facts.config, facts.quantisation),
+        "" if facts.is_multimodal else vllm_section(facts.model_type, facts.spec, facts.config, facts.quantisation),
     ]
 
 

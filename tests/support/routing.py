@@ -73,8 +73,10 @@ def _routers(model):
 
 
 def _recorder(margins, router, chosen):
+    matrix = router if hasattr(router, "weight") else next(router.children())
+
     def record(module, args):
-        logits = torch.nn.functional.linear(args[0].flatten(0, -2).float(), router.weight.float(), _bias(router))
+        logits = torch.nn.functional.linear(args[0].flatten(0, -2).float(), matrix.weight.float(), _bias(matrix))
         logits = logits.sort(descending=True).values
         margins.append((logits[:, chosen - 1] - logits[:, chosen]).min().item())
 
