@@ -14,18 +14,24 @@ from .looped_spec import LoopSpec
 VLLM_FAMILIES = (
     "afmoe", "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
     "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe",
-    "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "llama",
-    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3",
-    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "llama", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3",
+    "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open",
+    "stablelm", "starcoder2",
 )  # fmt: skip
 
 # Families that vLLM cannot serve even without a loop, and why.
-VLLM_REFUSED: dict[str, str] = {}
+VLLM_REFUSED = {
+    "gpt2": "has weights that vLLM does not load",
+    "minimax_m2": "has routers without softmax, and vLLM stops at them on a CPU",
+    "phimoe": "has routers whose answer vLLM cannot read",
+}
 
 # Those of the first whose experts vLLM computes itself, always with silu.
 VLLM_EXPERTS = (
     "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
-    "granitemoe", "granitemoeshared", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
+    "glm4_moe_lite", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
+    "solar_open",
 )  # fmt: skip
 
 # Ways to quantise, by `quant_method`, with which loops on vLLM were compared.
