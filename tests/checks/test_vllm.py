@@ -17,19 +17,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
 import pytest
 
 import loopexport
 from loopexport.checks.vllm import (
     ENGINE,
-    ENVIRONMENT,
     Greedy,
     Served,
     answers_of,
@@ -57,10 +52,12 @@ from support.vllm_cases import (
     REFUSED,
     SLOW,
     STAGES,
+    WHOLE_PROMPTS,
     Case,
     as_parameters,
     draw_prompts,
 )
+from support.vllm_server import running_server
 
 PYTHON = os.environ.get("LOOPEXPORT_VLLM", "")
 if not PYTHON:
@@ -240,15 +237,15 @@ def test_experts_with_another_activation_are_refused_where_vllm_ignores_it(
 def test_an_edited_loop_is_not_served_from_the_compile_cache(export_of, environment):
     export = export_of(Case("llama"))
     config = export / "config.json"
-    engine = {**ENGINE, "max_model_len": 192, "enforce_eager": False, "model": str(export)}
+    engine = {**ENGINE, "max_model_len": 192, **WHOLE_PROMPTS, "enforce_eager": False, "model": str(export)}
     answers = []
-    for steps in (3, 2):
-        config.write_text(json.dumps({**json.loads(config.read_text()), "loop_steps": steps}))
+    for fields in ({}, {"loop_steps": 2}, {"loop_kv": "reference"}):
+        config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
         run = {"engine": engine, "calls": [PROMPTS], "max_tokens": NEW_TOKENS}
-        [served] = run_vllm([run], python=PYTHON, environment=environment)
-        assert not first_difference(served.answers, PROMPTS, answers_of_transformers(export, PROMPTS, NEW_TOKENS))
-        answers.append(served.answers)
-    assert answers[0] != answers[1]
+        [looped] = run_vllm([run], python=PYTHON, environment=environment)
+        assert not first_difference(looped.answers, PROMPTS, answers_of_transformers(export, PROMPTS, NEW_TOKENS))
+        answers.append(looped.answers)
+    assert answers[0] != answers[1] != answers[2]
 
 
 def _templates(directory, names):
@@ -293,40 +290,11 @@ def test_a_served_export_answers_the_openai_client(environment, tmp_path):
     assert done.stdout.splitlines()[-1] == theirs.stdout.strip().partition(": ")[2]
 
 
-@contextmanager
-def served_with_tensor_parallel_2(export, environment, folder, port=8124):
-    """The address of an OpenAI server that serves token ids, once it answers."""
-    options = {**ENGINE, "max_model_len": 192, "tensor_parallel_size": 2, "model": export, "port": port}
-    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", *flags, "--skip-tokenizer-init"]
-    variables = {**os.environ, **ENVIRONMENT, **environment, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, env=variables, stdout=log, stderr=log, cwd=folder)
-    try:
-        while True:
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health")
-                break
-            except URLError:
-                assert server.poll() is None, (folder / "log").read_text()[-2000:]
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1/completions"
-    finally:
-        server.terminate()
-        server.wait()
-
-
 @pytest.mark.matrix
 @pytest.mark.parametrize("kv", ["shared", "per_step"])
 def test_the_server_with_tensor_parallel_2_gives_the_tokens_of_transformers(export_of, environment, tmp_path, kv):
     export = export_of(Case("llama", {"kv": kv}))
-    body = {"model": str(export), "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-    body |= {"return_token_ids": True, "detokenize": False}
-    answers = []
-    with served_with_tensor_parallel_2(export, environment, tmp_path) as address:
-        for prompt in PROMPTS:
-            content = json.dumps({**body, "prompt": prompt}).encode()
-            answer = json.load(urlopen(Request(address, content, {"Content-Type": "application/json"})))
-            answers.append(answer["choices"][0]["token_ids"])
+    variables = {**environment, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with running_server(PYTHON, export, variables, tmp_path, 8124, tensor_parallel_size=2) as server:
+        answers = [server.complete(prompt, NEW_TOKENS)["token_ids"] for prompt in PROMPTS]
     assert answers == answers_of_transformers(export, PROMPTS, NEW_TOKENS).tokens

@@ -17,7 +17,7 @@ import loopexport
 from loopexport.checks.vllm import load_with_transformers
 from support.tiny import SPAN
 from support.vllm_bases import save_servable
-from support.vllm_server import served
+from support.vllm_server import running_server
 
 PYTHON = os.environ.get("LOOPEXPORT_VLLM", "")
 if not PYTHON:
@@ -67,7 +67,7 @@ def test_requests_at_once_are_answered_as_by_transformers(tmp_path, family):
     answered = [(request, clear_answer(model, *request)) for request in draw_requests(rng, model.config.vocab_size)]
     expected = [(request, tokens) for request, tokens in answered if tokens is not None]
     assert len(expected) > NUM_PROMPTS / 2
-    with served(PYTHON, export, environment, tmp_path, 8125, max_num_seqs=16) as server:
+    with running_server(PYTHON, export, environment, tmp_path, 8125, max_num_seqs=16) as server:
         asked = [rng.choice(expected) for _ in range(NUM_REQUESTS)]
         hits = server.metric(HITS)
         with ThreadPoolExecutor(AT_ONCE) as pool:

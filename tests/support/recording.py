@@ -115,9 +115,10 @@ def _version(package: str) -> str:
 
 
 def earlier_results(before: dict[str, dict], now: dict[str, dict]) -> dict[str, dict]:
-    """The cells of the last record that this walk left out, marked as cells of earlier code."""
+    """The cells of the last record that this walk left out, marked as cells of earlier code; no refusals of that."""
     done = {_cell(result) for result in now.values()}
-    return {name: {**result, "earlier": True} for name, result in before.items() if _cell(result) not in done | {()}}
+    served = {name: result for name, result in before.items() if result["outcome"] == "exact"}
+    return {name: {**result, "earlier": True} for name, result in served.items() if _cell(result) not in done | {()}}
 
 
 def _cell(result: dict) -> tuple:

@@ -45,7 +45,7 @@ class Server:
 
 
 @contextmanager
-def served(
+def running_server(
     python: str, export: Path, environment: dict[str, str], folder: Path, port: int, **options
 ) -> Iterator[Server]:
     """A server that answers.
