@@ -20,6 +20,8 @@ MLA = {
 # For the families of `support.tiny`, of which many read a `head_dim` that is not a field.
 HEADS = {"head_dim": 32, "max_position_embeddings": 256}
 WITHOUT_HEAD_DIM = ("gpt_neox", "gpt2")
+# Gemma scales its embeddings, beside which layers would not show.
+OTHERS = {"gemma": {"initializer_range": 0.02}}
 
 
 def save_servable(family: str, directory: Path, **overrides) -> Path:
@@ -28,7 +30,7 @@ def save_servable(family: str, directory: Path, **overrides) -> Path:
         return save_tiny(family, directory, **{**_rich_widths(family), **overrides})
     config = tiny_family_config(family)
     known = {*config.to_dict(), *config.attribute_map}
-    widths = {**WIDE, **MLA} if "kv_lora_rank" in known else WIDE
+    widths = {**WIDE, **(MLA if "kv_lora_rank" in known else {}), **OTHERS.get(family, {})}
     return save_tiny_family(family, directory, **{name: widths[name] for name in widths.keys() & known}, **overrides)
 
 
