@@ -32,7 +32,7 @@ ENVIRONMENTS = {PARALLEL: BIND_TWO, STAGES: BIND_TWO, PLAIN_HEADS: {"VLLM_MLA_DI
 DENSE = (
     "qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2", "granite", "gpt_neox", "smollm3", "seed_oss", "cohere2",
     "exaone4", "hunyuan_v1_dense", "olmo", "olmo3", "phi", "starcoder2", "glm", "glm4", "helium", "arcee", "stablelm",
-    "nemotron", "apertus", "cohere", "gemma", "ministral", "ministral3", "ernie4_5", "opt",
+    "nemotron", "apertus", "cohere", "gemma", "ministral", "ministral3", "ernie4_5",
 )  # fmt: skip
 SPARSE = (
     "mixtral", "qwen2_moe", "glm4_moe", "ernie4_5_moe", "granitemoe", "olmoe", "dots1", "granitemoeshared",
