@@ -219,10 +219,11 @@ def _zeros_of(rows):
 
 
 def _attention_path(layer: nn.Module, index: int) -> str:
-    """Path of the attention module of a layer: the only module with the layer's number in `layer_idx`."""
-    paths = [path for path, module in layer.named_modules() if path and getattr(module, "layer_idx", None) == index]
+    """Path of the attention module of a layer: the only one with the layer's number in `layer_idx`, and a `scaling`."""
+    modules = [(path, module) for path, module in layer.named_modules() if path and hasattr(module, "scaling")]
+    paths = [path for path, module in modules if getattr(module, "layer_idx", None) == index]
     if len(paths) != 1:
-        raise ValueError(not_on_vllm(f"layer {index} has {len(paths)} modules with its number, not one"))
+        raise ValueError(not_on_vllm(f"layer {index} has {len(paths)} attention modules with its number, not one"))
     return paths[0]
 
 
