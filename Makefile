@@ -4,9 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OLDEST ?= .venv-oldest
-# vLLM pins its torch, so each release has its own environment: the newest that we tried, and an older one.
+# vLLM pins its torch, so each release has its own environment.
 VLLM ?= 0.32.0
-VLLM_OLDER ?= 0.30.0
 VLLM_TORCH ?= torch==2.13.0+cpu
 VLLM_CASES ?=
 VLLM_TESTS = tests/checks/test_vllm.py tests/checks/test_vllm_settings.py tests/checks/test_vllm_load.py
@@ -21,7 +20,7 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-oldest test-oldest-matrix test-browser test-vllm test-vllm-older environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks benchmarks-onnx benchmarks-cuda clean
+.PHONY: demo test test-oldest test-oldest-matrix test-browser test-vllm environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks benchmarks-onnx benchmarks-cuda clean
 .PRECIOUS: .venv-vllm-%/ready
 
 demo: $(VENV)/demo-ready
@@ -60,11 +59,7 @@ $(BROWSER)/ready:
 	touch $@
 
 # The environments of the last stages of CI.
-environments: $(OLDEST)/test-ready .venv-vllm-$(VLLM)/ready .venv-vllm-$(VLLM_OLDER)/ready
-
-# Serve a few exports with the older release.
-test-vllm-older:
-	$(MAKE) test-vllm VLLM=$(VLLM_OLDER) VLLM_CASES="greedy and (llama or qwen3_moe) and eager"
+environments: $(OLDEST)/test-ready .venv-vllm-$(VLLM)/ready
 
 # The long walks: families x policies x modes. Each writes its record into tests/records if every cell of it passed;
 # a walk that was stopped goes on where it was. A test names those that a change made stale.
