@@ -97,8 +97,9 @@ def test_the_template_serves_what_was_found_exact_and_nothing_else():
     others = json.loads(newest.read_text())["results"].values()
     assert {each["refused_family"] for each in others if "refused_family" in each} == set(VLLM_REFUSED)
     assert {each["experts_of"] for each in others if "experts_of" in each} >= set(VLLM_EXPERTS)
-    exact = {(each["family"], each["kv"]) for each in results if not each["loop"] and each["outcome"] == "exact"}
-    for family, kv in {(each["family"], each["kv"]) for each in results}:
+    plain = [each for each in results if not each["loop"]]
+    exact = {(each["family"], each["kv"]) for each in plain if each["outcome"] == "exact"}
+    for family, kv in {(each["family"], each["kv"]) for each in plain}:
         assert (vllm_refusal(family, LoopSpec((1, 4), 3, kv=kv), {}) is None) == ((family, kv) in exact), (family, kv)
 
 
