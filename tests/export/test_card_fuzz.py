@@ -23,6 +23,7 @@ from loopexport.export.manifest import HUB_ID, OnnxRecord
 from loopexport.export.results_file import MAX_CHARS
 from loopexport.loop.cost import Cost
 from loopexport.loop.spec import make_spec
+from loopexport.templates.looped_vllm_limits import VLLM_QUANTISED
 from support.measured import TASK, made_measured, made_result
 
 EXAMPLES = os.environ.get("LOOPEXPORT_FUZZ_EXAMPLES")
@@ -58,7 +59,7 @@ FACTS = st.fixed_dictionaries(
         "name": TEXTS | HUB_IDS,
         "revision": st.none() | st.just(SHA) | TEXTS.filter(bool),
         "model_type": TEXTS,
-        "method": TEXTS.filter(bool),
+        "method": TEXTS.filter(lambda text: text and text not in VLLM_QUANTISED),  # those have one more section
         "graph": TEXTS.filter(lambda name: name != "genai_config.json"),
         "dtype": TEXTS,
         "attention": st.just("portable") | TEXTS,
@@ -69,7 +70,7 @@ FACTS = st.fixed_dictionaries(
 )
 ORDINARY = {
     "model_type": "llama",
-    "method": "gptq",
+    "method": "bitsandbytes",
     "graph": "model.onnx",
     "dtype": "fp16",
     "metadata": {},
