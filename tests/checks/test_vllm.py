@@ -41,12 +41,14 @@ from support.vllm_cases import (
     ALL_SPARSE,
     BASES,
     BLOCK,
+    ENGINES,
     ENGINES_PER_PROCESS,
     ENVIRONMENTS,
     FEW,
     LACKING,
     MANY,
     NEW_TOKENS,
+    PARALLEL_SERVERS,
     PROMPTS,
     REFERENCE,
     REFUSED,
@@ -291,10 +293,11 @@ def test_a_served_export_answers_the_openai_client(environment, tmp_path):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kv", ["shared", "per_step"])
-def test_the_server_with_tensor_parallel_2_gives_the_tokens_of_transformers(export_of, environment, tmp_path, kv):
-    export = export_of(Case("llama", {"kv": kv}))
-    variables = {**environment, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    with running_server(PYTHON, export, variables, tmp_path, 8124, tensor_parallel_size=2) as server:
-        answers = [server.complete(prompt, NEW_TOKENS)["token_ids"] for prompt in PROMPTS]
-    assert answers == answers_of_transformers(export, PROMPTS, NEW_TOKENS).tokens
+@pytest.mark.parametrize("looped", PARALLEL_SERVERS, ids=str)
+def test_the_server_with_tensor_parallel_2_gives_the_tokens_of_transformers(export_of, environment, tmp_path, looped):
+    export = export_of(looped)
+    prompts, theirs = answers_without_ties(export, {})
+    variables = {**environment, **ENVIRONMENTS[looped.setting]}
+    with running_server(PYTHON, export, variables, tmp_path, 8124, **ENGINES[looped.setting]) as server:
+        answers = [server.complete(prompt, NEW_TOKENS)["token_ids"] for prompt in prompts]
+    assert answers == theirs.tokens

@@ -19,11 +19,8 @@ MLA = {
 }  # fmt: skip
 # For the families of `support.tiny`, of which many read a `head_dim` that is not a field.
 HEADS = {"head_dim": 32, "max_position_embeddings": 256}
-# These have no such field, and vLLM would obey a `sliding_window` of theirs.
-WITHOUT_HEAD_DIM = {
-    "gpt_neox": {"hidden_size": 128, "max_position_embeddings": 256},
-    "gpt2": {"n_embd": 128, "n_positions": 256},
-}
+# These have no such field: their heads are as wide as the hidden state allows.
+WITHOUT_HEAD_DIM = {"hidden_size": 128, "max_position_embeddings": 256}
 # Gemma scales its embeddings, beside which layers would not show.
 OTHERS = {"gemma": {"initializer_range": 0.02}}
 
@@ -42,4 +39,4 @@ def _rich_widths(family: str) -> dict:
     """Widths for a family of `support.tiny`."""
     if "kv_lora_rank" in FAMILIES[family]:
         return MLA
-    return WITHOUT_HEAD_DIM.get(family, HEADS)
+    return WITHOUT_HEAD_DIM if family in ("gpt2", "gpt_neox") else HEADS

@@ -158,6 +158,11 @@ SLOW = [
     *(Case(family, FROZEN, setting) for setting in SETTINGS for family in ("qwen3_moe", "glm4_moe", "gpt_oss", *MLA)),
     *(Case("llama", PER_STEP, setting) for setting in SETTINGS),
 ]
+# What the OpenAI server serves with two workers.
+PARALLEL_SERVERS = [
+    *(Case("llama", kv, PARALLEL) for kv in POLICIES),
+    *(Case(family, {**FROZEN, **kv}, PARALLEL) for family in ("qwen3_moe", "deepseek_v3") for kv in POLICIES),
+]
 # What vLLM cannot do even for the base, by family and setting.
 LACKING = {("phi3", PARALLEL): "view size is not compatible"}
 REFUSED = [
