@@ -12,6 +12,8 @@ FILES = (
     "looped_checkpointing.py",
     "looped_decoder.py",
     "looped_fields.py",
+    "looped_fit.py",
+    "looped_path.py",
     "looped_pools.py",
     "looped_recurrent.py",
     "looped_routing.py",

@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import torch
 
+from .looped_path import BodySpec
+
 
 class Body:
     """g for one span (in layer mode, one layer) in one forward: each call runs the recorded layers once more.
@@ -16,23 +18,33 @@ class Body:
     The first call runs nothing: it returns the result of the natural pass, which the native model has already run.
 
     Attributes:
+        steps, step_size: K and s.
         calls: the `LayerCall` of each layer, in order.
         natural_outputs: each layer's output in the natural pass, `(batch, seq, hidden)`.
 
     It raises ValueError if the model changed the hidden states between two layers: iterations would miss that.
     """
 
-    def __init__(self, calls: list, natural):
-        for before, after in pairwise(calls):
+    def __init__(self, spec: BodySpec, calls: list, passed: list, natural):
+        """
+        Args:
+            spec: what loops.
+            calls: see above.
+            passed: the calls of all layers from the first one of the body to the one after which it runs again.
+            natural: the hidden states after the natural pass, `(batch, seq, hidden)`.
+        """
+        for before, after in pairwise(passed):
             if not _is_same(after.hidden, before.output):
                 raise ValueError(
                     f"the model changes the hidden states between layers {before.index} and {after.index}, inside a "
                     "span (it adds features of an image, or drops tokens); choose a span on one side of the change, "
                     "or mode layer"
                 )
+        self.steps = spec.steps
+        self.step_size = spec.step_size
         self.calls = calls
         self.natural_outputs = [call.hidden for call in calls[1:]] + [natural]
-        self.count = 0
+        self.has_begun = False
 
     @property
     def natural(self):
@@ -41,11 +53,12 @@ class Body:
 
     def __call__(self, hidden, replace=None):
         """g(hidden), `(batch, seq, hidden)`; `replace(position, output)`, if given, replaces each layer's output."""
-        self.count += 1
-        if self.count == 1:
+        if not self.has_begun:
+            self.has_begun = True
             return self.natural
         for position, call in enumerate(self.calls):
-            hidden = call.run_iteration(self.count - 1, hidden)
+            call.iterations += 1  # of the layer: a path may run it in several bodies
+            hidden = call.run_iteration(call.iterations, hidden)
             hidden = hidden if replace is None else replace(position, hidden)
         return hidden
 

@@ -19,8 +19,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .looped_path import extra_slots_of
 from .looped_pools import NaturalSlots, OneSlot, ReplayedPools
-from .looped_spec import FIELDS, LoopSpec
+from .looped_spec import FIELDS, LoopSpec, bodies_within, first_of
 from .looped_states import (
     HAS_STATE,
     STATE_CALLS,
@@ -308,8 +309,8 @@ def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> in
     _drop_slots_of_another_loop(cache, spec, num_tokens)
     if hasattr(cache, FIRST_SLOT):
         return getattr(cache, FIRST_SLOT)
-    count, layers = len(cache.layers), [i for start, stop in spec.spans_within(num_layers) for i in range(start, stop)]
-    if count >= num_layers and layers and not is_empty(cache, layers[0], num_tokens):
+    count, slots = len(cache.layers), extra_slots_of(bodies_within(spec, num_layers))
+    if count >= num_layers and slots and not is_empty(cache, slots[0][0], num_tokens):
         raise ValueError(
             "kv per_step needs slots for every pass, and something without them filled this K/V cache, such as the "
             "base model or prefix tuning; start with a new cache, or use kv shared"
@@ -317,14 +318,14 @@ def add_slots(cache, spec: LoopSpec, num_layers: int, num_tokens: int = 0) -> in
     first = max(count, num_layers)
     setattr(cache, FIRST_SLOT, first)
     setattr(cache, SLOTS_FOR, _fingerprint(spec))
-    for _ in range(1, spec.evaluations) if count >= num_layers else ():
-        cache.layers.extend([_empty_slot_like(cache.layers[index]) for index in layers])
+    if count >= num_layers:
+        cache.layers.extend([_empty_slot_like(cache.layers[index]) for index, _ in slots])
     return first
 
 
 def _drop_slots_of_another_loop(cache, spec: LoopSpec, num_tokens: int) -> None:
     """Remove slots that were added for another loop from a cache that was reset since: too few, or of other types."""
-    if getattr(cache, SLOTS_FOR, None) in (None, _fingerprint(spec)) or not is_empty(cache, spec.layers[0], num_tokens):
+    if getattr(cache, SLOTS_FOR, None) in (None, _fingerprint(spec)) or not is_empty(cache, first_of(spec), num_tokens):
         return
     del cache.layers[getattr(cache, FIRST_SLOT) :]
     delattr(cache, FIRST_SLOT)
@@ -347,13 +348,13 @@ def check_filled_by(cache, spec: LoopSpec) -> None:
         ValueError: the cache was filled under a loop that this one cannot go on from.
     """
     before, now = getattr(cache, FILLED_BY, None), _fingerprint(spec)
-    if before is None or before == now or is_empty(cache, spec.layers[0]):
+    if before is None or before == now or is_empty(cache, first_of(spec)):
         return
     changed = (
         [name for name, was, value in zip(FIELDS, before, now, strict=True) if was != value] if before and now else []
     )
     if before and "per_step" not in (before[_KV], now[_KV] if now else None):
-        changed = [name for name in changed if name in ("span", "mode", "kv")]
+        changed = [name for name in changed if name in ("span", "mode", "kv", "path")]
         if not changed:
             return
     elif not before and spec.kv != "per_step":

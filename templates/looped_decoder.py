@@ -26,8 +26,16 @@ from .looped_cache import (
     check_paged,
     mark_filled,
 )
+from .looped_fit import (
+    ADDED_FEATURES,
+    CROSS_ATTENTION,
+    check_added_features,
+    check_cross_attention,
+    check_depth,
+    check_layer_types,
+)
 from .looped_routing import ROUTERS, own_routing
-from .looped_spec import ADDED_FEATURES, CROSS_ATTENTION, LoopSpec
+from .looped_spec import LoopSpec
 from .looped_vllm import VllmSeam
 from .looped_walk import HANDED_OVER, LayerTraits, Walk
 
@@ -82,11 +90,11 @@ class DecoderLoop:
             ValueError: a looped layer does not exist or cannot be run again.
         """
         spec = LoopSpec.from_config(self.config)
-        spec.check_depth(len(layers))
-        spec.check_layer_types(getattr(self.text_config, "layer_types", None))
-        spec.check_layer_types(getattr(self.text_config, "layers_block_type", None))
-        spec.check_cross_attention(getattr(self.text_config, CROSS_ATTENTION, None))
-        spec.check_added_features(getattr(getattr(self.config, "vision_config", None), ADDED_FEATURES, None))
+        check_depth(spec, len(layers))
+        check_layer_types(spec, getattr(self.text_config, "layer_types", None))
+        check_layer_types(spec, getattr(self.text_config, "layers_block_type", None))
+        check_cross_attention(spec, getattr(self.text_config, CROSS_ATTENTION, None))
+        check_added_features(spec, getattr(getattr(self.config, "vision_config", None), ADDED_FEATURES, None))
         for index in spec.layers:
             self._check_layer(index, layers, spec)
         return spec
@@ -134,7 +142,7 @@ class DecoderLoop:
             return
         check_paged(cache, spec)
         check_filled_by(cache, spec)
-        if spec.extra_kv_slots:
+        if spec.extra_slots:
             add_slots(cache, spec, self.num_layers(layers))
         if spec.is_identity:
             mark_filled(cache, spec)
@@ -243,7 +251,7 @@ def _all_tokens(decoder: nn.Module, walk: Walk | None, kwargs: dict) -> dict:
     its layers on different tokens.
     """
     first = getattr(decoder, FIRST_REUSER, None)
-    if walk is None or first is None or not any(start < first < stop for start, stop in walk.spec.bodies):
+    if walk is None or first is None or not any(body.crosses(first) for body in walk.spec.bodies):
         return kwargs
     return {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
 

@@ -9,10 +9,15 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+from .looped_path import check_path, joined_runs, layers_of
+
 MAX_COUNT = 2**31 - 1  # the limit for steps and other counts: far more than useful, and fits any integer type
+MAX_PATH = 10_000  # the limit for visits of layers in a path
 
 
-def check_span(value) -> tuple:
+def check_span(value) -> tuple | None:
+    if value is None:
+        return None
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(each, (list, tuple)) for each in value):
         return check_bounds(value)
     spans = tuple(check_bounds(each) for each in value)
@@ -36,9 +41,32 @@ def check_bounds(value) -> tuple[int, int]:
     return (start, stop)
 
 
-def check_steps(value) -> int:
+def check_path_runs(value) -> tuple | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"path {value!r} is not a list of pairs of layer numbers [start, stop]")
+    runs = tuple(check_bounds(each) for each in value)
+    length = sum(stop - start for start, stop in runs)
+    if length > MAX_PATH:
+        raise ValueError(f"the path visits {length} layers; {MAX_PATH} are allowed")
+    path = joined_runs(layers_of(runs))
+    check_path(path)
+    return path
+
+
+def check_steps(value) -> int | tuple[int, ...]:
+    if isinstance(value, (list, tuple)) and value:
+        steps = tuple(_check_count_of_steps(each) for each in value)
+        return steps if len(set(steps)) > 1 else steps[0]
+    return _check_count_of_steps(value)
+
+
+def _check_count_of_steps(value) -> int:
     if not is_count(value, least=1):
-        raise ValueError(f"steps {value!r} must be a whole number from 1 (the base model) to {MAX_COUNT}")
+        raise ValueError(
+            f"steps {value!r} must be a whole number from 1 (the base model) to {MAX_COUNT}, or one for each span"
+        )
     return value
 
 

@@ -38,36 +38,36 @@ def _euler(x, g, spec):
 
     With norm interpolation, rescale iterate k < K to the norm `|x| + (|n| - |x|) k/K`.
     """
-    h, s = x, spec.step_size
-    for k in range(1, spec.steps + 1):
+    h, s = x, g.step_size
+    for k in range(1, g.steps + 1):
         y = g(h)
         h = y if s == 1 else h + s * (y - h)
-        if spec.norm_interpolation and k < spec.steps:
+        if spec.norm_interpolation and k < g.steps:
             start, stop = _norm(x), _norm(g.natural)
-            h = _rescale(h, start + (stop - start) * (k / spec.steps))
+            h = _rescale(h, start + (stop - start) * (k / g.steps))
     return h
 
 
 def _residual_scaled(x, g, spec):
     """`x + (g^K(x) - x) / K`."""
     h = x
-    for _ in range(spec.steps):
+    for _ in range(g.steps):
         h = g(h)
-    return x + (h - x) / spec.steps
+    return x + (h - x) / g.steps
 
 
 def _ema(x, g, spec):
     """`h <- (1 - s) h + s g(h)`; with rule ema_sched, `s_k` of the schedule for s in step k."""
     h = x
-    for s in spec.schedule or (spec.step_size,) * spec.steps:
+    for s in spec.schedule or (g.step_size,) * g.steps:
         h = (1 - s) * h + s * g(h)
     return h
 
 
 def _midpoint(x, g, spec):
     """`h <- h + s f(h + s/2 f(h))` with `f(h) = g(h) - h`."""
-    h, s = x, spec.step_size
-    for _ in range(spec.steps):
+    h, s = x, g.step_size
+    for _ in range(g.steps):
         middle = h + s / 2 * (g(h) - h)
         h = h + s * (g(middle) - middle)
     return h
@@ -75,8 +75,8 @@ def _midpoint(x, g, spec):
 
 def _heun(x, g, spec):
     """`h <- h + s/2 (k1 + k2)` with `k1 = f(h)`, `k2 = f(h + s k1)`, `f(h) = g(h) - h`."""
-    h, s = x, spec.step_size
-    for _ in range(spec.steps):
+    h, s = x, g.step_size
+    for _ in range(g.steps):
         k1 = g(h) - h
         end = h + s * k1
         h = h + s / 2 * (k1 + g(end) - end)
@@ -85,8 +85,8 @@ def _heun(x, g, spec):
 
 def _rk4(x, g, spec):
     """`h <- h + s/6 (k1 + 2 k2 + 2 k3 + k4)`: the classical Runge-Kutta step on `f(h) = g(h) - h`."""
-    h, s = x, spec.step_size
-    for _ in range(spec.steps):
+    h, s = x, g.step_size
+    for _ in range(g.steps):
         k1 = g(h) - h
         second = h + s / 2 * k1
         k2 = g(second) - second
@@ -102,8 +102,8 @@ def _heavy_ball(x, g, spec):
     """`h <- h + s (g(h) - h) + momentum (h - h_previous)`."""
     h = previous = x
     momentum = 0.3 if spec.momentum is None else spec.momentum
-    for _ in range(spec.steps):
-        h, previous = h + spec.step_size * (g(h) - h) + momentum * (h - previous), h
+    for _ in range(g.steps):
+        h, previous = h + g.step_size * (g(h) - h) + momentum * (h - previous), h
     return h
 
 
@@ -114,9 +114,9 @@ def _anderson(x, g, spec):
     all tokens of the chunk at once. Like the authors' code, a step multiplies dH mix by (1 - s); Walker and Ni (2011)
     do not.
     """
-    h, s, history = x, spec.step_size, spec.history or 2
+    h, s, history = x, g.step_size, spec.history or 2
     points, residuals = [], []
-    for _ in range(spec.steps):
+    for _ in range(g.steps):
         points.append(h)
         residuals.append(g(h) - h)
         points, residuals = points[-history - 1 :], residuals[-history - 1 :]
@@ -148,7 +148,7 @@ def _aitken(x, g, spec):
     A step moves a coordinate by at most |g(h) - h|, and by exactly g(h) - h if the denominator is close to 0.
     """
     h = x
-    for _ in range(spec.steps // 2):
+    for _ in range(g.steps // 2):
         once = g(h)
         twice = g(once)
         first, second = (once - h).float(), (twice - 2 * once + h).float()
@@ -160,8 +160,8 @@ def _aitken(x, g, spec):
 
 def _norm_stab(x, g, spec):
     """`h <- (1 - s) h + s g(h)`, with each token rescaled to the norm of its x."""
-    h, s = x, spec.step_size
-    for _ in range(spec.steps):
+    h, s = x, g.step_size
+    for _ in range(g.steps):
         h = _rescale((1 - s) * h + s * g(h), _norm(x))
     return h
 
@@ -177,8 +177,8 @@ def _poly_blend(x, g, spec):
 
 def _input_anchor(x, g, spec):
     """`h <- (1 - s) x + s g(h)`."""
-    h, s = x, spec.step_size
-    for _ in range(spec.steps):
+    h, s = x, g.step_size
+    for _ in range(g.steps):
         h = (1 - s) * x + s * g(h)
     return h
 
@@ -186,7 +186,7 @@ def _input_anchor(x, g, spec):
 def _uniform(x, g, spec):
     """Replace each layer's output by the mean of its outputs so far, including this one."""
     h, sums = g(x), list(g.natural_outputs)
-    for k in range(2, spec.steps + 1):
+    for k in range(2, g.steps + 1):
 
         def mean(position, output, k=k):
             sums[position] = sums[position] + output

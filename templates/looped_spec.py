@@ -15,33 +15,23 @@ from .looped_fields import (
     check_first_n,
     check_history,
     check_momentum,
+    check_path_runs,
     check_schedule_numbers,
     check_span,
     check_steps,
     flag,
     one_of,
 )
+from .looped_path import BodySpec, detours_of, extra_slots_of, runs_of, skipped_by
+
+Steps = int | tuple[int, ...]  # K: one number, or one for each span
 
 MODES = ("block", "layer")
 KV_POLICIES = ("shared", "per_step", "reference")
 DECODE_MODES = ("full", "bypass", "first_n")
 
-# Names in `layer_types` of native configs for layers whose only memory is a K/V cache, of an indexer's keys too.
-ATTENTION_TYPES = ("attention", "full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
-
-# The same for layers that keep a recurrent state, alone or beside keys and values; and for layers without a memory.
-RECURRENT_TYPES = ("linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding")
-MEMORYLESS_TYPES = ("mlp", "moe")
-# And for layers that pool several tokens into one key, and keep the tokens of an unfinished pool too.
-POOLING_TYPES = ("heavily_compressed_attention", "compressed_sparse_attention")
-LOOPABLE_TYPES = ATTENTION_TYPES + RECURRENT_TYPES + MEMORYLESS_TYPES + POOLING_TYPES
-
-# In a `vision_config`: layers of the tower whose features the model adds to outputs of as many first decoder layers.
-ADDED_FEATURES = "deepstack_visual_indexes"
-# In a `text_config`: the layers that attend to an image instead of the text.
-CROSS_ATTENTION = "cross_attention_layers"
-
 FIELD_PREFIX = "loop_"
+OPTIONAL_FIELDS = ("path",)  # not in every config
 
 
 @dataclass(frozen=True)
@@ -101,9 +91,9 @@ class LoopSpec:
 
     Attributes:
         span: half-open range of decoder layers `(start, stop)`, counted from 0; or several such ranges, in order and
-            without overlap, each of which loops by itself.
+            without overlap, each of which loops by itself; None if there is a path.
         steps: K, how many times g is evaluated, including the natural pass (midpoint and heun take 2 evaluations per
-            step, rk4 takes 4); 1 is the base model.
+            step, rk4 takes 4); 1 is the base model. Spans may differ in it: then one number for each span.
         damping: the step size s, in (0, 1]; None means the rule's default, 1/K for euler. 1 is naive looping.
         anchor: beta, the weight of the natural pass in the output, in [0, 1]; 1 is the base model.
         mode: "block" loops the span as one function, "layer" loops each of its layers in turn.
@@ -120,6 +110,9 @@ class LoopSpec:
         frozen_routing: for sparse MoE, iterations reuse the natural pass's choice of experts and their weights.
         norm_interpolation: for rule euler, rescale iterate k < K, for each token and in fp32, to the norm
             |x| + (|n| - |x|) * k/K.
+        path: instead of a span, the layers that a token visits, in order, as half-open ranges: ((0, 15), (12, 40))
+            visits layers 12 to 14 twice. Layers may be left out, but are first visited in their own order. Every visit
+            runs the layer as it is: there is no damping, and steps is 2, or 1 for the base model.
 
     Raises:
         ValueError: a field is out of range, or two fields do not fit together; the message says what is allowed.
@@ -128,8 +121,8 @@ class LoopSpec:
     (`loop_qwen3.py`, where layer mode with frozen routing and norm interpolation is `layer_anchored_frozen`).
     """
 
-    span: tuple
-    steps: int
+    span: tuple | None
+    steps: Steps
     damping: float | None = None
     anchor: float = 0.0
     mode: str = "block"
@@ -142,24 +135,52 @@ class LoopSpec:
     history: int | None = None
     frozen_routing: bool = False
     norm_interpolation: bool = False
+    path: tuple | None = None
 
     def __post_init__(self):
         for name in FIELDS:
             object.__setattr__(self, name, self.check_field(name, getattr(self, name)))
+        if self.path is None:
+            self._check_spans()
+        else:
+            self._check_path()
         for name in ("damping", "schedule", "momentum", "history", "norm_interpolation"):
             if getattr(self, name) not in (None, False) and name not in RULES[self.rule].takes:
                 raise ValueError(f"rule {self.rule} does not use {name}; leave it out")
-        if "schedule" in RULES[self.rule].takes and self.steps > 1:
+        if "schedule" in RULES[self.rule].takes and self.steps != 1:
             self._check_schedule()
-        if self.rule == "aitken" and self.steps % 2 and self.steps > 1:
-            raise ValueError(f"steps {self.steps} must be even for rule aitken, which takes two evaluations at a time")
+        odd = [steps for steps in self.steps_of_spans if steps % 2 and steps > 1]
+        if self.rule == "aitken" and odd:
+            raise ValueError(f"steps {odd[0]} must be even for rule aitken, which takes two evaluations at a time")
         if self.rule in UNSTABLE_RULES and self.kv != "reference":
             raise ValueError(
                 f"rule {self.rule} {UNSTABLE_RULES[self.rule]}, so cached decoding cannot equal a full forward, "
                 f"which kv {self.kv} promises; use kv reference"
             )
 
+    def _check_spans(self):
+        if self.span is None:
+            raise ValueError("the loop has neither a span nor a path; give one of them")
+        if isinstance(self.steps, tuple) and len(self.steps) != len(self.spans):
+            raise ValueError(
+                f"there are {len(self.steps)} numbers of steps for {len(self.spans)} spans; give one for each, or one"
+            )
+
+    def _check_path(self):
+        if self.span is not None:
+            raise ValueError("the loop has a span and a path; give one of them")
+        for name in NOT_ON_PATHS:
+            default = getattr(type(self), name)
+            if getattr(self, name) not in (default, 1.0 if name == "damping" else default):
+                raise ValueError(f"a path runs each layer as it is, without {name}; leave it out, or give spans")
+        if self.steps not in (1, 2):
+            raise ValueError(
+                f"a path says how often each layer runs, so steps is 2, or 1 for the base model, not {self.steps}"
+            )
+
     def _check_schedule(self):
+        if isinstance(self.steps, tuple):
+            raise ValueError(f"rule {self.rule} has one schedule, so all spans need the same number of steps")
         count, what = (self.steps, "steps") if self.rule == "ema_sched" else (self.steps + 1, "steps + 1")
         if self.schedule is None or len(self.schedule) != count:
             given = "none" if self.schedule is None else len(self.schedule)
@@ -169,29 +190,64 @@ class LoopSpec:
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """All spans, as a tuple even if there is only one."""
+        """All spans, as a tuple even if there is only one; none if there is a path."""
+        if self.span is None:
+            return ()
         return self.span if isinstance(self.span[0], tuple) else (self.span,)
 
-    def spans_within(self, num_layers: int) -> list[tuple[int, int]]:
-        """The spans that end within the first `num_layers` layers: a model that exits early runs no more layers."""
-        return [(start, stop) for start, stop in self.spans if stop <= num_layers]
+    @property
+    def steps_of_spans(self) -> tuple[int, ...]:
+        """K of each span; of a path, the one number."""
+        return self.steps if isinstance(self.steps, tuple) else (self.steps,) * max(len(self.spans), 1)
 
     @property
-    def bodies(self) -> tuple[tuple[int, int], ...]:
-        """The ranges of layers that loop as one function: the spans in block mode, each layer in layer mode."""
-        return self.spans if self.mode == "block" else tuple((layer, layer + 1) for layer in self.layers)
+    def bodies(self) -> tuple[BodySpec, ...]:
+        """What loops as one function: the spans in block mode, each layer in layer mode; the detours of a path."""
+        if self.path is not None:
+            return tuple(self._body(layers, after, self.steps) for after, layers in detours_of(self.path))
+        spans = [(tuple(range(*span)), steps) for span, steps in zip(self.spans, self.steps_of_spans, strict=True)]
+        if self.mode == "layer":
+            spans = [((layer,), steps) for layers, steps in spans for layer in layers]
+        return tuple(self._body(layers, layers[-1], steps) for layers, steps in spans)
+
+    def _body(self, layers, after: int, steps) -> BodySpec:
+        evaluations = 1 if self.anchor == 1 else steps * (RULES[self.rule].evaluations_per_step if steps > 1 else 1)
+        return BodySpec(layers, after, steps, self._step_size(steps), evaluations)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of all looped layers, in order."""
-        return tuple(layer for start, stop in self.spans for layer in range(start, stop))
+        return tuple(self.runs)
 
     @property
-    def step_size(self) -> float:
-        """The step size s: `damping` or the rule's default. With euler's default 1/K, the integration time K*s is 1."""
+    def runs(self) -> dict[int, int]:
+        """How many times each looped layer runs for a token that loops, including the natural pass; in order."""
+        return runs_of(self.bodies)
+
+    def skipped(self, num_layers: int) -> tuple[int, ...]:
+        """Numbers of the layers that a token never visits, in a model of `num_layers` layers."""
+        return () if self.path is None or self.is_identity else skipped_by(self.path, num_layers)
+
+    def layer_runs(self, num_layers: int) -> list[int]:
+        """How many times each layer of a model of `num_layers` layers runs for a token that loops."""
+        runs, skipped = self.runs, self.skipped(num_layers)
+        return [0 if layer in skipped else runs.get(layer, 1) for layer in range(num_layers)]
+
+    @property
+    def step_size(self) -> float | tuple[float, ...]:
+        """The step size s: `damping` or the rule's default. With euler's default 1/K, the integration time K*s is 1.
+
+        If spans differ in K, so may they in s: then one for each span.
+        """
+        sizes = tuple(self._step_size(steps) for steps in self.steps_of_spans)
+        return sizes if isinstance(self.steps, tuple) and len(set(sizes)) > 1 else sizes[0]
+
+    def _step_size(self, steps: int) -> float:
         default = RULES[self.rule].damping
         chosen = default if self.damping is None else self.damping
-        return 1.0 / self.steps if chosen is None else chosen
+        if self.path is not None:
+            return 1.0
+        return 1.0 / steps if chosen is None else chosen
 
     @property
     def is_identity(self) -> bool:
@@ -199,70 +255,9 @@ class LoopSpec:
         return self.steps == 1 or self.anchor == 1
 
     @property
-    def evaluations(self) -> int:
-        """How many times each looped layer runs for a token that loops, including the natural pass."""
-        return 1 if self.is_identity else self.steps * RULES[self.rule].evaluations_per_step
-
-    @property
-    def extra_kv_slots(self) -> int:
-        """Number of cache slots beyond one per layer: with `per_step`, one for each looped layer and iteration."""
-        return (self.evaluations - 1) * len(self.layers) if self.kv == "per_step" else 0
-
-    def check_depth(self, num_layers: int) -> None:
-        """Raise ValueError unless the spans lie inside a model of `num_layers` decoder layers."""
-        start, stop = self.spans[-1]
-        if stop > num_layers:
-            raise ValueError(
-                f"span {start}:{stop} ends outside the model, which has {num_layers} layers; "
-                f"a span is half-open and can end at {num_layers} at most"
-            )
-
-    def check_added_features(self, vision_layers) -> None:
-        """Raise ValueError if the model adds features of images inside of what loops: iterations would miss them.
-
-        Args:
-            vision_layers: the value of `ADDED_FEATURES` in the config; None if it has none.
-        """
-        count = len(vision_layers) if isinstance(vision_layers, (list, tuple)) else 0
-        for start, stop in self.bodies:
-            if start < min(stop - 1, count):
-                raise ValueError(
-                    f"the model adds features of images to the hidden states after each of its first {count} layers, "
-                    f"inside span {start}:{stop}; choose a span that starts at {count}, or mode layer"
-                )
-
-    def check_cross_attention(self, crossed) -> None:
-        """Raise ValueError if a looped layer attends to an image: the model skips it where there is none.
-
-        Args:
-            crossed: the numbers of such layers, the value of `CROSS_ATTENTION` in the config; None if it has none.
-        """
-        found = [layer for layer in self.layers if isinstance(crossed, (list, tuple)) and layer in crossed]
-        if found:
-            raise ValueError(
-                f"layer {found[0]} attends to an image, and the model skips it for text alone, so it cannot be run "
-                f"again; choose a span without layers {', '.join(map(str, crossed))}"
-            )
-
-    def check_layer_types(self, layer_types) -> None:
-        """Raise ValueError if a looped layer has a memory of unknown kind.
-
-        Args:
-            layer_types: the config's `layer_types` or `layers_block_type`, one name per layer; None if it has none.
-        """
-        if not isinstance(layer_types, (list, tuple)) or len(layer_types) <= self.layers[-1]:
-            return
-        for layer in self.layers:
-            if layer_types[layer] in POOLING_TYPES and self.kv == "reference" and not self.is_identity:
-                raise ValueError(
-                    f"layer {layer} is of type {layer_types[layer]}: it pools several tokens into one key, and a pool "
-                    "cannot join natural tokens with an iterate's, as kv reference asks; use kv shared or per_step"
-                )
-            if layer_types[layer] not in LOOPABLE_TYPES:
-                raise ValueError(
-                    f"layer {layer} is of type {layer_types[layer]}; only layers of types {', '.join(LOOPABLE_TYPES)} "
-                    "can be run again: choose a span of those"
-                )
+    def extra_slots(self) -> tuple[tuple[int, int], ...]:
+        """With `per_step`, the layer and the iteration of each cache slot beyond one per layer, in order."""
+        return extra_slots_of(self.bodies) if self.kv == "per_step" else ()
 
     @classmethod
     def from_config(cls, config) -> LoopSpec:
@@ -271,14 +266,20 @@ class LoopSpec:
         Raises:
             ValueError: a field is missing or out of range.
         """
-        missing = [FIELD_PREFIX + name for name in FIELDS if not hasattr(config, FIELD_PREFIX + name)]
+        given = [name for name in FIELDS if hasattr(config, FIELD_PREFIX + name)]
+        missing = [FIELD_PREFIX + name for name in FIELDS if name not in (*given, *OPTIONAL_FIELDS)]
         if missing:
             raise ValueError(f"config has no {missing[0]}; convert the base model again")
-        return cls(**{name: getattr(config, FIELD_PREFIX + name) for name in FIELDS})
+        return cls(**{name: getattr(config, FIELD_PREFIX + name) for name in given})
 
     def to_config_fields(self) -> dict:
         """The `loop_*` entries of `config.json`."""
-        return {FIELD_PREFIX + name: as_json(getattr(self, name)) for name in FIELDS}
+        values = {name: as_json(getattr(self, name)) for name in FIELDS}
+        return {
+            FIELD_PREFIX + name: value
+            for name, value in values.items()
+            if value is not None or name not in OPTIONAL_FIELDS
+        }
 
     @staticmethod
     def check_field(name: str, value):
@@ -294,7 +295,23 @@ class LoopSpec:
         return _FIELD_CHECKS[name](value)
 
 
+def bodies_within(spec: LoopSpec, num_layers: int) -> list[BodySpec]:
+    """What loops within the first `num_layers` layers: a model that exits early runs no more layers."""
+    return [body for body in spec.bodies if body.after < num_layers and body.evaluations > 1]
+
+
+def first_of(spec: LoopSpec) -> int:
+    """The number of the first looped layer, whose cache slot tells whether tokens were stored; 0 if none loops."""
+    return spec.layers[0] if spec.layers else 0
+
+
 FIELDS = tuple(field.name for field in fields(LoopSpec))
+
+
+# Fields that change how a span loops: a path has nothing to do with them.
+NOT_ON_PATHS = (
+    "damping", "anchor", "mode", "rule", "schedule", "momentum", "history", "frozen_routing", "norm_interpolation",
+)  # fmt: skip
 
 
 def as_json(value):
@@ -317,4 +334,5 @@ _FIELD_CHECKS = {
     "history": check_history,
     "frozen_routing": flag("frozen_routing"),
     "norm_interpolation": flag("norm_interpolation"),
+    "path": check_path_runs,
 }

@@ -131,12 +131,12 @@ class VllmSeam:
         Args:
             known: all attention layers of the engine, by name; vLLM gives each of them a K/V cache.
         """
-        held = [index for index in self.spec.layers if not isinstance(self.layers[index], nn.Identity)]
-        for k in range(1, self.spec.evaluations):
-            for index in held:  # those of other pipeline stages are placeholders here
-                slot = copy.copy(self._attention(self.layers[index], index))
-                slot.layer_name = f"loop_slots.{k * len(self.layers) + index}.{VLLM_ATTENTION}"
-                self.slots[index, k] = known[slot.layer_name] = slot
+        for index, k in self.spec.extra_slots:
+            if isinstance(self.layers[index], nn.Identity):  # a placeholder: another pipeline stage has the layer
+                continue
+            slot = copy.copy(self._attention(self.layers[index], index))
+            slot.layer_name = f"loop_slots.{k * len(self.layers) + index}.{VLLM_ATTENTION}"
+            self.slots[index, k] = known[slot.layer_name] = slot
 
     def _attention(self, layer: nn.Module, index: int, k: int = 0) -> Any:
         """The attention layer of a layer or, with k > 0, of its iteration k."""

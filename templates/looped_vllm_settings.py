@@ -106,12 +106,12 @@ def _refused_settings(engine, config, spec: LoopSpec):
 def _refused_stages(engine, config, spec: LoopSpec) -> str | None:
     """The reason if a stage of a pipeline holds a part of what loops as one function: it would loop that part alone."""
     first_layers = _first_layers(engine, config.get_text_config(decoder=True).num_hidden_layers)
-    for start, stop in spec.bodies:
-        cuts = [layer for layer in first_layers if start < layer < stop]
+    for body in spec.bodies:
+        cuts = [layer for layer in first_layers if body.crosses(layer)]
         if cuts:
             return (
-                f"a pipeline stage starts at layer {cuts[0]}, inside span {start}:{stop}; choose stages with "
-                "VLLM_PP_LAYER_PARTITION, or use --tensor-parallel-size instead"
+                f"a pipeline stage starts at layer {cuts[0]}, inside span {body.hull.start}:{body.hull.stop}; choose "
+                "stages with VLLM_PP_LAYER_PARTITION, or use --tensor-parallel-size instead"
             )
     return None
 

@@ -30,11 +30,12 @@ from .looped_cache import (
     mark_filled,
 )
 from .looped_checkpointing import checkpointing_paused, is_checkpointing
+from .looped_path import BodySpec, extra_slots_of, runs_of
 from .looped_pools import check_not_pooling, natural_cache
 from .looped_recurrent import Mixers
 from .looped_routing import RecordRoute, ReplayRoute, Routers, routing
 from .looped_rules import run_loop
-from .looped_spec import LoopSpec
+from .looped_spec import LoopSpec, bodies_within
 
 # Attribute that we set on a cache: the number of decode steps since the latest longer chunk, up to `first_n` + 1.
 DECODE_STEPS = "loop_decode_steps"
@@ -86,8 +87,12 @@ class Walk:
         num_layers: the number of decoder layers that this forward runs.
         vllm: a `looped_vllm.VllmSeam` if vLLM runs the model, else None.
         num_tokens: the number of tokens of this forward; None if it is unknown.
-        spans: the spans that this forward loops: those that end within its layers.
-        calls: the calls of span layers so far, by layer number, so that a recomputed call replaces the earlier one.
+        bodies: what this forward loops, by the layer after which it does: what ends within its layers.
+        runs: how many times each looped layer runs.
+        skipped: the layers that a path leaves out.
+        slots: with `per_step`, the number of each extra slot, from 0, by layer and iteration.
+        calls: the calls of visited layers so far, by layer number, so that a recomputed call replaces the earlier one.
+        output: what the latest visited layer returned.
         handed_on: for each pass of the current body, what its layers hand on outside of the cache.
         loops: whether this forward loops; None until the first call of a span layer.
         first_slot: with `per_step`, the number of the first extra slot in the cache.
@@ -99,8 +104,12 @@ class Walk:
         self.traits = traits
         self.vllm = vllm
         self.num_tokens = num_tokens
-        self.spans = spec.spans_within(num_layers)
+        self.bodies = {body.after: body for body in bodies_within(spec, num_layers)}
+        self.runs = runs_of(self.bodies.values())
+        self.skipped = spec.skipped(num_layers)
+        self.slots = {pair: number for number, pair in enumerate(extra_slots_of(self.bodies.values()))}
         self.calls: dict[int, LayerCall] = {}
+        self.output: Any = None
         self.handed_on: list = []
         self.loops: bool | None = None
         self.first_slot = num_layers
@@ -108,26 +117,27 @@ class Walk:
         self._seen: set[int] = set()
 
     def visit(self, layers: nn.ModuleList) -> list:
-        """What the native forward walks over: a visit for each looped layer, and the other layers themselves."""
+        """What the native forward walks over: visits for what loops, and for a path, and the other layers themselves.
+
+        Raises:
+            ValueError: the stages of a pipeline cut what loops as one function.
+        """
         visited: list = list(layers)
-        self._due = {index for start, stop in self.spans for index in self._held(visited, start, stop)}
+        held = {index for index in range(self.num_layers) if not isinstance(visited[index], nn.Identity)}
+        for body in self.bodies.values():
+            if 0 < len(held.intersection(body.hull)) < len(body.hull):
+                raise ValueError(
+                    f"span {body.hull.start}:{body.hull.stop} crosses pipeline stages, which block mode cannot loop; "
+                    "choose a span inside one stage, or mode layer"
+                )
+        self._due = held.intersection(self.runs if self.spec.path is None else range(self.num_layers))
         for index in self._due:
             visited[index] = Visit(self, visited[index], self.traits[index])
         return visited
 
-    def _held(self, layers: list, start: int, stop: int) -> list[int]:
-        """The layers of a span in this process; ValueError if a pipeline's stages cut a span in block mode."""
-        held = [index for index in range(start, stop) if not isinstance(layers[index], nn.Identity)]
-        if self.spec.mode == "block" and 0 < len(held) < stop - start:
-            raise ValueError(
-                f"span {start}:{stop} crosses pipeline stages, which block mode cannot loop; choose a span inside "
-                "one stage, or mode layer"
-            )
-        return held
-
     def check_complete(self, decoder: str) -> None:
         """Raise ValueError unless the native forward ran every looped layer; else the result would be the base's."""
-        missing = [start for start, _ in self.spans] if self._due is None else sorted(self._due - self._seen)
+        missing = sorted({*self.runs, *self.skipped}) if self._due is None else sorted(self._due - self._seen)
         if missing:
             raise ValueError(
                 f"{decoder} did not run layer {missing[0]} through its layer list, so the loop did not run; this "
@@ -135,38 +145,51 @@ class Walk:
             )
 
     def run(self, call: LayerCall):
-        """Run the natural pass of a span layer and, if it is the last layer of a body, the iterations."""
+        """Run the natural pass of a layer and, if a body runs again after it, the iterations."""
         self._seen.add(call.index)
-        if self.loops is None:
+        self.calls[call.index] = call
+        if call.index in self.skipped:
+            call.output = call.hidden
+            return _with_hidden(self.output, call.hidden)
+        if self.loops is None and (call.index in self.runs or self.skipped):
             self.loops = self._begin(call)
-        if not (self.loops or self.spec.kv == "per_step"):
+        self.output = self._run_natural(call)
+        if self.loops and call.index in self.bodies:
+            self.output = self._run_iterations(self.bodies[call.index])
+        call.output = _hidden_of(self.output)
+        return self.output
+
+    def _run_natural(self, call: LayerCall):
+        """Run the natural pass of a layer."""
+        if call.index not in self.runs or not (self.loops or self.spec.kv == "per_step"):
             return call.layer(*call.args, **call.kwargs)
-        start, stop = self.bounds(call.index)
-        if call.index == start:
+        body = self.body_of(call.index)
+        if call.index == body.hull.start:
             self.handed_on = []
         output = call.run_natural()
-        call.output = _hidden_of(output)
-        self.calls[call.index] = call
         if not self.loops and call.cache is not None:
             call.store_natural()
-        if call.index != stop - 1:
-            return output
-        if self.loops:
-            body = Body([self.calls[index] for index in range(start, stop)], _hidden_of(output))
-            loop = run_loop if self.vllm is None else self.vllm.run_loop
-            hidden = loop(body.calls[0].hidden, body, self.spec)
-            output = _with_hidden(output, hidden, call.chosen)
-        call.hand_on()
+            if call.index == body.after:
+                call.hand_on()
         return output
+
+    def _run_iterations(self, body: BodySpec):
+        """Run the iterations of a body; returns what the latest layer returned, with other hidden states."""
+        calls = [self.calls[index] for index in body.layers]
+        passed = [self.calls[index] for index in body.hull]
+        g = Body(body, calls, passed, _hidden_of(self.output))
+        loop = run_loop if self.vllm is None else self.vllm.run_loop
+        hidden = loop(calls[0].hidden, g, self.spec)
+        calls[-1].hand_on()
+        return _with_hidden(self.output, hidden, calls[-1].chosen)
 
     def slot(self, index: int, k: int) -> int:
         """With `per_step`, the number of a layer's cache slot for iteration k >= 1."""
-        layers = [layer for start, stop in self.spans for layer in range(start, stop)]
-        return self.first_slot + (k - 1) * len(layers) + layers.index(index)
+        return self.first_slot + self.slots[index, k]
 
-    def bounds(self, index: int) -> tuple[int, int]:
-        """The half-open range of layers of the body that a layer belongs to."""
-        return next((start, stop) for start, stop in self.spec.bodies if start <= index < stop)
+    def body_of(self, index: int) -> BodySpec:
+        """The first body in which a layer runs again."""
+        return next(body for body in self.bodies.values() if index in body.layers)
 
     def _begin(self, call: LayerCall) -> bool:
         """Prepare the cache and decide whether this forward loops; see `LoopSpec.decode`."""
@@ -209,31 +232,42 @@ class LayerCall:
         layer, native, traits: the decoder layer as the list holds it, maybe in a wrapper, the layer itself, its traits.
         index, cache_argument: its number in the decoder, and its argument for the K/V cache.
         hidden: the hidden states of the call, `(batch, seq, hidden)`.
-        output: what it returned in the natural pass, of the same shape.
+        output: the hidden states that the next layer should get, of the same shape.
         cache: the cache of the call, or None.
         natural: the keys, values and states that the natural pass stored and read.
         routes: for each router of the layer, by path, its answers in the natural pass; used with frozen routing.
         chosen: for each pass, the positions that the layer returned for the next one, if it has the argument `CHOSEN`.
         handed: under vLLM, what its attention layer got in the natural pass; see `looped_vllm.VllmAttention`.
+        iterations: how often it has run again so far.
     """
 
     def __init__(self, walk: Walk, layer: Any, traits: LayerTraits, args, kwargs):
-        assert traits.cache_argument is not None, "DecoderLoop refuses layers without one"
         self.walk = walk
         self.layer = layer
         self.native: Any = traits.native_in(layer)
         self.traits = traits
         self.index = traits.number
-        self.cache_argument = traits.cache_argument
+        self.cache_argument: Any = traits.cache_argument  # there is one: `DecoderLoop` refuses to loop other layers
         self.routes: dict[str, list] = {path: [] for path in traits.routers.known}
         self.args = list(args)
         self.kwargs = kwargs
         self.hidden = args[0] if args else kwargs["hidden_states"]
-        self.cache = self_attention(traits.cache_argument.value_in(args, kwargs))
+        self.cache = None if not traits.cache_argument else self_attention(traits.cache_argument.value_in(args, kwargs))
         self.natural = NaturalPass(None)
         self.output: Any = None
         self.chosen: dict[int, Any] = {}
         self.handed: tuple = ()
+        self.iterations = 0
+        if walk.spec.path is not None:
+            self._check_on_path()
+
+    def _check_on_path(self) -> None:
+        """Raise ValueError if the layer hands on more than hidden states: in a detour nobody knows from which pass."""
+        handed = [name for name in (HANDED_ON, CHOSEN) if name in self.kwargs]
+        if handed and self.index in self.walk.runs:
+            raise ValueError(
+                f"layer {self.index} takes {handed[0]} from earlier layers, which a path cannot give it; use spans"
+            )
 
     def run(self, hidden, cache, k: int = 0):
         """The layer's output for this input and cache in pass k (0: the natural one), all else as recorded."""
@@ -258,8 +292,8 @@ class LayerCall:
 
     def _chosen_before(self, k: int):
         """The positions that the layer before this one returned in pass k; before the first, the last one's before."""
-        start, stop = self.walk.bounds(self.index)
-        before, k = (self.index - 1, k) if self.index > start else (stop - 1, k - 1)
+        body = self.walk.body_of(self.index)
+        before, k = (self.index - 1, k) if self.index > body.hull.start else (body.after, k - 1)
         return self.walk.calls[before].chosen[k]
 
     def _handed_on(self, k: int) -> MutableMapping:
@@ -320,7 +354,7 @@ class LayerCall:
         Recurrent states and pools of tokens cannot be copied, since each slot has a past of its own. Each slot takes up
         the natural input of the layer instead, for which the layer has to run.
         """
-        for k in range(1, self.walk.spec.evaluations):
+        for k in range(1, self.walk.runs[self.index]):
             if self.natural.states or self.natural.pools is not None:
                 self.run(self.hidden, self._iteration_cache(k), k)
             else:

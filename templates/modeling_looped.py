@@ -42,6 +42,8 @@ from .looped_cache import add_slots, check_continuous_batching
 from .looped_checkpointing import CHECKPOINTS  # noqa: F401  as above
 from .looped_decoder import LOOP, loop_decoder
 from .looped_fields import MAX_COUNT  # noqa: F401  as above
+from .looped_fit import check_depth  # noqa: F401  as above
+from .looped_path import layers_of  # noqa: F401  as above
 from .looped_pools import POOLS  # noqa: F401  as above
 from .looped_recurrent import SCANS  # noqa: F401  as above
 from .looped_routing import ROUTERS  # noqa: F401  as above
@@ -102,7 +104,7 @@ class LoopedGenerationMixin:
         answer = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         spec = LoopSpec.from_config(self.config)
         cache = next((model_kwargs[name] for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
-        if cache is not None and spec.extra_kv_slots:
+        if cache is not None and spec.extra_slots:
             add_slots(self_attention(cache), spec, self.config.get_text_config(decoder=True).num_hidden_layers)
         return answer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loopexport.errors import CheckpointError
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
-from loopexport.templates.looped_spec import ADDED_FEATURES
+from loopexport.templates.looped_fit import ADDED_FEATURES
 
 # Config keys for the number of decoder layers; the first one present counts.
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -71,12 +72,16 @@ def check_runs(runs: list[int], spec: LoopSpec) -> Check:
         runs: from `counted_runs`.
         spec: the loop.
     """
-    looped = dict.fromkeys(spec.layers, spec.evaluations)
-    for number, count in enumerate(runs):
-        wanted = looped.get(number, 1)
+    for number, (count, wanted) in enumerate(zip(runs, spec.layer_runs(len(runs)), strict=True)):
         if count != wanted:
             return Check(LAYER_RUNS, False, f"layer {number} runs {count} times, not {wanted}")
-    return Check(LAYER_RUNS, True, f"{len(looped)} looped layers {spec.evaluations} times, others once")
+    return Check(LAYER_RUNS, True, _runs_in_words(Counter(runs[number] for number in spec.layers), runs.count(0)))
+
+
+def _runs_in_words(looped: Counter[int], num_skipped: int) -> str:
+    """How often layers run: `4 looped layers 3 times, others once`."""
+    words = [f"{count} looped layers {times} times" for times, count in sorted(looped.items())]
+    return ", ".join([*words, *([f"{num_skipped} never"] if num_skipped else []), "others once"])
 
 
 def check_effect(looped: torch.Tensor, base: torch.Tensor, by_hand: torch.Tensor | None, spec: LoopSpec) -> Check:

@@ -16,6 +16,7 @@ for layers that remember more than keys and values.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,7 @@ import torch
 from loopexport.loop.spec import LoopSpec
 
 from .effect import decoder_layers
+from .replay_bodies import detours_of, runs_of, skip_layer, spans_of
 from .replay_rules import by_hand
 from .replay_states import Slots, keeps_index, keeps_state
 
@@ -70,8 +72,11 @@ class _Replay:
     Attributes:
         layers: the native model's decoder layers.
         spec: the loop.
-        bodies: the layers that loop together, by the number of the last one.
+        bodies: the layers that loop together and their loop, by the number of the layer after which they run again.
+        runs: how often each layer runs.
+        skipped: the layers that a path leaves out.
         calls: the latest natural pass of each layer of the span.
+        iterations: how often each layer ran again in this forward.
         slots: with per_step, keys and values so far by layer and iteration.
         memories: the memory of each layer that keeps more than keys and values.
         rows: number of tokens so far.
@@ -84,9 +89,11 @@ class _Replay:
     def __init__(self, layers: list, spec: LoopSpec):
         self.layers = layers
         self.spec = spec
-        spans = [range(*span) for span in spec.spans]
-        alone = [range(number, number + 1) for span in spans for number in span]
-        self.bodies = {body[-1]: body for body in (spans if spec.mode == "block" else alone)}
+        self.bodies = spans_of(spec) if spec.path is None else detours_of(spec)
+        self.runs = runs_of(self.bodies)
+        visited = [number for run in spec.path or () for number in range(*run)]
+        self.skipped = [number for number in range(len(layers)) if visited and number not in visited]
+        self.iterations: Counter[int] = Counter()
         self.calls: dict[int, _Call] = {}
         self.slots: dict[tuple[int, int], Pair] = {}
         self.memories: dict[int, Slots] = {}
@@ -98,7 +105,9 @@ class _Replay:
 
     def hook(self) -> Iterator[Any]:
         """Set the hooks; yields their handles."""
-        for number in self.spec.layers:
+        for number in self.skipped:
+            yield self.layers[number].register_forward_hook(skip_layer, with_kwargs=True)
+        for number in self.runs:
             layer = self.layers[number]
             yield layer.register_forward_pre_hook(partial(self._before, number), with_kwargs=True)
             yield layer.register_forward_hook(partial(self._after, number))
@@ -109,7 +118,8 @@ class _Replay:
         if self.is_iterating:
             return None
         call = self.calls[number] = _Call(number, args, kwargs)
-        if number == self.spec.layers[0]:
+        self.iterations[number] = 0
+        if number == min(self.runs):
             self._begin(call.hidden.shape[-2])
         self.chosen = call.kwargs.get(CHOSEN)
         if call.keeps_more:
@@ -134,8 +144,9 @@ class _Replay:
         if not self.is_looping:
             self._skip(number)
             return None
-        body = self.bodies.get(number)
-        return None if body is None else self._with_result(output, self._loop(body))
+        if number not in self.bodies:
+            return None
+        return self._with_result(output, self._loop(*self.bodies[number], self.calls[number].output))
 
     def _with_result(self, output, hidden):
         """The output of a layer with other hidden states, and the positions that were chosen last."""
@@ -146,7 +157,7 @@ class _Replay:
     def _skip(self, number: int) -> None:
         """Let all iterations remember what the natural pass of a layer remembers."""
         call, memory = self.calls[number], self.memories.get(number)
-        for k in range(1, self.spec.evaluations):
+        for k in range(1, self.runs[number]):
             if memory is None:
                 self._store(number, k, call.tape.new)
             elif self.spec.kv == "per_step":
@@ -164,19 +175,20 @@ class _Replay:
         routes[path] = output
         return None
 
-    def _loop(self, body: range):
-        outputs = [self.calls[number].output for number in body]
+    def _loop(self, body: list[int], spec: LoopSpec, natural):
+        """What a body gives in place of the output of the natural pass."""
+        outputs = [*(self.calls[number].output for number in body[:-1]), natural]
         passes = count()
 
         def g(h, each=lambda position, output: output):
-            k = next(passes)
-            if k == 0:
-                return outputs[-1]
+            if next(passes) == 0:
+                return natural
             for position, number in enumerate(body):
-                h = each(position, self._iterate(number, k, h))
+                self.iterations[number] += 1
+                h = each(position, self._iterate(number, self.iterations[number], h))
             return h
 
-        hidden = by_hand(self.calls[body[0]].hidden, outputs, g, self.spec)
+        hidden = by_hand(self.calls[body[0]].hidden, outputs, g, spec)
         for number in body:
             if number in self.memories:
                 self.memories[number].end(self.calls[number].hidden)

@@ -15,6 +15,8 @@ import torch
 
 from loopexport.loop.spec import LoopSpec
 
+from .replay_bodies import steps_of
+
 TINY_NORM = 1e-6  # norms below it count as this
 
 
@@ -188,7 +190,7 @@ def _step_size(spec: LoopSpec, default: float | None = None) -> float:
     """s: the damping, or the rule's default, which is 1/K unless the rule has its own."""
     if spec.damping is not None:
         return spec.damping
-    return 1 / spec.steps if default is None else default
+    return 1 / steps_of(spec) if default is None else default
 
 
 def _norm(h):

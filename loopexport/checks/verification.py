@@ -24,7 +24,7 @@ from loopexport.export.own_code import foreign_code
 from loopexport.export.stale_graphs import check_loops
 from loopexport.files.digests import Progress
 from loopexport.loop.spec import LoopSpec, make_spec
-from loopexport.templates.looped_spec import ATTENTION_TYPES
+from loopexport.templates.looped_fit import ATTENTION_TYPES
 
 from .effect import CHANGES_LOGITS, LAYER_RUNS, check_effect, check_image, check_runs, counted_runs, image_effect
 from .probe import Probe, cached_logits, full_logits, make_probe
@@ -195,7 +195,11 @@ def _check_against(base: _BaseRun, model, probe: Probe, spec: LoopSpec) -> list[
     looped = _run_looped(model, probe)
     return [
         _check_identity(ONE_STEP_IS_BASE, model, probe, base.logits, loop_steps=1),
-        _check_identity(FULL_ANCHOR_IS_BASE, model, probe, base.logits, loop_anchor=1.0),
+        *(
+            [_check_identity(FULL_ANCHOR_IS_BASE, model, probe, base.logits, loop_anchor=1.0)]
+            if spec.path is None
+            else []  # a path has no anchor
+        ),
         check_runs(looped.runs, spec),
         check_effect(looped.full, base.logits, base.by_hand.logits, spec),
         _check_by_hand(FULL_IS_BY_HAND, looped.full, base.by_hand, base.decode_difference),

@@ -6,7 +6,7 @@ from loopexport.evaluation.arms import BASE
 from loopexport.evaluation.comparison import LOOP, ComparePlan
 from loopexport.evaluation.subject import Subject
 from loopexport.evaluation.tasks import TaskSource
-from loopexport.loop.wording import describe_layers, describe_rule, describe_span
+from loopexport.loop.wording import describe_layers, describe_rule, describe_span, describe_steps
 
 
 def compare_plan_lines(plan: ComparePlan) -> list[str]:
@@ -15,7 +15,7 @@ def compare_plan_lines(plan: ComparePlan) -> list[str]:
     where = f"{plan.backend}, {plan.settings['device']}, dtype {plan.engine['dtype']}, batches of {plan.batch_size}"
     return [
         subject_line(plan.subject),
-        f"Loop     span {describe_span(spec)} ({describe_layers(spec)}), K = {spec.steps}, mode {spec.mode}, "
+        f"Loop     span {describe_span(spec)} ({describe_layers(spec)}), K = {describe_steps(spec)}, mode {spec.mode}, "
         f"kv {spec.kv}, anchor {spec.anchor:g}, rule {describe_rule(spec)}",
         f"Cost     {plan.cost.multiplier:.2f}x the base's layer evaluations per token",
         tasks_line(plan.tasks, plan.prompting.limit),

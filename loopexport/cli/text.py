@@ -28,7 +28,9 @@ from loopexport.loop.wording import (
     describe_layers,
     describe_refinements,
     describe_rule,
+    describe_skipped,
     describe_span,
+    describe_steps,
     describe_unlooped_steps,
 )
 from loopexport.templates.looped_spec import Rule
@@ -143,14 +145,14 @@ def push_lines(plan: PushPlan, result: PushResult) -> list[str]:
 
 def onnx_plan_lines(plan: OnnxPlan) -> list[str]:
     """The lines of a plan of `onnx`."""
-    graphs = ", ".join(f"{name} (K = {spec.steps})" for name, spec in plan.graphs.items())
+    graphs = ", ".join(f"{name} (K = {describe_steps(spec)})" for name, spec in plan.graphs.items())
     written = (
         f"{plan.data}, about {plan.data_bytes:,} bytes" if plan.data else "the export's own shards, 0 bytes written"
     )
     return [
         f"Graphs   {graphs}",
         f"Loop     {describe_layers(plan.export.spec)}, kv {plan.export.spec.kv}",
-        *(f"         K = {spec.steps}: {_graph_text(spec)}" for spec in plan.specs),
+        *(f"         K = {describe_steps(spec)}: {_graph_text(spec)}" for spec in plan.specs),
         f"Compute  {plan.dtype}, attention {plan.attention}",
         *([f"Quantise {plan.quantisation.words}"] if plan.quantisation else []),
         f"Weights  {written}",
@@ -163,7 +165,10 @@ def _graph_text(spec: LoopSpec) -> str:
     """The loop of one graph."""
     if spec.is_identity:
         return "the base"
-    return f"{describe_rule(spec)}, {spec.evaluations} evaluations of the span"
+    if spec.path is not None:
+        return f"path {describe_span(spec)}"
+    evaluations = " and ".join(str(each) for each in dict.fromkeys(body.evaluations for body in spec.bodies))
+    return f"{describe_rule(spec)}, {evaluations} evaluations of the span"
 
 
 def onnx_outcome_lines(plan: OnnxPlan, outcome: OnnxOutcome) -> list[str]:
@@ -243,8 +248,8 @@ def _protocol_lines(preset: Preset) -> list[str]:
 
 
 def _cell(preset: Preset) -> str:
-    model = f"{preset.models[0]}, {preset.num_layers} layers"
-    return model if preset.spec is None else f"{model}, span {describe_span(preset.spec)}, K {preset.spec.steps}"
+    model, spec = f"{preset.models[0]}, {preset.num_layers} layers", preset.spec
+    return model if spec is None else f"{model}, span {describe_span(spec)}, K {describe_steps(spec)}"
 
 
 def _gains(preset: Preset) -> str:
@@ -253,8 +258,10 @@ def _gains(preset: Preset) -> str:
 
 
 def _loop_lines(spec: LoopSpec) -> list[str]:
+    if spec.path is not None:
+        return [f"Loop     each visit runs the layer as it is, kv {spec.kv}, decode {describe_decode(spec)}"]
     return [
-        f"Loop     {spec.steps} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
+        f"Loop     {describe_steps(spec)} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
         f"         mode {spec.mode}, kv {spec.kv}, decode {describe_decode(spec)}, "
         f"refinements: {describe_refinements(spec)}",
     ]
@@ -263,14 +270,23 @@ def _loop_lines(spec: LoopSpec) -> list[str]:
 def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
     return [
         f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, {_size(base)}",
-        f"Span     {describe_span(spec)}, half-open: {describe_layers(spec)} of 0 to {base.num_layers - 1}, "
-        f"depth {_depths(base, spec)}",
+        _where_line(base, spec),
         *_loop_lines(spec),
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
         f"{cost.multiplier:.2f}x{describe_unlooped_steps(spec)}",
         f"         {_weights_read_text(cost)}",
         f"         {_kv_text(cost)}",
     ]
+
+
+def _where_line(base: Checkpoint, spec: LoopSpec) -> str:
+    """Which layers loop."""
+    last = base.num_layers - 1
+    if spec.path is not None:
+        again = f"{describe_layers(spec)} of 0 to {last} more than once{describe_skipped(spec, base.num_layers)}"
+        return f"Path     {describe_span(spec)}, half-open: {again}"
+    where = f"{describe_layers(spec)} of 0 to {last}, depth {_depths(base, spec)}"
+    return f"Span     {describe_span(spec)}, half-open: {where}"
 
 
 def _depths(base: Checkpoint, spec: LoopSpec) -> str:

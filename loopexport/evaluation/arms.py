@@ -43,7 +43,7 @@ class Arm:
 
 def base_arm(spec: LoopSpec) -> Arm:
     """The base of a loop. It takes the loop's span, since every span has to exist and be of attention layers."""
-    return Arm(BASE, LoopSpec(span=spec.span, steps=1))
+    return Arm(BASE, LoopSpec(span=spec.span, steps=1, path=spec.path))
 
 
 @dataclass

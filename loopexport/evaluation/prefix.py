@@ -131,8 +131,9 @@ class SharedPrefix:
         if self.off:
             yield
             return
-        layers, start = _layers(network), spec.layers[0]
-        forwards = _Forwards(self, start, len(layers) + (spec.evaluations - 1) * len(spec.layers))
+        layers = _layers(network)
+        start = min((*spec.layers, *spec.skipped(len(layers))), default=len(layers))
+        forwards = _Forwards(self, start, sum(spec.layer_runs(len(layers))))
         handles = [network.register_forward_pre_hook(forwards.begin, with_kwargs=True)]
         if start:
             handles.append(layers[start - 1].register_forward_hook(forwards.keep))

@@ -18,9 +18,11 @@ from loopexport.loop.wording import (
     describe_refinements,
     describe_rule,
     describe_span,
+    describe_steps,
     describe_unlooped_steps,
     formula,
 )
+from loopexport.templates.looped_spec import as_json
 
 from .card_results import MODEL_INDEX, model_index, results_section
 from .card_usage import multimodal_section, on_the_hub, onnx_section, pipeline_tag, text_section, vllm_section
@@ -173,7 +175,7 @@ def _table(facts: CardFacts) -> dict[str, object]:
         "layers": describe_layers(spec),
         "num_layers": facts.num_layers,
         "last_layer": facts.num_layers - 1,
-        "steps": spec.steps,
+        "steps": describe_steps(spec),
         "rule": describe_rule(spec),
         "anchor": f"{spec.anchor:g}",
         "mode": spec.mode,
@@ -200,8 +202,8 @@ def _use(facts: CardFacts) -> list[str]:
 
 def _transformers(facts: CardFacts) -> str:
     if facts.is_multimodal and facts.processor:
-        return multimodal_section(facts.spec.steps, facts.config, facts.trained)
-    section = text_section(facts.spec.steps, _tokenizer(facts), facts.trained, facts.config)
+        return multimodal_section(as_json(facts.spec.steps), facts.config, facts.trained)
+    section = text_section(as_json(facts.spec.steps), _tokenizer(facts), facts.trained, facts.config)
     return f"{_NO_PROCESSOR}\n{section}" if facts.is_multimodal else section
 
 

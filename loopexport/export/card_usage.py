@@ -36,7 +36,7 @@ def on_the_hub(card: str, repo_id: str) -> str:
     return card
 
 
-def text_section(steps: int, tokenizer: str | None, trained: bool, config: dict) -> str:
+def text_section(steps: int | list[int], tokenizer: str | None, trained: bool, config: dict) -> str:
     """The section for transformers and text alone, as input of any model.
 
     Args:
@@ -63,7 +63,7 @@ model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
 """
 
 
-def multimodal_section(steps: int, config: dict, trained: bool) -> str:
+def multimodal_section(steps: int | list[int], config: dict, trained: bool) -> str:
     """The section for transformers and a model that reads images or sound too.
 
     Args:
@@ -143,8 +143,8 @@ def _rank(name: str) -> tuple[bool, bool, str]:
 
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
     rows = [
-        f"| {markdown_code(name)} | {record.steps} | {markdown_text(record.dtype or '')}{record.quantised_text} | "
-        f"{markdown_text(record.attention or '')} | {_data_text(record)} |"
+        f"| {markdown_code(name)} | {_steps_text(record.steps)} | {markdown_text(record.dtype or '')}"
+        f"{record.quantised_text} | {markdown_text(record.attention or '')} | {_data_text(record)} |"
         for name, record in sorted(graphs.items())
     ]
     return "\n".join([_GRAPHS, *rows, "", *_cost_lines(graphs)])
@@ -181,8 +181,14 @@ def _javascript_name(name: str) -> tuple[str, str]:
     return (first, last) if last in _JAVASCRIPT_DTYPES else (stem, "")
 
 
+def _steps_text(steps: int | list[int] | None) -> str:
+    """K of a graph, or one for each span."""
+    return " and ".join(map(str, steps)) if isinstance(steps, list) else str(steps)
+
+
 def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
-    num_slots = num_layers + make_spec(**(record.spec or {})).extra_kv_slots
+    spec = make_spec(**(record.spec or {}))
+    num_slots = num_layers + len(spec.extra_slots) - len(spec.skipped(num_layers))
     slots = f"config.num_hidden_layers = {num_slots};  // number of cache slots\n" if num_slots != num_layers else ""
     data = ", ".join(map(javascript_literal, record.data or ()))
     stem, dtype = _javascript_name(name)

@@ -13,7 +13,7 @@ from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.base.download import find_checkpoint
 from loopexport.base.families import layer_types, text_config, vision_layers_added
-from loopexport.choices import DecodeMode, KvPolicy, Mode, RuleName, Span, Weights
+from loopexport.choices import DecodeMode, KvPolicy, LayerPath, Mode, RuleName, Span, Weights
 from loopexport.errors import OutputError, SpecError
 from loopexport.files.digests import Progress, bytes_sha256
 from loopexport.files.output import check_output, output_path
@@ -21,9 +21,17 @@ from loopexport.files.staged_directory import staged_directory
 from loopexport.loop.advice import loop_warnings
 from loopexport.loop.auto_span import AUTO, auto_span, why_auto_span
 from loopexport.loop.cost import Cost, loop_cost
+from loopexport.loop.path import with_spans
 from loopexport.loop.presets import find_preset, preset_fields
 from loopexport.loop.spec import LoopSpec, check_first_n, make_spec
-from loopexport.templates.looped_spec import CROSS_ATTENTION
+from loopexport.templates.looped_fit import (
+    CROSS_ATTENTION,
+    check_added_features,
+    check_cross_attention,
+    check_depth,
+    check_layer_types,
+)
+from loopexport.templates.looped_path import joined_runs
 
 from .directory import Export, is_export, open_export
 from .manifest import MANIFEST, FileRecord, Manifest
@@ -66,7 +74,8 @@ class ConvertPlan:
 
     def to_dict(self) -> dict:
         """The plan for `--json`."""
-        start, stop = self.spec.layers[0], self.spec.layers[-1] + 1
+        hull = [layer for body in self.spec.bodies for layer in body.hull]
+        start, stop = min(hull, default=0), max(hull, default=-1) + 1
         return {
             "base": {"name": self.base.origin.name, "revision": self.base.origin.revision},
             "out": str(self.out),
@@ -121,7 +130,7 @@ def plan_convert(
     out: str | Path | None = None,
     *,
     span: Span | None = None,
-    steps: int | None = None,
+    steps: int | Sequence[int] | None = None,
     damping: float | None = None,
     anchor: float | None = None,
     mode: Mode | None = None,
@@ -134,6 +143,7 @@ def plan_convert(
     history: int | None = None,
     frozen_routing: bool | None = None,
     norm_interpolation: bool | None = None,
+    path: LayerPath | None = None,
     preset: str | None = None,
     revision: str | None = None,
     weights: Weights = "auto",
@@ -151,7 +161,7 @@ def plan_convert(
         out: the directory to write; None names it after the base, the span and K, in the current directory.
         span: the layers to loop, half-open, counted from 0: `(12, 20)` or "12:20"; a list for several spans; "auto"
             for a heuristic.
-        steps: K, the number of steps; 1 is the base model.
+        steps: K, the number of steps; 1 is the base model. A list gives one for each span.
         damping: the step size s, in (0, 1]; 1 is naive looping.
         anchor: beta, the weight of the natural pass in the output, in [0, 1].
         mode: "block" loops the span as one function, "layer" loops each of its layers in turn.
@@ -164,6 +174,7 @@ def plan_convert(
         history: for rule anderson, the number of past differences to fit.
         frozen_routing: iterations use the experts that the natural pass chose.
         norm_interpolation: rescale each iterate to a norm between |x| and |n|.
+        path: instead of a span, the layers that a token visits: "0-14,12-39" or half-open runs, ((0, 15), (12, 40)).
         preset: the name of a published loop. It gives the fields that are not given here.
         revision: branch, tag or commit of a Hub model.
         weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
@@ -191,6 +202,7 @@ def plan_convert(
         history=history,
         frozen_routing=frozen_routing,
         norm_interpolation=norm_interpolation,
+        path=path,
     )
     fields = {**(preset_fields(preset) if preset is not None else {}), **given}
     is_auto = fields.get("span") in (AUTO, (AUTO,), [AUTO])
@@ -204,6 +216,7 @@ def plan_convert(
     )
     check_method(base, weights)
     loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
+    loop = with_spans(loop, base.num_layers)
     with _span_explained(preset if span is None else None):
         check_layers(base, loop)
     out = output_path(out) if out is not None else _default_out(base, loop)
@@ -224,7 +237,7 @@ def convert(
     out: str | Path | None = None,
     *,
     span: Span | None = None,
-    steps: int | None = None,
+    steps: int | Sequence[int] | None = None,
     damping: float | None = None,
     anchor: float | None = None,
     mode: Mode | None = None,
@@ -237,6 +250,7 @@ def convert(
     history: int | None = None,
     frozen_routing: bool | None = None,
     norm_interpolation: bool | None = None,
+    path: LayerPath | None = None,
     preset: str | None = None,
     revision: str | None = None,
     weights: Weights = "auto",
@@ -257,7 +271,7 @@ def convert(
         out: the directory to write; None names it after the base, the span and K, in the current directory.
         span: the layers to loop, half-open, counted from 0: `(12, 20)` or "12:20"; a list for several spans; "auto"
             for a heuristic.
-        steps: K, the number of steps; 1 is the base model.
+        steps: K, the number of steps; 1 is the base model. A list gives one for each span.
         damping: the step size s, in (0, 1]; 1 is naive looping.
         anchor: beta, the weight of the natural pass in the output, in [0, 1].
         mode: "block" loops the span as one function, "layer" loops each of its layers in turn.
@@ -270,6 +284,7 @@ def convert(
         history: for rule anderson, the number of past differences to fit.
         frozen_routing: iterations use the experts that the natural pass chose.
         norm_interpolation: rescale each iterate to a norm between |x| and |n|.
+        path: instead of a span, the layers that a token visits: "0-14,12-39" or half-open runs, ((0, 15), (12, 40)).
         preset: the name of a published loop. It gives the fields that are not given here.
         revision: branch, tag or commit of a Hub model.
         weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
@@ -299,6 +314,7 @@ def convert(
         history=history,
         frozen_routing=frozen_routing,
         norm_interpolation=norm_interpolation,
+        path=path,
         preset=preset,
         revision=revision,
         weights=weights,
@@ -315,8 +331,9 @@ def _given(**fields: Any) -> dict[str, Any]:
 
 def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
     name = base.origin.name.rsplit("/", 1)[-1] + ("-text" if base.edited else "")
-    spans = "-".join(f"{start}-{stop}" for start, stop in spec.spans)
-    return Path(f"{name}-looped-{spans}-k{spec.steps}")
+    spans = "-".join(f"{start}-{stop}" for start, stop in spec.spans or joined_runs(spec.layers))
+    steps = "path" if spec.path else "k" + "-".join(map(str, dict.fromkeys(spec.steps_of_spans)))
+    return Path("-".join(filter(None, (name, "looped", spans, steps))))
 
 
 @contextmanager
@@ -337,10 +354,10 @@ def _span_explained(preset: str | None) -> Iterator[None]:
 def check_layers(base: Checkpoint, loop: LoopSpec) -> None:
     """Raise SpecError unless the base has the looped layers, and a loop can handle their memory."""
     try:
-        loop.check_depth(base.num_layers)
-        loop.check_layer_types(layer_types(base.config))
-        loop.check_cross_attention(text_config(base.config).get(CROSS_ATTENTION))
-        loop.check_added_features(vision_layers_added(base.config))
+        check_depth(loop, base.num_layers)
+        check_layer_types(loop, layer_types(base.config))
+        check_cross_attention(loop, text_config(base.config).get(CROSS_ATTENTION))
+        check_added_features(loop, vision_layers_added(base.config))
     except ValueError as error:
         raise SpecError(str(error)) from None
     layer = next((layer for layer in loop.layers if layer in base.unloopable_tensors), None)

@@ -26,6 +26,7 @@ from loopexport.files.links import check_link, check_no_special_file
 from loopexport.loop.cost import Cost, loop_cost
 from loopexport.loop.spec import LoopSpec
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
+from loopexport.templates.looped_fit import check_depth
 from loopexport.templates.looped_spec import FIELD_PREFIX
 
 from .manifest import MANIFEST, Manifest, read_manifest
@@ -93,7 +94,7 @@ class Export:
         self._check_field_names()
         try:
             spec = LoopSpec.from_config(SimpleNamespace(**self.config))
-            spec.check_depth(layer_count(self.config) or 0)
+            check_depth(spec, layer_count(self.config) or 0)
             return spec
         except ValueError as error:
             raise ExportError(f"{self.root / CONFIG} holds an impossible loop: {error}") from None

@@ -68,7 +68,7 @@ class OnnxRecord:
     size: int
     sha256: str | None = None
     xxh3_128: str | None = None
-    steps: int | None = None
+    steps: int | list[int] | None = None
     dtype: str | None = None
     attention: str | None = None
     spec: dict | None = None
@@ -221,7 +221,7 @@ def _onnx_record(values: dict) -> OnnxRecord:
         _typed(text, str, type(None))
     _one_of((None, *DTYPES), record.dtype)
     _one_of((None, *get_args(Attention)), record.attention)
-    _typed(record.steps, int, type(None))
+    _typed(record.steps, int, list, type(None))
     _typed(record.difference, float, int, type(None))
     _typed(record.layout, int, type(None))
     read_quantisation(record.quantised)

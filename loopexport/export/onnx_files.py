@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from loopexport.templates.looped_spec import Steps
+
 from .quantisation import Quantisation
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -39,7 +41,7 @@ def weights_variant(dtype: str, quantisation: Quantisation | None) -> str:
     return stem + _SUFFIXES[dtype]
 
 
-def graph_name(steps: int, own_steps: int, variant: str = "") -> str:
+def graph_name(steps: Steps, own_steps: Steps, variant: str = "") -> str:
     """Name a graph: `model.onnx` for the export's own K, `model_k8.onnx` for K=8, `model_fp16.onnx` for a variant."""
     return (
         "_".join(["model", *([f"k{steps}"] if steps != own_steps else []), *([variant] if variant else [])]) + ".onnx"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from loopexport.base.checkpoint import CONFIG, read_json
 from loopexport.errors import CheckpointError, OnnxError
-from loopexport.loop.spec import LoopSpec, make_spec
+from loopexport.loop.spec import LoopSpec, Steps, make_spec
 from loopexport.templates.looped_spec import FIELD_PREFIX
 
 from .check import Check
@@ -48,7 +48,7 @@ def stale_graphs(export: Export) -> str:
     return ""
 
 
-def stale_message(name: str, root: Path, changed: str, own_steps: int, quantisation: Quantisation | None) -> str:
+def stale_message(name: str, root: Path, changed: str, own_steps: Steps, quantisation: Quantisation | None) -> str:
     """The error message for a stale graph.
 
     Args:

@@ -13,6 +13,7 @@ from loopexport.errors import ExportError
 from loopexport.loop.spec import LoopSpec
 from loopexport.templates import FILES as TEMPLATES
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX, base_model_type
+from loopexport.templates.looped_fit import check_depth, check_layer_types
 from loopexport.templates.looped_spec import FIELD_PREFIX
 
 from .card import MADE_WITH, with_licence
@@ -126,8 +127,8 @@ def _native_class(model_type: str, multimodal: bool) -> str:
 def check_model(model: Checkpoint, spec: LoopSpec) -> None:
     """Raise ExportError unless the loop fits the model."""
     try:
-        spec.check_depth(model.num_layers)
-        spec.check_layer_types(layer_types(model.config))
+        check_depth(spec, model.num_layers)
+        check_layer_types(spec, layer_types(model.config))
     except ValueError as error:
         raise ExportError(f"{model.root / CONFIG} holds an impossible loop: {error}") from None
 

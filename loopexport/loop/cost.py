@@ -10,7 +10,7 @@ from loopexport.base.checkpoint import EXPERTS, Checkpoint
 from loopexport.base.families import layer_types
 from loopexport.base.safetensors_header import DTYPE_BITS, Tensor
 from loopexport.base.tensor_names import EMBEDDING, HEAD, is_tower, layer_of
-from loopexport.templates.looped_spec import ATTENTION_TYPES
+from loopexport.templates.looped_fit import ATTENTION_TYPES
 
 from .spec import LoopSpec
 
@@ -89,8 +89,11 @@ class Cost:
 
 
 def layer_evaluations(num_layers: int, spec: LoopSpec) -> int:
-    """Layer evaluations per token: `L + (E K - 1) w`, for K steps of E evaluations (1 for most rules) of w layers."""
-    return num_layers + (spec.evaluations - 1) * len(spec.layers)
+    """Layer evaluations per token: `L + (E K - 1) w`, for K steps of E evaluations (1 for most rules) of w layers.
+
+    If spans differ in K, or for a path, the sum over all layers.
+    """
+    return sum(spec.layer_runs(num_layers))
 
 
 def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
@@ -98,8 +101,8 @@ def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
 
     The natural pass is one of the evaluations of the span and writes the cache, so the cache costs no extra pass.
     """
-    runs = dict.fromkeys(spec.layers, spec.evaluations)
-    slots = runs if spec.extra_kv_slots else {}
+    runs = dict(enumerate(spec.layer_runs(base.num_layers)))
+    slots = runs if spec.extra_slots else dict.fromkeys(spec.skipped(base.num_layers), 0)
     params, nbytes = _weights_read(base, runs)
     base_params, base_nbytes = _weights_read(base, {})
     return Cost(
@@ -129,7 +132,7 @@ def dtype_name(base: Checkpoint) -> str:
 
 
 def _weights_read(base: Checkpoint, runs: dict[int, int]) -> tuple[int | None, int | None]:
-    """Parameters and bytes read to decode one token; `runs` has the layers that run more than once, and how often."""
+    """Parameters and bytes read to decode one token; `runs` says how often layers run, if not once."""
     experts, active = _int(base.text_config, EXPERTS), _int(base.text_config, ACTIVE_EXPERTS)
     tied = not any(layer_of(name) is None and not is_tower(name) and HEAD.search(name) for name in base.tensors)
     always, routed = [0, 0], [0, 0]
@@ -168,7 +171,7 @@ def _is_routed(name: str, tensor: Tensor, experts: int | None) -> bool:
 
 
 def _kv_bytes(base: Checkpoint, slots: dict[int, int]) -> int | None:
-    """Bytes that one token adds to the cache; `slots` has the layers with more than one slot, and how many."""
+    """Bytes that one token adds to the cache; `slots` says how many slots layers fill, if not one."""
     dtype = dtype_name(base)
     width = TORCH_DTYPE_BYTES.get(dtype) or (0 if base.quantisation else DTYPE_BITS.get(dtype, 0) // 8)
     projected = {} if base.quantisation else _projected_numbers(base)

@@ -11,11 +11,35 @@ from dataclasses import fields
 from pathlib import Path
 
 from loopexport.errors import SpecError, nearest
-from loopexport.templates.looped_spec import DECODE_MODES, KV_POLICIES, MODES, RULES, LoopSpec
+from loopexport.templates.looped_spec import DECODE_MODES, KV_POLICIES, MODES, RULES, LoopSpec, Steps
 
-__all__ = ["DECODE_MODES", "KV_POLICIES", "MODES", "RULES", "LoopSpec", "make_spec", "parse_span", "read_spec_file"]
+from .path import parse_path
+
+__all__ = [
+    "DECODE_MODES",
+    "KV_POLICIES",
+    "MODES",
+    "RULES",
+    "LoopSpec",
+    "Steps",
+    "make_spec",
+    "parse_span",
+    "read_spec_file",
+]
 
 SPEC_KEYS = tuple(field.name for field in fields(LoopSpec))
+
+
+def parse_steps(text: str) -> tuple[tuple[int, int], int | None]:
+    """Parse a span that may have its own number of steps, `START:STOPxK`.
+
+    Raises:
+        SpecError: it is written in another way.
+    """
+    with_steps = re.fullmatch(r"(.*\d)\s*x\s*(\d{1,9})", text.strip())
+    if with_steps is None:
+        return parse_span(text), None
+    return parse_span(with_steps[1]), int(with_steps[2])
 
 
 def parse_span(text: str) -> tuple[int, int]:
@@ -37,16 +61,19 @@ def parse_span(text: str) -> tuple[int, int]:
 
 
 def make_spec(**values) -> LoopSpec:
-    """Make a `LoopSpec` from its fields; a span may be a pair or a string such as "12:20".
+    """Make a `LoopSpec` from its fields; a span may be a pair or a string such as "12:20" or "12:20x3".
+
+    A path may be a string too, such as "0-14,12-39"; its default K/V policy is per_step, as in a model with repeated
+    layers.
 
     Raises:
         SpecError: a key is unknown or missing, or a value is not allowed.
     """
     _check_keys(values)
+    values |= _span_fields(values) if values.get("path") is None else _path_fields(values)
     missing = missing_field(values)
     if missing:
         raise SpecError(missing)
-    values["span"] = _parsed(values["span"])
     if isinstance(values.get("schedule"), str):
         values["schedule"] = _parse_numbers(values["schedule"])
     try:
@@ -57,7 +84,8 @@ def make_spec(**values) -> LoopSpec:
 
 def missing_field(values: dict) -> str | None:
     """Which field without a default is missing, and how to give it, in one line; None if both are there."""
-    for key, example in (("span", "12:20"), ("steps", "4")):
+    wanted = (("span", "12:20"), ("steps", "4")) if values.get("path") is None else ()
+    for key, example in wanted:
         if values.get(key) is None:
             return f"the loop spec has no {key}; give one, such as --{key} {example} (in Python {key}=...), or a preset"
     return None
@@ -79,13 +107,27 @@ def _check_keys(values: dict, known: tuple[str, ...] = SPEC_KEYS) -> None:
         raise SpecError(f"unknown key {unknown[0]!r} in the loop spec; {hint}")
 
 
-def _parsed(span):
-    """One span or several, with strings parsed."""
-    if isinstance(span, str):
-        return parse_span(span)
-    if isinstance(span, (list, tuple)):
-        return [parse_span(each) if isinstance(each, str) else each for each in span]
-    return span
+def _span_fields(values: dict) -> dict:
+    """The span and the steps of a spec, with strings parsed."""
+    span, steps = values.get("span"), values.get("steps")
+    given = [span] if isinstance(span, str) else span
+    if not isinstance(given, (list, tuple)) or not any(isinstance(each, str) for each in given):
+        return {"span": span, "steps": steps}
+    parsed = [parse_steps(each) if isinstance(each, str) else (each, None) for each in given]
+    own = [count for _, count in parsed if count is not None]
+    if own and steps is not None:
+        raise SpecError(f"steps {steps} and a span with its own number of steps were given; give one of them")
+    if own and len(own) < len(parsed):
+        raise SpecError("one span has its own number of steps, and another has not; write all of them as 8:12x2")
+    return {"span": [bounds for bounds, _ in parsed], "steps": own or steps}
+
+
+def _path_fields(values: dict) -> dict:
+    """The fields of a spec that has a path: of equal spans if there are any."""
+    if values.get("span") is not None:
+        raise SpecError("the loop has a span and a path; give one of them")
+    path = parse_path(values["path"]) if isinstance(values["path"], str) else values["path"]
+    return {"span": None, "path": path, "steps": values.get("steps") or 2, "kv": values.get("kv") or "per_step"}
 
 
 def _parse_numbers(text: str) -> list[float]:

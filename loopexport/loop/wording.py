@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
+from loopexport.templates.looped_path import joined_runs
+
 from .spec import RULES, LoopSpec
 
 
 def describe_span(spec: LoopSpec) -> str:
-    """The spans in the users' spelling: `12:20`, or `4:8 and 12:20`."""
-    return " and ".join(f"{start}:{stop}" for start, stop in spec.spans)
+    """The spans in the users' spelling: `12:20`, or `4:8x2 and 12:20x3`; of a path, `0:15,12:40`."""
+    if spec.path is not None:
+        return ",".join(f"{start}:{stop}" for start, stop in spec.path)
+    steps = [f"x{each}" if isinstance(spec.steps, tuple) else "" for each in spec.steps_of_spans]
+    return " and ".join(f"{start}:{stop}{times}" for (start, stop), times in zip(spec.spans, steps, strict=True))
 
 
 def describe_layers(spec: LoopSpec) -> str:
     """The looped layers by number: `layers 12 to 19`."""
+    if not spec.layers:
+        return "no layers"
     if len(spec.layers) == 1:
         return f"layer {spec.layers[0]}"
-    return "layers " + " and ".join(
-        f"{start}" if stop == start + 1 else f"{start} to {stop - 1}" for start, stop in spec.spans
-    )
+    return f"layers {describe_runs(spec.spans or joined_runs(spec.layers))}"
+
+
+def describe_runs(runs: Iterable[tuple[int, int]]) -> str:
+    """Half-open ranges of layers in words: `4 to 7 and 12`."""
+    return " and ".join(f"{start}" if stop == start + 1 else f"{start} to {stop - 1}" for start, stop in runs)
+
+
+def describe_skipped(spec: LoopSpec, num_layers: int) -> str:
+    """The layers that a path leaves out: `, without layers 7 to 8`, or nothing."""
+    skipped = spec.skipped(num_layers)
+    what = "layer" if len(skipped) == 1 else "layers"
+    return f", without {what} {describe_runs(joined_runs(skipped))}" if skipped else ""
+
+
+def describe_steps(spec: LoopSpec) -> str:
+    """K: `3`, or `2 and 3` if spans differ in it."""
+    return " and ".join(map(str, spec.steps_of_spans if isinstance(spec.steps, tuple) else (spec.steps,)))
 
 
 def describe_rule(spec: LoopSpec) -> str:
     """The update rule with the values of its parameters: `euler, s = 0.25`."""
     takes = RULES[spec.rule].takes
-    values = {"s": f"{spec.step_size:.6g}"} if "damping" in takes else {}
+    values = {"s": _numbers(spec.step_size)} if "damping" in takes else {}
     if spec.schedule is not None:
         values["schedule"] = " ".join(f"{each:g}" for each in spec.schedule)
     if "momentum" in takes:
@@ -51,11 +76,27 @@ def describe_unlooped_steps(spec: LoopSpec) -> str:
     return f"; decode steps{after} run at the base's cost"
 
 
+def _numbers(value: float | tuple[float, ...]) -> str:
+    return " and ".join(f"{each:.6g}" for each in (value if isinstance(value, tuple) else (value,)))
+
+
 def formula(spec: LoopSpec) -> str:
-    """The formula of the loop, one line each, with the numbers of the spec filled in."""
+    """The formula of the loop, one line each, with the numbers of the spec filled in; of a path, its layers.
+
+    If spans differ in K, each has lines of its own.
+    """
+    if spec.path is not None:
+        return f"layers {describe_runs(spec.path).replace(' and ', ', then ')}"
+    if not isinstance(spec.steps, tuple):
+        return "\n".join(_formula_lines(spec))
+    loops = [(span, replace(spec, span=span, steps=steps)) for span, steps in zip(spec.spans, spec.steps, strict=True)]
+    return "\n".join(line for (start, stop), loop in loops for line in (f"span {start}:{stop}", *_formula_lines(loop)))
+
+
+def _formula_lines(spec: LoopSpec) -> list[str]:
     beta, last = f"{spec.anchor:g}", spec.steps
     out = f"h_{last}" if spec.anchor == 0 else f"{beta} n + {1 - spec.anchor:g} h_{last}"
-    return "\n".join([*_recursion(spec), f"out     = {out}"])
+    return [*_recursion(spec), f"out     = {out}"]
 
 
 def _recursion(spec: LoopSpec) -> list[str]:
@@ -64,10 +105,10 @@ def _recursion(spec: LoopSpec) -> list[str]:
         return [natural, f"h_{spec.steps}     = {RULES[spec.rule].summary}"]
     if spec.rule != "euler":
         return [natural, f"h_0     = x;  each of {spec.steps} steps: {RULES[spec.rule].summary}"]
-    s = f"{spec.step_size:.6g}"
+    s, steps = _numbers(spec.step_size), spec.steps_of_spans[0]
     lines = [natural, f"h_1     = x + {s} (n - x)"]
-    if spec.steps > 1:
-        lines.append(f"h_(k+1) = h_k + {s} (g(h_k) - h_k)    k = 1 .. {spec.steps - 1}")
+    if steps > 1:
+        lines.append(f"h_(k+1) = h_k + {s} (g(h_k) - h_k)    k = 1 .. {steps - 1}")
     if spec.norm_interpolation:
         lines.append(f"|h_k|   is rescaled to |x| + (|n| - |x|) k/{spec.steps} for each token, k < {spec.steps}")
     return lines

@@ -27,6 +27,7 @@ from loopexport.files.staged_directory import staged_directory
 from loopexport.files.staged_files import StagedFiles, staged_files
 from loopexport.files.staging import explain_os_errors
 from loopexport.loop.spec import LoopSpec
+from loopexport.templates.looped_spec import as_json
 
 from .assemble import build_graph, loop_fields, prepare, save_graph, trace_export
 from .data_files import LAYOUT, holds_the_weights, is_intact
@@ -245,7 +246,7 @@ def _graph_record(plan: OnnxPlan, model, spec: LoopSpec, path: Path, checks: lis
     return OnnxRecord(
         size=path.stat().st_size,
         sha256=bytes_sha256(path.read_bytes()),
-        steps=spec.steps,
+        steps=as_json(spec.steps),
         dtype=plan.dtype,
         attention=plan.attention,
         quantised=plan.quantised,

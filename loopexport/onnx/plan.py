@@ -21,7 +21,7 @@ from loopexport.export.own_code import foreign_code
 from loopexport.export.quantisation import Quantisation
 from loopexport.files.digests import Progress
 from loopexport.files.output import check_output, output_path
-from loopexport.loop.spec import LoopSpec
+from loopexport.loop.spec import LoopSpec, Steps
 from loopexport.onnx.graph.releases import release_text
 
 from .data_files import check_other_graphs
@@ -76,7 +76,7 @@ class OnnxPlan:
         """The loop of each graph, by file name."""
         return {self.graph_name(spec.steps): spec for spec in self.specs}
 
-    def graph_name(self, steps: int) -> str:
+    def graph_name(self, steps: Steps) -> str:
         """The file name of the graph of a K."""
         parts = [*([] if self.as_is else [self.variant]), *([] if self.attention == "portable" else [self.attention])]
         return graph_name(steps, self.export.spec.steps, "_".join(parts))
@@ -240,7 +240,7 @@ def _stored_dtype(weights: Weights) -> str:
     return names[stored]
 
 
-def _spec_for(spec: LoopSpec, steps: int) -> LoopSpec:
+def _spec_for(spec: LoopSpec, steps: Steps) -> LoopSpec:
     try:
         return replace(spec, steps=steps)
     except ValueError as error:

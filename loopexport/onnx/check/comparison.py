@@ -14,7 +14,7 @@ from loopexport.errors import OnnxError
 from loopexport.export.check import Check
 from loopexport.export.directory import open_export
 from loopexport.export.manifest import OnnxRecord
-from loopexport.loop.spec import LoopSpec
+from loopexport.loop.spec import LoopSpec, Steps
 from loopexport.onnx.check.dequantised import dequantised, has_short_activations, in_full_precision
 from loopexport.onnx.check.torch_model import load_dequantised
 from loopexport.onnx.runtime.model import OnnxModel
@@ -116,7 +116,7 @@ def why_not_run(dtype: str) -> str:
     return ""
 
 
-def load_torch(root: Path, steps: int):
+def load_torch(root: Path, steps: Steps):
     """The export in torch, in fp32, with K = `steps`; a quantised one on what its codes stand for."""
     from transformers import AutoModelForCausalLM
 

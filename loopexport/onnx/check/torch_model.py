@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from loopexport.export.directory import Export
+from loopexport.loop.spec import Steps
 from loopexport.onnx.trace.skeleton import quiet_loading
 from loopexport.onnx.weights.source import open_weights
 from loopexport.onnx.weights.stored_scheme import without_quantiser
 
 
-def load_dequantised(export: Export, steps: int) -> Any:
+def load_dequantised(export: Export, steps: Steps) -> Any:
     """The looped model of an export in fp32, with K = `steps`, on dequantised weights.
 
     Neither a kernel nor a package of the quantiser is needed, and activations are not rounded.

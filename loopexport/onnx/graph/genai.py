@@ -37,7 +37,8 @@ def genai_config(export: Export, graph_name: str, graph: ir.Graph, spec: LoopSpe
         return None
     ((kv_heads, head_size),) = shapes
     config, generation = export.base.config, _generation_config(export)
-    num_slots = sum(1 for each in graph.outputs if str(each.name).endswith(".key")) + spec.extra_kv_slots
+    num_layers = sum(1 for each in graph.outputs if str(each.name).endswith(".key"))
+    num_slots = num_layers + len(spec.extra_slots) - len(spec.skipped(num_layers))
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask"}
     if any(each.name == "position_ids" for each in graph.inputs):
         inputs["position_ids"] = "position_ids"

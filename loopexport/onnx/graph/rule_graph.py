@@ -16,20 +16,23 @@ from loopexport.onnx.trace.marks import MARKS, RUN_LAYER
 from loopexport.onnx.trace.simplify import optimise
 from loopexport.onnx.trace.tracer import BATCH, SEQUENCE
 from loopexport.onnx.trace.translate import translate
+from loopexport.templates.looped_path import BodySpec
 from loopexport.templates.looped_rules import run_loop
 
 
-def rule_graph(spec: LoopSpec, width: int, hidden_size: int, dtype: torch.dtype) -> ir.Graph:
+def rule_graph(spec: LoopSpec, body: BodySpec, hidden_size: int, dtype: torch.dtype) -> ir.Graph:
     """The loop around one loop body, as a function of the body's input and of each layer's natural output.
 
     All values are `(batch, seq, hidden_size)`.
 
     Args:
-        spec: the loop; its span does not matter here.
-        width: number of layers in the body.
+        spec: the loop.
+        body: what loops; which layers it has does not matter here.
         hidden_size, dtype: of the hidden states.
     """
-    return _traced(replace(spec, span=(0, 1), kv=spec.kv, decode="full", first_n=0), width, hidden_size, dtype)
+    damping = spec.damping if spec.path is None else body.step_size
+    alone = replace(spec, span=(0, 1), path=None, steps=body.steps, damping=damping, decode="full", first_n=0)
+    return _traced(alone, len(body.layers), hidden_size, dtype)
 
 
 @lru_cache(maxsize=32)
@@ -53,7 +56,7 @@ class _Loop(nn.Module):
 
     def forward(self, values: list[torch.Tensor]):
         """The loop's output, from the body's input and each layer's natural output."""
-        return run_loop(values[0], _TracedBody(values[1:]), self.spec)
+        return run_loop(values[0], _TracedBody(values[1:], self.spec.bodies[0]), self.spec)
 
 
 class _TracedBody:
@@ -61,19 +64,21 @@ class _TracedBody:
 
     Args:
         natural_outputs: the output of each layer in the natural pass.
+        body: K and s.
     """
 
-    def __init__(self, natural_outputs: list[torch.Tensor]):
+    def __init__(self, natural_outputs: list[torch.Tensor], body: BodySpec):
+        self.steps, self.step_size = body.steps, body.step_size
         self.natural_outputs = natural_outputs
         self.natural = natural_outputs[-1]
-        self.count = 0
+        self.has_begun = False
 
     def __call__(self, hidden, replace=None):
-        self.count += 1
-        if self.count == 1:
+        if not self.has_begun:
+            self.has_begun = True
             return self.natural
         for position in range(len(self.natural_outputs)):
-            attributes: dict[str, Any] = {"position": position, "iteration": self.count - 1}
+            attributes: dict[str, Any] = {"position": position}
             hidden = torch.onnx.ops.symbolic(
                 f"{MARKS}::{RUN_LAYER}", (hidden,), attributes, dtype=hidden.dtype, shape=hidden.shape, version=1
             )

@@ -12,7 +12,7 @@ a branch that decode steps do not take.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
 
 import onnx_ir as ir
 
@@ -22,8 +22,11 @@ from loopexport.onnx.limits import check_spec
 from loopexport.onnx.trace.marks import RUN_LAYER, is_mark, marked_layers, remove_marks
 from loopexport.onnx.trace.nodes import int_constant
 from loopexport.onnx.trace.tracer import Traced
+from loopexport.templates.looped_path import BodySpec
+from loopexport.templates.looped_spec import bodies_within
 
 from .decode_bypass import decode_step, unless_decoding
+from .left_out import leave_out
 from .loop_layer import LoopLayer, SlotPart, copy_loop_node, drop_presents, is_plain_input, join_of, past_of
 from .rule_graph import rule_graph
 
@@ -35,27 +38,25 @@ def unroll(traced: Traced, spec: LoopSpec) -> ir.Model:
         OnnxError: a graph cannot express the spec; the message says what to change.
     """
     check_spec(spec)
-    if spec.extra_kv_slots and traced.num_slots != traced.num_layers:
+    skipped = spec.skipped(traced.num_layers)
+    if (spec.extra_slots or skipped) and traced.num_slots != traced.num_layers:
+        what = "kv per_step" if spec.extra_slots else "a path that leaves out layers"
         raise OnnxError(
-            "kv per_step cannot be exported to ONNX where layers reuse the keys of other layers; use kv shared"
+            f"{what} cannot be exported to ONNX where layers reuse the keys of other layers; use kv shared and spans"
         )
     model = traced.model.clone()
     if not spec.is_identity:
         unrolling = _Unrolling(model.graph, traced, spec)
-        for start, stop in _bodies(spec):
-            unrolling.add_loop(start, stop)
+        for body in bodies_within(spec, traced.num_layers):
+            unrolling.add_loop(body)
         unrolling.add_slots()
+        leave_out(model.graph, skipped)
     remove_marks(model.graph)
     from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
     for clean in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()):
         clean(model)
     return model
-
-
-def _bodies(spec: LoopSpec) -> Iterable[tuple[int, int]]:
-    """The half-open layer ranges that are looped as one: spans in block mode, single layers in layer mode."""
-    return spec.spans if spec.mode == "block" else [(layer, layer + 1) for layer in spec.layers]
 
 
 class _Unrolling:
@@ -66,33 +67,37 @@ class _Unrolling:
         self.traced = traced
         self.spec = spec
         marked = marked_layers(graph)
-        self.layers = {index: LoopLayer(marked[index]) for index in spec.layers}
+        wanted = {*spec.layers, *(body.after for body in spec.bodies)}
+        self.layers = {index: LoopLayer(marked[index]) for index in wanted}
+        self.iterations: Counter[int] = Counter()  # how often each layer was copied
         self.empty: dict[ir.Value, ir.Value] = {}  # natural keys or values -> the same without any token
         self.slots: dict[int, list[SlotPart]] = {}  # number of a new cache slot -> its keys and its values
         self.is_decode_step = decode_step(graph) if spec.decode == "bypass" else None
 
-    def add_loop(self, start: int, stop: int) -> None:
-        """Add the loop over one body, the layers from `start` to before `stop`, after these layers."""
-        layers = [self.layers[index] for index in range(start, stop)]
-        natural = layers[-1].output_mark.outputs[0]
+    def add_loop(self, body: BodySpec) -> None:
+        """Add the loop over one body, after the layer after which it runs again."""
+        layers = [self.layers[index] for index in body.layers]
+        end = self.layers[body.after].output_mark
+        natural = end.outputs[0]
         uses = list(natural.uses())
-        rule = rule_graph(self.spec, stop - start, self.traced.hidden_size, self.traced.dtype)
-        entries = [layers[0].entry, *(layer.output_mark.outputs[0] for layer in layers)]
-        values: dict[ir.Value, ir.Value | None] = dict(zip(rule.inputs, entries, strict=True))
-        prefix = f"loop.{start}_{stop}"
+        rule = rule_graph(self.spec, body, self.traced.hidden_size, self.traced.dtype)
+        outputs = [*(layer.output_mark.outputs[0] for layer in layers[:-1]), natural]
+        values: dict[ir.Value, ir.Value | None] = dict(zip(rule.inputs, [layers[0].entry, *outputs], strict=True))
+        prefix = f"loop.{body.hull.start}_{body.hull.stop}"
+        before = set(self.slots)
         for value in rule.initializers.values():
             values[value] = self._rule_constant(value, prefix)
         new: list[ir.Node] = []
         for node in rule:
             if is_mark(node, RUN_LAYER):
-                new += self._run_layer(node, start, values)
+                new += self._run_layer(node, body, values)
             else:
                 new.append(copy_loop_node(node, values, f"{prefix}/{node.name}"))
         output = values[rule.outputs[0]]
         if self.is_decode_step is not None:
-            slots = [each for slot in self.slots.values() for each in slot if each.natural_layer in range(start, stop)]
+            slots = [each for slot, parts in self.slots.items() if slot not in before for each in parts]
             new, output = unless_decoding(self.graph, self.is_decode_step, new, natural, output, slots, prefix)
-        self.graph.insert_after(layers[-1].output_mark, new)
+        self.graph.insert_after(end, new)
         for use in uses:
             use.node.replace_input_with(use.idx, output)
 
@@ -113,10 +118,11 @@ class _Unrolling:
             self.graph.register_initializer(own)
         return self.graph.initializers[name]
 
-    def _run_layer(self, node: ir.Node, start: int, values: dict) -> list[ir.Node]:
+    def _run_layer(self, node: ir.Node, body: BodySpec, values: dict) -> list[ir.Node]:
         """The nodes of one iteration of one layer, for a `RunLayer` node of the rule."""
-        index = start + node.attributes["position"].as_int()
-        iteration = node.attributes["iteration"].as_int()
+        index = body.layers[node.attributes["position"].as_int()]
+        self.iterations[index] += 1
+        iteration = self.iterations[index]
         layer = self.layers[index]
         known: dict[ir.Value, ir.Value | None] = {layer.entry: values[node.inputs[0]]}
         if self.spec.frozen_routing:
@@ -163,8 +169,7 @@ class _Unrolling:
 
     def _slot(self, index: int, iteration: int) -> int:
         """The slot's number, as in the exported model: after the layers' own slots, iteration by iteration."""
-        layers = self.spec.layers
-        return self.traced.num_slots + (iteration - 1) * len(layers) + layers.index(index)
+        return self.traced.num_slots + self.spec.extra_slots.index((index, iteration))
 
     def _past(self, natural: ir.Value, slot: int) -> ir.Value:
         part = str(natural.name).rsplit(".", 1)[1]

@@ -26,7 +26,7 @@ HEAD_INPUT = "HeadInput"  # the hidden states that enter the output head
 
 # Two nodes of the same domain that the next steps replace by a layer's nodes.
 PLACEHOLDER = "LayerPlaceholder"  # in place of a layer that is a copy of another; attribute `layer`
-RUN_LAYER = "RunLayer"  # in the graph of a rule; attributes `position` in the loop body, `iteration` counted from 1
+RUN_LAYER = "RunLayer"  # in the graph of a rule; attribute `position` in the loop body
 
 
 # ---------------------------------------------------------------------------------------------------------------------
