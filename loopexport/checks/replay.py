@@ -107,7 +107,7 @@ class _Replay:
         """Set the hooks; yields their handles."""
         for number in self.skipped:
             yield self.layers[number].register_forward_hook(skip_layer, with_kwargs=True)
-        for number in self.runs:
+        for number in sorted({*self.runs, *self.bodies}):
             layer = self.layers[number]
             yield layer.register_forward_pre_hook(partial(self._before, number), with_kwargs=True)
             yield layer.register_forward_hook(partial(self._after, number))
@@ -157,7 +157,7 @@ class _Replay:
     def _skip(self, number: int) -> None:
         """Let all iterations remember what the natural pass of a layer remembers."""
         call, memory = self.calls[number], self.memories.get(number)
-        for k in range(1, self.runs[number]):
+        for k in range(1, self.runs.get(number, 1)):
             if memory is None:
                 self._store(number, k, call.tape.new)
             elif self.spec.kv == "per_step":

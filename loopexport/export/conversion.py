@@ -216,9 +216,9 @@ def plan_convert(
     )
     check_method(base, weights)
     loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
-    loop = with_spans(loop, base.num_layers)
     with _span_explained(preset if span is None else None):
         check_layers(base, loop)
+    loop = with_spans(loop, base.num_layers)
     out = output_path(out) if out is not None else _default_out(base, loop)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export)
     cost = loop_cost(base, loop)

@@ -28,7 +28,8 @@ class Oracle:
 
     Args:
         model: a plain decoder in eval mode.
-        span, steps, anchor, mode, kv, decode, first_n, frozen_routing: the loop; several spans as a list.
+        span, steps, anchor, mode, kv, decode, first_n, frozen_routing: the loop; several spans as a list, and so their
+            steps if they differ.
         rule: name of the update rule in `UPDATES`.
         inputs: returns what a forward of these tokens takes beside them, such as a picture; None for nothing.
         **values: fields of the rule, such as `damping`.
@@ -59,20 +60,19 @@ class Oracle:
             for name in ("norm", "ln_f", "final_layer_norm", "hyper_connection_mixer")
             if hasattr(inner, name)
         )
-        self.steps = steps
-        self.passes = steps * {"midpoint": 2, "heun": 2, "rk4": 4}.get(rule, 1)
-        self.update = functools.partial(UPDATES[rule], steps=steps, **values)
+        evaluations = {"midpoint": 2, "heun": 2, "rk4": 4}.get(rule, 1)
         self.anchor = anchor
         self.kv = kv
         self.decode = decode
         self.first_n = first_n
         self.frozen_routing = frozen_routing
         spans = span if isinstance(span, list) else [span]
-        self.bodies = [
-            body
-            for each in spans
-            for body in ([list(range(*each))] if mode == "block" else [[number] for number in range(*each)])
-        ]
+        self.bodies, self.loops = [], []  # the layers that loop together; for each, its passes and its update
+        for each, count in zip(spans, steps if isinstance(steps, list) else [steps] * len(spans), strict=True):
+            bodies = [list(range(*each))] if mode == "block" else [[number] for number in range(*each)]
+            self.bodies += bodies
+            update = functools.partial(UPDATES[rule], steps=count, **values)
+            self.loops += [(count * (evaluations if count > 1 else 1), update)] * len(bodies)
 
     def logits(self, tokens, chunks, attention_mask=None):
         """Logits of all rows, `(batch, sum(chunks), vocab)`, each row computed with its chunk."""
@@ -92,6 +92,7 @@ class Oracle:
             self.chosen = calls[reached][1].get(CHOSEN)
             for number, body in enumerate(self.bodies):
                 h = self._run(range(reached, body[0]), h, calls)
+                self.passes, self.update = self.loops[number]
                 new = self._body(body, h, calls, rows, loops, pass_kv)
                 outputs[number] = new if outputs[number] is None else torch.cat([outputs[number], new], dim=1)
                 h, reached = outputs[number], body[-1] + 1
