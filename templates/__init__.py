@@ -9,6 +9,7 @@ FILES = (
     "looped_arguments.py",
     "looped_body.py",
     "looped_cache.py",
+    "looped_call.py",
     "looped_checkpointing.py",
     "looped_decoder.py",
     "looped_fields.py",

@@ -26,6 +26,7 @@ from .looped_cache import (
     check_paged,
     mark_filled,
 )
+from .looped_call import HANDED_OVER, LayerTraits
 from .looped_fit import (
     ADDED_FEATURES,
     CROSS_ATTENTION,
@@ -37,7 +38,7 @@ from .looped_fit import (
 from .looped_routing import ROUTERS, own_routing
 from .looped_spec import LoopSpec
 from .looped_vllm import VllmSeam
-from .looped_walk import HANDED_OVER, LayerTraits, Walk
+from .looped_walk import Walk
 
 LOOP = "_loop"  # the attribute of a looped decoder that holds its `DecoderLoop`
 FIRST_REUSER = "first_kv_shared_layer_idx"  # attribute of decoders whose late layers reuse the keys of earlier ones

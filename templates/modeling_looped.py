@@ -39,6 +39,7 @@ from .configuration_looped import (
 from .looped_arguments import CACHE_ARGUMENTS, self_attention
 from .looped_body import Body  # noqa: F401  transformers 4 copies only files that this one imports
 from .looped_cache import add_slots, check_continuous_batching
+from .looped_call import LayerCall  # noqa: F401  as above
 from .looped_checkpointing import CHECKPOINTS  # noqa: F401  as above
 from .looped_decoder import LOOP, loop_decoder
 from .looped_fields import MAX_COUNT  # noqa: F401  as above

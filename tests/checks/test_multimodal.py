@@ -126,7 +126,7 @@ WALK = "    walk = loop.begin(loop.layers_of(decoder), args, kwargs)\n"
 EMBEDDINGS = 'kwargs["inputs_embeds"]'
 FAULTS = {
     "iterations see no later image token": Fault(
-        "looped_walk.py",
+        "looped_call.py",
         "        return args, kwargs\n",
         '        return args, kwargs | ({"attention_mask": None} if k else {})\n',
     ),

@@ -30,15 +30,18 @@ def field_of_spec(old: str, new: str, **spec) -> Fault:
 
 ANCHOR = "spec.anchor * g.natural + (1 - spec.anchor) * h"
 EULER_STEP = "h = y if s == 1 else h + s * (y - h)"
-EULER_STEPS = "for k in range(1, spec.steps + 1):"
-NORMS = "if spec.norm_interpolation and k < spec.steps:"
+EULER_STEPS = "for k in range(1, g.steps + 1):"
+NORMS = "if spec.norm_interpolation and k < g.steps:"
+
+PATH = {"path": ((0, 2), (3, 5), (0, 2), (4, 6))}  # leaves out layer 2
+TWICE = {"path": ((0, 4), (1, 5), (2, 6))}  # visits layers 2 and 3 in two detours
 
 FAULTS = {
     # Update rules.
     "sign of the step": rule("h + s * (y - h)", "h - s * (y - h)"),
-    "one step too few": rule(EULER_STEPS, "for k in range(1, spec.steps):"),
-    "one step too many": rule(EULER_STEPS, "for k in range(1, spec.steps + 2):"),
-    "last step is dropped": rule(EULER_STEP, f"{EULER_STEP} if k < spec.steps else h"),
+    "one step too few": rule(EULER_STEPS, "for k in range(1, g.steps):"),
+    "one step too many": rule(EULER_STEPS, "for k in range(1, g.steps + 2):"),
+    "last step is dropped": rule(EULER_STEP, f"{EULER_STEP} if k < g.steps else h"),
     "coarse rounding": rule(EULER_STEP, "h = y if s == 1 else h + (s * (y - h)).half().float()"),
     "step from x": rule(EULER_STEP, "h = y if s == 1 else x + s * (y - x)"),
     "naive loop is damped": rule(EULER_STEP, "h = h + 0.5 * (y - h)", damping=1.0),
@@ -58,9 +61,9 @@ FAULTS = {
     # Fields of the loop.
     "nothing loops": field_of_spec("return self.steps == 1 or self.anchor == 1", "return True"),
     "one step is no identity": field_of_spec(
-        "return self.steps == 1 or self.anchor == 1", "return self.anchor == 1", damping=0.8
+        "body.evaluations > 1", "body.evaluations > 0", span=((0, 2), (3, 5)), steps=(1, 2), damping=0.8
     ),
-    "step size": field_of_spec("return 1.0 / self.steps", "return 0.9 / self.steps"),
+    "step size": field_of_spec("return 1.0 / steps", "return 0.9 / steps"),
     "damping is ignored": field_of_spec("if self.damping is None else self.damping", "", damping=0.8),
     "another span": field_of_spec(
         "return self.span if isinstance(self.span[0], tuple) else (self.span,)",
@@ -74,6 +77,9 @@ FAULTS = {
     "layers loop as a block": field_of_spec('one_of("mode", MODES)', 'lambda value: "block"', mode="layer"),
     "a block loops by layers": field_of_spec('one_of("mode", MODES)', 'lambda value: "layer"'),
     "keys of another pass": field_of_spec('one_of("kv", KV_POLICIES)', 'lambda value: "per_step"'),
+    "steps of another span": field_of_spec(
+        "return self.steps if isinstance", "return self.steps[::-1] if isinstance", span=((0, 2), (3, 5)), steps=(2, 3)
+    ),
     "natural keys for all": field_of_spec('one_of("kv", KV_POLICIES)', 'lambda value: "shared"', kv="per_step"),
     "reference as per_step": field_of_spec('one_of("kv", KV_POLICIES)', 'lambda value: "per_step"', kv="reference"),
     "decode steps loop": field_of_spec('one_of("decode", DECODE_MODES)', 'lambda value: "full"', decode="bypass"),
@@ -81,13 +87,22 @@ FAULTS = {
     "one decode step more": field_of_spec(
         '"first_n": check_first_n', '"first_n": lambda value: 2', decode="first_n", first_n=1
     ),
+    # Paths.
+    "a detour begins earlier": Fault("looped_path.py", "setdefault(newest, [])", "setdefault(newest - 1, [])", PATH),
+    "a detour runs backwards": Fault("looped_path.py", "(after, tuple(layers))", "(after, tuple(layers[::-1]))", PATH),
+    "no layer is left out": Fault("looped_path.py", "if layer not in visited)", "if layer < 0)", PATH),
+    "a detour has the natural keys": Fault(
+        "looped_body.py", "call.run_iteration(call.iterations, hidden)", "call.run_iteration(1, hidden)", TWICE
+    ),
     # The walk and its cache.
     "span runs backwards": Fault("looped_body.py", "in enumerate(self.calls):", "in enumerate(self.calls[::-1]):"),
     "a layer is left out": Fault("looped_body.py", "in enumerate(self.calls):", "in enumerate(self.calls[:-1]):"),
     "another layer's iteration": Fault(
         "looped_body.py", "hidden = call.run_iteration(", "hidden = self.calls[0].run_iteration("
     ),
-    "one slot for all iterations": Fault("looped_walk.py", "(k - 1) * len(layers)", "0", {"kv": "per_step"}),
+    "one slot for all iterations": Fault(
+        "looped_walk.py", "self.slots[index, k]", "self.slots[index, 1]", {"kv": "per_step"}
+    ),
     "skipped tokens have no keys": Fault(
         "looped_cache.py",
         "self.cache.update(*self.new, slot,",

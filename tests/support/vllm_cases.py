@@ -98,6 +98,8 @@ class Case:
 SHARED, PER_STEP, REFERENCE = {}, {"kv": "per_step"}, {"kv": "reference"}
 FROZEN = {"frozen_routing": True, "damping": 1.0}  # steps so long that they would change the choice of experts
 POLICIES = (SHARED, PER_STEP)
+# Detours that overlap and do not end where they began; layer 2 is left out.
+PATH = {"span": None, "steps": 2, "path": ((0, 2), (3, 5), (1, 2), (3, 6), (4, 5))}
 LAYERS = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True}
 # `make test-vllm` serves FEW, at least one of each structure; `make record-vllm` MANY too. SLOW, half a minute to two
 # each, only with SLOW=--with-slow.
@@ -112,6 +114,8 @@ FEW = [
     Case("llama", override={"loop_steps": 2}),
     Case("llama", {**LAYERS, **PER_STEP}),
     Case("llama", {"span": ((1, 2), (3, 5)), "rule": "midpoint", **PER_STEP}),
+    Case("llama", {"span": ((1, 2), (3, 5)), "steps": (2, 3)}),
+    Case("llama", {**PATH, **PER_STEP}),
     Case("qwen3_moe", FROZEN),
     Case("gpt_oss", {**FROZEN, **REFERENCE}),
     Case("deepseek_v3", {**LAYERS, **FROZEN, **REFERENCE}),
@@ -150,6 +154,11 @@ MANY = [
     *(Case("qwen3", {"rule": rule, **options, **kv}) for rule, options in RULES.items() for kv in POLICIES),
     *(Case("qwen3_moe", {**LAYERS, **kv}) for kv in POLICIES),
     Case("llama", LAYERS),
+    Case("llama", PATH),
+    Case("llama", {**PATH, **REFERENCE}),
+    Case("llama", {**PATH, **PER_STEP}, COMPILED),
+    Case("qwen3_moe", {**PATH, **PER_STEP}),
+    Case("deepseek_v3", {**PATH, **PER_STEP}),
     Case("gemma3_text", {"decode": "bypass"}),
 ]
 SLOW = [

@@ -63,7 +63,10 @@ LOOPS = [
     {"mode": "layer", "anchor": 0.5, "norm_interpolation": True},
     {"span": ((0, 2), (3, 5)), "rule": "midpoint"},
     {"rule": "rk4", "steps": 2},
+    {"span": ((0, 2), (3, 5)), "steps": (2, 3)},
 ]
+# Detours that overlap; detours that do not end where they began, and a layer that is left out.
+PATHS = [((0, 4), (1, 5), (2, 6)), ((0, 2), (3, 5), (1, 2), (4, 5), (5, 6))]
 
 
 @pytest.mark.parametrize("kv", POLICIES)
@@ -72,6 +75,16 @@ LOOPS = [
 def test_other_loops_are_served_as_they_are(looped, export_dir, monkeypatch, family, loop, kv):
     theirs = by_transformers(looped(family, kv=kv, **loop))
     ours = Engine(export_dir(family, kv=kv, **loop), monkeypatch).logits(PROMPTS, CUTS["chunked"])
+    for each, expected in zip(ours, theirs, strict=True):
+        assert_close(each, expected)
+
+
+@pytest.mark.parametrize("kv", POLICIES)
+@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_paths_are_served_as_they_are(looped, export_dir, monkeypatch, family, path, kv):
+    theirs = by_transformers(looped(family, kv=kv, path=path))
+    ours = Engine(export_dir(family, kv=kv, path=path), monkeypatch).logits(PROMPTS, CUTS["chunked"])
     for each, expected in zip(ours, theirs, strict=True):
         assert_close(each, expected)
 
@@ -94,7 +107,7 @@ def _steps(model, prompt, num_prompt_tokens):
         yield output.logits
 
 
-@pytest.mark.parametrize("loop", [{}, MOE_LOOP, {"span": ((0, 2), (3, 5))}], ids=["", "layers", "spans"])
+@pytest.mark.parametrize("loop", [{}, MOE_LOOP, {"span": ((0, 2), (3, 5))}, {"path": PATHS[0]}], ids=",".join)
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_kv_reference_decodes_as_in_transformers(looped, export_dir, monkeypatch, family, loop):
     if family == "llama":

@@ -60,7 +60,7 @@ class _Loop(nn.Module):
 
 
 class _TracedBody:
-    """g as one node for each layer; `run_loop` calls it like `looped_walk.Body`.
+    """g as one node for each layer; `run_loop` calls it like `looped_body.Body`.
 
     Args:
         natural_outputs: the output of each layer in the natural pass.
