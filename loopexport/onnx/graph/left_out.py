@@ -9,6 +9,8 @@ import onnx_ir as ir
 
 from loopexport.onnx.trace.marks import marked_layers
 
+from .loop_layer import is_plain_input
+
 SLOT = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)")
 
 
@@ -20,6 +22,13 @@ def leave_out(graph: ir.Graph, skipped: Sequence[int]) -> None:
             use.node.replace_input_with(use.idx, marked[index].entry)
     _drop_slots(graph.outputs, skipped)
     _drop_slots(graph.inputs, skipped)
+
+
+def drop_unread_weights(graph: ir.Graph) -> None:
+    """Remove the weights of layers that were left out, once their nodes are gone; a trace has weights as inputs."""
+    for value in list(graph.inputs):
+        if not (value.uses() or is_plain_input(value)):
+            graph.inputs.remove(value)
 
 
 def _drop_slots(values: MutableSequence[ir.Value], skipped: Sequence[int]) -> None:
