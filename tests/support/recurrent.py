@@ -14,7 +14,11 @@ def unrolled_copy(model: Any, span: tuple[int, int], steps: int) -> Any:
     """A copy of a plain model that has the layers of a span `steps` times, each with cache slots of its own."""
     start, stop = span
     count = len(model.base_model.layers)
-    order = [*range(stop), *list(range(start, stop)) * (steps - 1), *range(stop, count)]
+    return unrolled_along(model, [*range(stop), *list(range(start, stop)) * (steps - 1), *range(stop, count)])
+
+
+def unrolled_along(model: Any, order: list[int]) -> Any:
+    """A copy of a plain model that has the layers with these numbers in this order, each with a cache slot."""
     copied = copy.deepcopy(model)
     copied.base_model.layers = nn.ModuleList([copy.deepcopy(model.base_model.layers[index]) for index in order])
     copied.config.num_hidden_layers = len(order)

@@ -17,6 +17,7 @@ from support.unrolled_copy import unrolled_copy
 pytestmark = pytest.mark.skipif(not hasattr(Cache, "update_indexer"), reason="this release has no indexed attention")
 
 # `glm_moe_dsa` has layers that read the choice of the layer before; `qwen4_exp_text` indexes blocks of keys.
+PATH = ((0, 4), (1, 3), (2, 5), (5, 6))  # layer 2 three times
 SAMPLE = ("deepseek_v32", "glm_moe_dsa", "qwen4_exp_text")
 ORACLE_SAMPLE = ("glm_moe_dsa",)  # it has both kinds of layers
 ORACLE_CHUNKS = (5, 1, 1, 6, 1)
@@ -48,6 +49,19 @@ def test_per_step_is_bitwise_an_unrolled_model(looped, plain, family, mode):
     assert torch.equal(full_forward(model, tokens), full_forward(unrolled, tokens))
     ours, theirs = ({"num_beams": 2, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None} for _ in range(2))
     assert torch.equal(model.generate(tokens[:, :9], **ours), unrolled.generate(tokens[:, :9], **theirs))
+
+
+def test_a_path_under_per_step_is_bitwise_an_unrolled_model(looped, plain):
+    model, tokens = looped("deepseek_v32", path=PATH), tiny_tokens(2, LENGTH)
+    unrolled = unrolled_copy(plain("deepseek_v32"), [number for run in PATH for number in range(*run)])
+    assert torch.equal(full_forward(model, tokens), full_forward(unrolled, tokens))
+    ours, theirs = (run_chunks(each, tokens, CHUNKS, DynamicCache(config=each.config)) for each in (model, unrolled))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_path_over_layers_that_read_the_choice_of_the_layer_before_is_refused(looped):
+    with pytest.raises(ValueError, match="takes prev_topk_indices from earlier layers, which a path cannot give it"):
+        full_forward(looped("glm_moe_dsa", path=PATH), tiny_tokens(1, 4))
 
 
 @pytest.mark.parametrize("kv", KV_POLICIES)

@@ -13,13 +13,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import loopexport
 from support.compare import assert_bitwise, assert_close, assert_differs
-from support.recurrent import shared_by_hand, unrolled_copy
+from support.recurrent import shared_by_hand, unrolled_along, unrolled_copy
 from support.tiny import RECURRENT, save_tiny, tiny_tokens
 
 HAS_STATE_CALLS = hasattr(DynamicCache, "get_conv_state")
 pytestmark = pytest.mark.skipif(not HAS_STATE_CALLS, reason="a cache with recurrent states came with transformers 5")
 
 SPAN = (1, 4)
+PATH = ((0, 4), (1, 3), (2, 5), (5, 6))  # layer 2 three times
 TOKENS = tiny_tokens(2, 11)
 LOOPED = [name for name in RECURRENT if name != "minimax" and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 WITH_EXPERTS = ("qwen3_next", "jamba", "nemotron_h")
@@ -89,6 +90,14 @@ def test_naive_per_step_is_an_unrolled_model(load, family):
     assert_close(in_chunks(looped, TOKENS, cuts), in_chunks(unrolled, TOKENS, cuts))
     options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
     assert torch.equal(looped.generate(TOKENS, **options), unrolled.generate(TOKENS, **options))
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "granitemoehybrid"])
+def test_a_path_under_per_step_is_an_unrolled_model(load, family):
+    plain, looped = load(family, span=None, steps=2, path=PATH, kv="per_step")
+    unrolled = unrolled_along(plain, [number for run in PATH for number in range(*run)])
+    assert_bitwise(logits(looped, TOKENS), logits(unrolled, TOKENS))
+    assert_close(in_chunks(looped, TOKENS, ALL_CUTS[0]), in_chunks(unrolled, TOKENS, ALL_CUTS[0]))
 
 
 @pytest.mark.parametrize(("family", "span"), [("qwen3_5_text", (0, 2)), ("granitemoehybrid", (3, 5)), ("lfm2", (0, 2))])
