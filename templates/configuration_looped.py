@@ -17,7 +17,7 @@ _DIGEST_BEFORE = globals().get("CODE_DIGEST")  # not None if transformers runs t
 # Start of the sha256 of all other copied files. transformers 5 caches local code by directory name and the content of
 # this file: without the digest, two exports with one directory name but different code would, in one process, both run
 # the code that was loaded first.
-CODE_DIGEST = "791084ad7e8a617e"
+CODE_DIGEST = "10406e51ab7183bf"
 
 if _DIGEST_BEFORE not in (None, CODE_DIGEST):
     # transformers 4 copies the code of all exports with one directory name to one place. It runs a changed file again,
@@ -67,9 +67,11 @@ class LoopedConfigMixin:
 
     Attributes:
         native_config_class: the native config class.
+        loop_path: the only loop field that `config.json` may lack.
     """
 
     native_config_class: type
+    loop_path = None  # or else `from_pretrained(..., loop_path=...)` would hand it to the model
 
     def __setattr__(self, name, value):
         if name.startswith(FIELD_PREFIX):

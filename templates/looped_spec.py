@@ -31,7 +31,7 @@ KV_POLICIES = ("shared", "per_step", "reference")
 DECODE_MODES = ("full", "bypass", "first_n")
 
 FIELD_PREFIX = "loop_"
-LATER_FIELDS = ("path",)  # a config may be older than these
+OPTIONAL_FIELDS = ("path",)  # a config has these only if they are not None
 
 
 @dataclass(frozen=True)
@@ -267,14 +267,19 @@ class LoopSpec:
             ValueError: a field is missing or out of range.
         """
         given = [name for name in FIELDS if hasattr(config, FIELD_PREFIX + name)]
-        missing = [FIELD_PREFIX + name for name in FIELDS if name not in (*given, *LATER_FIELDS)]
+        missing = [FIELD_PREFIX + name for name in FIELDS if name not in (*given, *OPTIONAL_FIELDS)]
         if missing:
             raise ValueError(f"config has no {missing[0]}; convert the base model again")
         return cls(**{name: getattr(config, FIELD_PREFIX + name) for name in given})
 
     def to_config_fields(self) -> dict:
         """The `loop_*` entries of `config.json`."""
-        return {FIELD_PREFIX + name: as_json(getattr(self, name)) for name in FIELDS}
+        values = {name: as_json(getattr(self, name)) for name in FIELDS}
+        return {
+            FIELD_PREFIX + name: value
+            for name, value in values.items()
+            if value is not None or name not in OPTIONAL_FIELDS
+        }
 
     @staticmethod
     def check_field(name: str, value):
