@@ -234,7 +234,7 @@ def preset_lines(preset: Preset) -> list[str]:
     if preset.spec is None:
         lines.append("Loop     not published")
     else:
-        lines += [f"Span     {describe_span(preset.spec)}, half-open", *_loop_lines(preset.spec)]
+        lines += [f"Span     {describe_span(preset.spec)}, half-open", *loop_lines(preset.spec)]
     return [*lines, *(f"Result   {result}" for result in preset.results), *_protocol_lines(preset)]
 
 
@@ -257,7 +257,8 @@ def _gains(preset: Preset) -> str:
     return " and ".join(gains) + " points" if gains else "no number published"
 
 
-def _loop_lines(spec: LoopSpec) -> list[str]:
+def loop_lines(spec: LoopSpec) -> list[str]:
+    """How the layers loop."""
     if spec.path is not None:
         return [f"Loop     each visit runs the layer as it is, kv {spec.kv}, decode {describe_decode(spec)}"]
     return [
@@ -270,8 +271,8 @@ def _loop_lines(spec: LoopSpec) -> list[str]:
 def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
     return [
         f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, {_size(base)}",
-        _where_line(base, spec),
-        *_loop_lines(spec),
+        where_line(base, spec),
+        *loop_lines(spec),
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
         f"{cost.multiplier:.2f}x{describe_unlooped_steps(spec)}",
         f"         {_weights_read_text(cost)}",
@@ -279,7 +280,7 @@ def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
     ]
 
 
-def _where_line(base: Checkpoint, spec: LoopSpec) -> str:
+def where_line(base: Checkpoint, spec: LoopSpec) -> str:
     """Which layers loop."""
     last = base.num_layers - 1
     if spec.path is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.base.families import newest_outcome
+from loopexport.templates.looped_path import joined_runs
 
 from .presets import Preset, misfit, published_cell
 from .spec import SPEC_KEYS, LoopSpec
-from .wording import describe_span
+from .wording import describe_runs, describe_span
 
 SMALL_MODEL_PARAMS = 3_000_000_000
 
@@ -17,6 +18,7 @@ def loop_warnings(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None
     if spec.is_identity:
         return ["this spec is the base model itself (steps 1 or anchor 1)"]
     return [
+        *_left_out(base, spec),
         *_gain(base, spec, preset),
         *_small_model(base),
         *_cached_decoding(spec),
@@ -24,6 +26,15 @@ def loop_warnings(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None
         *_family(base.model_type),
         *_quantised(base),
     ]
+
+
+def _left_out(base: Checkpoint, spec: LoopSpec) -> list[str]:
+    skipped = spec.skipped(base.num_layers)
+    if not skipped:
+        return []
+    last = ", the last ones" if skipped[-1] == base.num_layers - 1 else ""
+    layers = describe_runs(joined_runs(skipped))
+    return [f"the path leaves out {'layer' if len(skipped) == 1 else 'layers'} {layers}{last}"]
 
 
 def _gain(base: Checkpoint, spec: LoopSpec, preset: Preset | None) -> list[str]:

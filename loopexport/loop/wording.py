@@ -13,9 +13,14 @@ from .spec import RULES, LoopSpec
 def describe_span(spec: LoopSpec) -> str:
     """The spans in the users' spelling: `12:20`, or `4:8x2 and 12:20x3`; of a path, `0:15,12:40`."""
     if spec.path is not None:
-        return ",".join(f"{start}:{stop}" for start, stop in spec.path)
+        return describe_path(spec.path)
     steps = [f"x{each}" if isinstance(spec.steps, tuple) else "" for each in spec.steps_of_spans]
     return " and ".join(f"{start}:{stop}{times}" for (start, stop), times in zip(spec.spans, steps, strict=True))
+
+
+def describe_path(path: Iterable[tuple[int, int]]) -> str:
+    """A path in the spelling for `--path` without the last layer of each run: `0:15,12:40`."""
+    return ",".join(f"{start}:{stop}" for start, stop in path)
 
 
 def describe_layers(spec: LoopSpec) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 import loopexport
 from loopexport.loop.presets import PRESETS, STATUSES, find_preset
+from loopexport.templates.looped_fit import check_depth
 from support.checkpoints import write_sparse_checkpoint
 from support.commands import run
 
@@ -72,7 +73,7 @@ def test_presets_are_the_published_cells(name):
     fields = spec.span, spec.steps, spec.step_size, spec.anchor, spec.mode, spec.decode
     assert (*fields, spec.frozen_routing, spec.norm_interpolation) == CELLS[name]
     assert (spec.kv, spec.rule) == ("reference", "euler")
-    spec.check_depth(find_preset(name).num_layers)
+    check_depth(spec, find_preset(name).num_layers)
 
 
 def test_presets_hold_the_published_gains_and_losses():
