@@ -13,6 +13,7 @@ from loopexport.loop.wording import describe_path, describe_unlooped_steps
 
 from .text import loop_lines, where_line
 
+LAYER = "layer"  # above the numbers of layers
 MAX_BAR = 40  # columns of a drawing; with more layers, a column stands for several
 MAX_LINE = 90  # of a path
 ALSO_READS = {
@@ -59,14 +60,14 @@ def _drawing(spec: LoopSpec, num_layers: int) -> list[str]:
     stretches = route(spec, num_layers)
     labels = [_label(stretch) for stretch in stretches]
     times = [f"x{stretch.times}" if stretch.times > 1 else "" for stretch in stretches]
-    widths = max(map(len, labels)), max(map(len, times))
+    widths = max(map(len, [LAYER, *labels])), max(map(len, times))
     columns = min(num_layers, MAX_BAR)
     rows = [
         f"{label:>{widths[0]}} {often:{widths[1]}}  {_bar(stretch, num_layers):{columns}}  {_note(stretch, spec)}"
         for stretch, label, often in zip(stretches, labels, times, strict=True)
     ]
     last = str(num_layers - 1)
-    ruler = "layer".rjust(widths[0]) + " " * (widths[1] + 3) + "0" + (last.rjust(columns - 1) if columns > 1 else "")
+    ruler = LAYER.rjust(widths[0]) + " " * (widths[1] + 3) + "0" + (last.rjust(columns - 1) if columns > 1 else "")
     return [ruler, *(row.rstrip() for row in rows)]
 
 
@@ -85,6 +86,7 @@ def _bar(stretch: Stretch, num_layers: int) -> str:
 
 def _note(stretch: Stretch, spec: LoopSpec) -> str:
     words = {NATURAL: "", LEFT_OUT: "left out", AGAIN: "again", EACH: "each in turn"}[stretch.kind]
+    words = "in a row" if stretch.kind == EACH and stretch.stop == stretch.start + 1 else words
     return f"{words}, blended{_blend(stretch, spec)}" if stretch.blended else words
 
 

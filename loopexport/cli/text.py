@@ -26,6 +26,7 @@ from loopexport.loop.spec import RULES, LoopSpec
 from loopexport.loop.wording import (
     describe_decode,
     describe_layers,
+    describe_loop,
     describe_refinements,
     describe_rule,
     describe_skipped,
@@ -249,7 +250,7 @@ def _protocol_lines(preset: Preset) -> list[str]:
 
 def _cell(preset: Preset) -> str:
     model, spec = f"{preset.models[0]}, {preset.num_layers} layers", preset.spec
-    return model if spec is None else f"{model}, span {describe_span(spec)}, K {describe_steps(spec)}"
+    return model if spec is None else f"{model}, {describe_loop(spec)}"
 
 
 def _gains(preset: Preset) -> str:

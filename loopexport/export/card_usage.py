@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from loopexport.base.families import is_multimodal
 from loopexport.loop.spec import LoopSpec, make_spec
+from loopexport.templates.looped_spec import as_json
 from loopexport.templates.looped_vllm_limits import VLLM_QUANTISED, vllm_context, vllm_flags, vllm_refusal
 
 from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
@@ -36,17 +37,16 @@ def on_the_hub(card: str, repo_id: str) -> str:
     return card
 
 
-def text_section(steps: int | list[int], tokenizer: str | None, trained: bool, config: dict) -> str:
+def text_section(spec: LoopSpec, tokenizer: str | None, trained: bool, config: dict) -> str:
     """The section for transformers and text alone, as input of any model.
 
     Args:
-        steps: K.
+        spec: the loop.
         tokenizer: the Python expression to load the tokenizer from; None if the base had none.
         trained: whether the weights were trained since the conversion.
         config: the base's config.
     """
     auto = _sample(config)["auto"] if is_multimodal(config) else "AutoModelForCausalLM"
-    one = "the model without its loop" if trained else "the base model"
     if tokenizer is None:
         names, line = auto, "# The base's directory had no tokenizer: this model takes token ids."
     else:
@@ -58,21 +58,27 @@ from transformers import {names}
 
 {LOCAL_PATH}{line}
 model = {auto}.from_pretrained(path, trust_remote_code=True)
-model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
+{_steps_line(spec, trained)}
 ```
 """
 
 
-def multimodal_section(steps: int | list[int], config: dict, trained: bool) -> str:
+def multimodal_section(spec: LoopSpec, config: dict, trained: bool) -> str:
     """The section for transformers and a model that reads images or sound too.
 
     Args:
-        steps: K.
+        spec: the loop.
         config: the base's config.
         trained: whether the weights were trained since the conversion.
     """
+    return _MULTIMODAL.format(path=LOCAL_PATH, steps=_steps_line(spec, trained), **_sample(config))
+
+
+def _steps_line(spec: LoopSpec, trained: bool) -> str:
+    """The line of an example that changes K."""
     one = "the model without its loop" if trained else "the base model"
-    return _MULTIMODAL.format(path=LOCAL_PATH, steps=steps, one=one, **_sample(config))
+    effect = "change it at any time; 1 is" if spec.path is None else "the path; 1 is"
+    return f"model.config.loop_steps = {as_json(spec.steps)}  # {effect} {one}"
 
 
 def pipeline_tag(config: dict, base_card: Mapping) -> str:
@@ -218,7 +224,7 @@ from transformers import {auto}, AutoProcessor
 
 {path}processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 model = {auto}.from_pretrained(path, trust_remote_code=True)
-model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
+{steps}
 
 question = {{"type": "text", "text": "{question}"}}
 chat = [{{"role": "user", "content": [{item}, question]}}]

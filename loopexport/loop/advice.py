@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.base.families import newest_outcome
-from loopexport.templates.looped_path import joined_runs
 
 from .presets import Preset, misfit, published_cell
 from .spec import SPEC_KEYS, LoopSpec
-from .wording import describe_runs, describe_span
+from .wording import describe_numbers, describe_span
 
 SMALL_MODEL_PARAMS = 3_000_000_000
 
@@ -32,9 +31,8 @@ def _left_out(base: Checkpoint, spec: LoopSpec) -> list[str]:
     skipped = spec.skipped(base.num_layers)
     if not skipped:
         return []
-    last = ", the last ones" if skipped[-1] == base.num_layers - 1 else ""
-    layers = describe_runs(joined_runs(skipped))
-    return [f"the path leaves out {'layer' if len(skipped) == 1 else 'layers'} {layers}{last}"]
+    ends = ", so it ends before the last layer" if skipped[-1] == base.num_layers - 1 else ""
+    return [f"the path leaves out {describe_numbers(skipped)}{ends}"]
 
 
 def _gain(base: Checkpoint, spec: LoopSpec, preset: Preset | None) -> list[str]:
