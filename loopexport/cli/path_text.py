@@ -31,7 +31,7 @@ def path_lines(base: Checkpoint, spec: LoopSpec) -> list[str]:
         where_line(base, spec),
         *loop_lines(spec),
         "",
-        *_drawing(spec, count),
+        *drawing(spec, count),
         "",
         f"Total    {layer_evaluations(count, spec)} layer evaluations a token instead of {count}: "
         f"{layer_evaluations(count, spec) / count:.2f}x{describe_unlooped_steps(spec)}",
@@ -55,7 +55,7 @@ def path_values(base: Checkpoint, spec: LoopSpec) -> dict:
     }
 
 
-def _drawing(spec: LoopSpec, num_layers: int) -> list[str]:
+def drawing(spec: LoopSpec, num_layers: int) -> list[str]:
     """A line for each stretch: its layers, how often it runs, where it is in the model, and how it runs."""
     stretches = route(spec, num_layers)
     labels = [_label(stretch) for stretch in stretches]

@@ -100,7 +100,8 @@ def export_lines(export: Export) -> list[str]:
         f"Written  by LoopExport {export.manifest.loopexport}",
         *([f"Edited   since: {_edits(export)}"] if export.edited else []),
         *(
-            f"ONNX     {name}: K = {record.steps}, {record.dtype}{record.quantised_text}, attention {record.attention}"
+            f"ONNX     {name}: K = {record.steps_text}, {record.dtype}{record.quantised_text}, "
+            f"attention {record.attention}"
             for name, record in export.manifest.onnx.items()
             if record.steps is not None
         ),

@@ -149,7 +149,7 @@ def _rank(name: str) -> tuple[bool, bool, str]:
 
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
     rows = [
-        f"| {markdown_code(name)} | {_steps_text(record.steps)} | {markdown_text(record.dtype or '')}"
+        f"| {markdown_code(name)} | {record.steps_text} | {markdown_text(record.dtype or '')}"
         f"{record.quantised_text} | {markdown_text(record.attention or '')} | {_data_text(record)} |"
         for name, record in sorted(graphs.items())
     ]
@@ -185,11 +185,6 @@ def _javascript_name(name: str) -> tuple[str, str]:
     stem = name.removesuffix(".onnx")
     first, _, last = stem.rpartition("_")
     return (first, last) if last in _JAVASCRIPT_DTYPES else (stem, "")
-
-
-def _steps_text(steps: int | list[int] | None) -> str:
-    """K of a graph, or one for each span."""
-    return " and ".join(map(str, steps)) if isinstance(steps, list) else str(steps)
 
 
 def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:

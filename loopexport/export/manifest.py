@@ -79,6 +79,11 @@ class OnnxRecord:
     difference: float | None = None
 
     @property
+    def steps_text(self) -> str:
+        """K of a graph, or one for each span: `3 and 2`."""
+        return " and ".join(map(str, self.steps)) if isinstance(self.steps, list) else str(self.steps)
+
+    @property
     def quantisation(self) -> Quantisation | None:
         """How the weights are quantised; None for plain ones."""
         return read_quantisation(self.quantised)

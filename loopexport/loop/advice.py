@@ -67,7 +67,7 @@ def _cached_decoding(spec: LoopSpec) -> list[str]:
 def _routing(base: Checkpoint, spec: LoopSpec) -> list[str]:
     if not base.is_sparse and spec.frozen_routing:
         return ["frozen routing changes nothing here: the base has no experts"]
-    if not base.is_sparse or spec.frozen_routing:
+    if not base.is_sparse or spec.frozen_routing or spec.path is not None:
         return []
     return [
         "sparse experts without frozen routing: the authors saw 28-37 % of tokens change experts after one iteration; "
