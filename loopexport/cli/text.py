@@ -262,7 +262,8 @@ def _gains(preset: Preset) -> str:
 def loop_lines(spec: LoopSpec) -> list[str]:
     """How the layers loop."""
     if spec.path is not None:
-        return [f"Loop     each visit runs the layer as it is, kv {spec.kv}, decode {describe_decode(spec)}"]
+        how = "switched off by steps 1" if spec.is_identity else "each visit runs the layer as it is"
+        return [f"Loop     {how}, kv {spec.kv}, decode {describe_decode(spec)}"]
     return [
         f"Loop     {describe_steps(spec)} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
         f"         mode {spec.mode}, kv {spec.kv}, decode {describe_decode(spec)}, "
