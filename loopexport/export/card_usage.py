@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 
 from loopexport.base.families import is_multimodal
+from loopexport.loop.route import cache_slots
 from loopexport.loop.spec import LoopSpec, make_spec
 from loopexport.templates.looped_spec import as_json
 from loopexport.templates.looped_vllm_limits import VLLM_QUANTISED, vllm_context, vllm_flags, vllm_refusal
@@ -189,7 +190,7 @@ def _javascript_name(name: str) -> tuple[str, str]:
 
 def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
     spec = make_spec(**(record.spec or {}))
-    num_slots = num_layers + len(spec.extra_slots) - len(spec.skipped(num_layers))
+    num_slots = cache_slots(spec, num_layers)
     slots = f"config.num_hidden_layers = {num_slots};  // number of cache slots\n" if num_slots != num_layers else ""
     data = ", ".join(map(javascript_literal, record.data or ()))
     stem, dtype = _javascript_name(name)

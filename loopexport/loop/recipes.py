@@ -20,11 +20,13 @@ REPEATED = {"steps": 2, "damping": 1.0, "kv": "per_step"}
 def overridden(below: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a loop with others below them.
 
-    Whichever of span, path and so on is given, it hides the others below; what has its own K hides steps too.
+    Whichever of span, path and so on is given, it hides the others below; what has its own K hides steps too, and what
+    is no span hides a preset.
     """
     places = [place for place in PLACES if given.get(place) is not None]
-    has_steps = has_own_steps(given.get("span")) or any(place != "span" for place in places)
-    hidden = {*(PLACES if places else ()), *(["steps"] if has_steps else [])}
+    is_other = any(place != "span" for place in places)
+    has_steps = has_own_steps(given.get("span")) or is_other
+    hidden = {*(PLACES if places else ()), *(["steps"] if has_steps else ()), *(["preset"] if is_other else ())}
     return {**{name: value for name, value in below.items() if name not in hidden}, **given}
 
 
@@ -44,11 +46,14 @@ class Recipe:
             preset: the name of a preset for the other fields.
 
         Raises:
-            SpecError: there is no such preset, or more than one of span, path, rys and from_mergekit.
+            SpecError: there is no such preset, or more than one of span, path, rys and from_mergekit, or one of the
+                last three with a preset.
         """
         places = [place for place in PLACES if given.get(place) is not None]
         if len(places) > 1:
             raise SpecError(f"{places[0]} and {places[1]} both say which layers loop; give one of them")
+        if preset is not None and places and places != ["span"]:
+            raise SpecError(f"{places[0]} and preset {preset} both say which layers loop; give one of them")
         below = preset_fields(preset) if preset is not None else {}
         self.fields = overridden(below, given)
         self.preset = preset

@@ -49,6 +49,7 @@ BAD_SPECS = [
     (["--span", "1:3x2", "--steps", "2"], "steps 2 and a span with its own number of steps were given"),
     (["--span", "1:3x2", "--span", "4:5"], "write all of them as 8:12x2"),
     (["--span", "1:3x0"], "steps 0 must be a whole number from 1"),
+    (["--rys", "1,3", "--preset", "qwen3-4b-mmlu-pro"], "rys and preset qwen3-4b-mmlu-pro both say which layers loop"),
     (["--from-mergekit", "nowhere.yml"], "cannot read mergekit config nowhere.yml: No such file"),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 
 from loopexport.errors import SpecError
 from loopexport.loop.path import with_spans
-from loopexport.loop.recipes import overridden, parse_rys
+from loopexport.loop.recipes import Recipe, overridden, parse_rys
 from loopexport.loop.route import as_path, cache_slots, route
 from loopexport.loop.spec import make_spec
 from support.random_paths import order_of_spans, random_path, runs_in
@@ -165,6 +165,15 @@ def test_rys_pairs_are_read_in_every_spelling(pair):
     assert parse_rys(pair) == (12, 15)
 
 
+def test_rys_pair_runs_the_layers_of_its_definition():
+    for i, j in itertools.combinations(range(NUM_LAYERS + 1), 2):
+        order = [*range(j), *range(i, NUM_LAYERS)]
+        spec = make_spec(**Recipe({"rys": (i, j)}).fields)
+        assert (spec.steps, spec.kv) == (2, "per_step")
+        assert visits(spec, NUM_LAYERS) == order
+        assert with_spans(make_spec(path=runs_in(order)), NUM_LAYERS) == spec
+
+
 @pytest.mark.parametrize(
     ("pair", "says"),
     [
@@ -207,4 +216,19 @@ def test_a_given_place_hides_the_places_below_and_their_steps():
     assert overridden(below, {"span": "2:4"}) == {"span": "2:4", "steps": 4, "anchor": 0.5}
     assert overridden(below, {"span": ["2:4x3"]}) == {"span": ["2:4x3"], "anchor": 0.5}
     assert overridden(below, {"path": "0-3,2-5"}) == {"path": "0-3,2-5", "anchor": 0.5}
+    assert overridden({"preset": "x"}, {"rys": "1,3"}) == {"rys": "1,3"}
+    assert overridden({"preset": "x"}, {"span": "1:3"}) == {"preset": "x", "span": "1:3"}
     assert overridden({"path": "0-3,2-5"}, {"span": "1:3", "steps": 2}) == {"span": "1:3", "steps": 2}
+
+
+def test_many_steps_are_counted_at_once():
+    spec = make_spec(span="1:3", steps=2**31 - 1, kv="per_step", damping=1.0)
+    assert cache_slots(spec, NUM_LAYERS) == NUM_LAYERS + 2 * (2**31 - 2)
+    assert route(spec, NUM_LAYERS)[1].times == 2**31 - 2
+    assert as_path(spec, NUM_LAYERS) is None
+
+
+@pytest.mark.parametrize("place", [{"path": "0-3,2-5"}, {"rys": "2,4"}, {"from_mergekit": "x.yml"}])
+def test_a_preset_has_a_span_of_its_own(place):
+    with pytest.raises(SpecError, match="and preset qwen3-4b-mmlu-pro both say which layers loop; give one of them"):
+        Recipe(place, "qwen3-4b-mmlu-pro")
