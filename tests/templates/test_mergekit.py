@@ -67,7 +67,7 @@ def test_rys_pair_equals_mergekit_passthrough(tiny_base, tmp_path):
     assert export.spec == loopexport.LoopSpec(span=SPAN, **NAIVE)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 4, 6, 8, 9, 11])
+@pytest.mark.parametrize("seed", [1, 2, 6, 7, 8, 15, 17, 18, 20])
 def test_random_slices_equal_mergekit(tiny_base, tmp_path, seed):
     base = tiny_base(("llama", "mistral")[seed % 2])
     ranges = runs_in(random_path(seed, NUM_LAYERS, leaves_out=seed % 3 == 0))
