@@ -11,6 +11,7 @@ import yaml
 
 import loopexport
 from support.commands import run
+from support.damage import edit_config
 from support.refusals import assert_refused
 from support.unrolled import slices
 
@@ -212,3 +213,12 @@ def test_default_output_names_the_layers_that_run_again(base, tmp_path, monkeypa
         ("--path", "0-3"): "base-looped-path",
     }.items():
         assert planned(base, *options)["out"] == name
+
+
+def test_export_takes_another_way_to_say_it(base, tmp_path):
+    out = loopexport.convert(str(base), tmp_path / "out", span=(1, 4), steps=2, weights="copy").root
+    edit_config(out, loop_span=None, loop_path=[[0, 4], [2, 6]])
+    assert run("verify", out, "--files-only").exit_code == 0
+    text = run("inspect", out).stdout
+    assert "Path     0:4,2:6, half-open: layers 2 to 3 of 0 to 5 more than once" in text
+    assert "Edited   since: span (1, 4) -> None, path None -> ((0, 4), (2, 6))" in text
