@@ -71,7 +71,7 @@ def main(base: Path, work: Path) -> None:
         for number, (name, spec) in enumerate(specs.items())
     }
     models = {"base": plain, **{name: load(export.root) for name, export in exports.items()}}
-    unrolled(base, work / "unrolled", span, layers)
+    unrolled(base, work / "unrolled", [(0, span[1]), (span[0], layers)])
     models["unrolled K=2"] = load(work / "unrolled")
     tokens = torch.randint(3, plain.config.vocab_size, (1, PREFILL_TOKENS), generator=torch.Generator().manual_seed(0))
     print(f"{base.name}: {layers} layers, span {span[0]}:{span[1]}, {torch.get_num_threads()} threads")

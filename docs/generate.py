@@ -16,9 +16,11 @@ from click.testing import CliRunner
 
 from loopexport.base.families import MEDIA, ONNX, READS, grouped_outcomes, outcomes, releases
 from loopexport.cli.commands import main
+from loopexport.cli.path_text import drawing
 from loopexport.cli.text import rule_lines
 from loopexport.loop.presets import PRESETS, STATUSES, Preset, Result
 from loopexport.loop.protocols import Evaluation
+from loopexport.loop.spec import make_spec
 from loopexport.loop.wording import describe_span
 
 VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "vllm"
@@ -76,6 +78,16 @@ def cost_points() -> str:
 def rules() -> str:
     """The update rules."""
     return _text("\n".join(rule_lines()))
+
+
+def drawings() -> str:
+    """What `loopexport path` draws for a few loops of a model with 30 layers."""
+    loops = {
+        "--span 8:12x2 --span 14:18x3": make_spec(span=["8:12x2", "14:18x3"]),
+        "--span 8:12 --steps 3 --mode layer": make_spec(span="8:12", steps=3, mode="layer"),
+        "--path 0-14,12-14,10-25,28-29": make_spec(path="0-14,12-14,10-25,28-29"),
+    }
+    return _text("\n\n".join("\n".join([options, *drawing(spec, 30)]) for options, spec in loops.items()))
 
 
 def family_counts() -> str:

@@ -7,7 +7,8 @@ from typing import Literal, TypeAlias
 
 Bounds: TypeAlias = str | tuple[int, int]
 Span: TypeAlias = Bounds | Sequence[Bounds]
-LayerPath: TypeAlias = str | Sequence[tuple[int, int]]
+LayerPath: TypeAlias = str | Sequence[str | int | tuple[int, int]]
+RysPair: TypeAlias = str | tuple[int, int]
 
 # Fields of the loop. `templates/looped_spec.py` has the same words, because an export must not import LoopExport.
 Mode: TypeAlias = Literal["block", "layer"]

@@ -207,7 +207,8 @@ def split_loop(spec_file: Path | None, given: dict, *, is_export: bool) -> tuple
     is_given = spec_file is not None or any(value not in (None, ()) for value in fields.values())
     if not is_given and (is_export or asked.get("preset") is not None):
         return {}, asked
-    return _without(merge_spec(spec_file, {**fields, "preset": asked.get("preset")}), ("preset",)), asked
+    loop = merge_spec(spec_file, {**fields, "preset": asked.get("preset")})
+    return _without(loop, ("preset",)), {**asked, "preset": loop.get("preset")}
 
 
 def _without(values: dict, names: Iterable[str]) -> dict:

@@ -6,7 +6,8 @@ from loopexport.evaluation.arms import BASE
 from loopexport.evaluation.comparison import LOOP, ComparePlan
 from loopexport.evaluation.subject import Subject
 from loopexport.evaluation.tasks import TaskSource
-from loopexport.loop.wording import describe_layers, describe_rule, describe_span, describe_steps
+from loopexport.loop.spec import LoopSpec
+from loopexport.loop.wording import describe_layers, describe_loop, describe_rule, describe_span, describe_steps
 
 
 def compare_plan_lines(plan: ComparePlan) -> list[str]:
@@ -15,14 +16,23 @@ def compare_plan_lines(plan: ComparePlan) -> list[str]:
     where = f"{plan.backend}, {plan.settings['device']}, dtype {plan.engine['dtype']}, batches of {plan.batch_size}"
     return [
         subject_line(plan.subject),
-        f"Loop     span {describe_span(spec)} ({describe_layers(spec)}), K = {describe_steps(spec)}, mode {spec.mode}, "
-        f"kv {spec.kv}, anchor {spec.anchor:g}, rule {describe_rule(spec)}",
+        _loop_line(spec),
         f"Cost     {plan.cost.multiplier:.2f}x the base's layer evaluations per token",
         tasks_line(plan.tasks, plan.prompting.limit),
         f"Compute  {where}",
         *([] if plan.out is None else [f"Results  {plan.out}"]),
         *(f"Note     {warning}" for warning in plan.warnings),
     ]
+
+
+def _loop_line(spec: LoopSpec) -> str:
+    """The loop on one line."""
+    if spec.path is not None:
+        return f"Loop     {describe_loop(spec)} ({describe_layers(spec)} more than once), kv {spec.kv}"
+    return (
+        f"Loop     span {describe_span(spec)} ({describe_layers(spec)}), K = {describe_steps(spec)}, mode {spec.mode}, "
+        f"kv {spec.kv}, anchor {spec.anchor:g}, rule {describe_rule(spec)}"
+    )
 
 
 def subject_line(subject: Subject) -> str:

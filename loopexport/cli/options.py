@@ -33,16 +33,37 @@ loop_options = combine(
         multiple=True,
         metavar="START:STOP",
         help="Layers to loop, half-open, counted from 0: 12:20 means layers 12 to 19. Repeat the option for several "
-        "spans. auto is a heuristic: 4 layers at the depth that worked best for the authors. Required without --preset "
-        "or --spec.",
+        "spans; 12:20x3 gives one its own K. auto is a heuristic: 4 layers at the depth that worked best for the "
+        "authors. Required without another option that says which layers loop.",
     ),
     option(
         LOOP,
         "--steps",
         type=int,
         metavar="K",
-        help="Number of steps; 1 is the base model. Most rules run the span once in each step. Required without "
-        "--preset or --spec.",
+        help="Number of steps; 1 is the base model. Most rules run the span once in each step. Required with a span "
+        "that has no K of its own.",
+    ),
+    option(
+        LOOP,
+        "--path",
+        metavar="RUNS",
+        help="Instead of --span: the layers that a token visits, in order. 0-14,12-39 (with the last layer) or "
+        "0:15,12:40 (without it) runs layers 12 to 14 twice. There is no damping; --kv is per_step by default.",
+    ),
+    option(
+        LOOP,
+        "--rys",
+        metavar="I,J",
+        help="Instead of --span: RYS's pair. Layers I to J-1 run twice: --steps 2 --damping 1 --kv per_step by "
+        "default.",
+    ),
+    option(
+        LOOP,
+        "--from-mergekit",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Instead of --span: a mergekit config with passthrough slices of MODEL alone.",
     ),
     option(
         LOOP,
@@ -166,11 +187,12 @@ def merge_spec(spec_file: Path | None, options: dict) -> dict:
     Raises:
         click.UsageError: neither options nor a preset nor a spec file give the span and the steps.
     """
+    from loopexport.loop.recipes import overridden
     from loopexport.loop.spec import missing_field, read_spec_file
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if spec_file:
-        return {**read_spec_file(spec_file), **given}
+        return overridden(read_spec_file(spec_file), given)
     missing = missing_field(given)
     if missing and "preset" not in given:
         raise click.UsageError(missing)

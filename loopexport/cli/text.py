@@ -26,6 +26,7 @@ from loopexport.loop.spec import RULES, LoopSpec
 from loopexport.loop.wording import (
     describe_decode,
     describe_layers,
+    describe_loop,
     describe_refinements,
     describe_rule,
     describe_skipped,
@@ -99,7 +100,8 @@ def export_lines(export: Export) -> list[str]:
         f"Written  by LoopExport {export.manifest.loopexport}",
         *([f"Edited   since: {_edits(export)}"] if export.edited else []),
         *(
-            f"ONNX     {name}: K = {record.steps}, {record.dtype}{record.quantised_text}, attention {record.attention}"
+            f"ONNX     {name}: K = {record.steps_text}, {record.dtype}{record.quantised_text}, "
+            f"attention {record.attention}"
             for name, record in export.manifest.onnx.items()
             if record.steps is not None
         ),
@@ -234,7 +236,7 @@ def preset_lines(preset: Preset) -> list[str]:
     if preset.spec is None:
         lines.append("Loop     not published")
     else:
-        lines += [f"Span     {describe_span(preset.spec)}, half-open", *_loop_lines(preset.spec)]
+        lines += [f"Span     {describe_span(preset.spec)}, half-open", *loop_lines(preset.spec)]
     return [*lines, *(f"Result   {result}" for result in preset.results), *_protocol_lines(preset)]
 
 
@@ -249,7 +251,7 @@ def _protocol_lines(preset: Preset) -> list[str]:
 
 def _cell(preset: Preset) -> str:
     model, spec = f"{preset.models[0]}, {preset.num_layers} layers", preset.spec
-    return model if spec is None else f"{model}, span {describe_span(spec)}, K {describe_steps(spec)}"
+    return model if spec is None else f"{model}, {describe_loop(spec)}"
 
 
 def _gains(preset: Preset) -> str:
@@ -257,9 +259,11 @@ def _gains(preset: Preset) -> str:
     return " and ".join(gains) + " points" if gains else "no number published"
 
 
-def _loop_lines(spec: LoopSpec) -> list[str]:
+def loop_lines(spec: LoopSpec) -> list[str]:
+    """How the layers loop."""
     if spec.path is not None:
-        return [f"Loop     each visit runs the layer as it is, kv {spec.kv}, decode {describe_decode(spec)}"]
+        how = "switched off by steps 1" if spec.is_identity else "each visit runs the layer as it is"
+        return [f"Loop     {how}, kv {spec.kv}, decode {describe_decode(spec)}"]
     return [
         f"Loop     {describe_steps(spec)} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
         f"         mode {spec.mode}, kv {spec.kv}, decode {describe_decode(spec)}, "
@@ -270,8 +274,8 @@ def _loop_lines(spec: LoopSpec) -> list[str]:
 def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
     return [
         f"Base     {_origin(base.origin)}: {base.model_type}, {base.num_layers} layers, {_size(base)}",
-        _where_line(base, spec),
-        *_loop_lines(spec),
+        where_line(base, spec),
+        *loop_lines(spec),
         f"Cost     {cost.layer_evaluations} layer evaluations a token instead of {cost.base_layer_evaluations}: "
         f"{cost.multiplier:.2f}x{describe_unlooped_steps(spec)}",
         f"         {_weights_read_text(cost)}",
@@ -279,7 +283,7 @@ def _model_lines(base: Checkpoint, spec: LoopSpec, cost: Cost) -> list[str]:
     ]
 
 
-def _where_line(base: Checkpoint, spec: LoopSpec) -> str:
+def where_line(base: Checkpoint, spec: LoopSpec) -> str:
     """Which layers loop."""
     last = base.num_layers - 1
     if spec.path is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.errors import EvaluationError, SpecError
-from loopexport.export.conversion import check_layers
+from loopexport.export.base_loop import check_layers
 from loopexport.loop.cost import loop_cost
 from loopexport.loop.spec import LoopSpec, make_spec, parse_span
 

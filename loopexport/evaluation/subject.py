@@ -102,4 +102,5 @@ def _values(loop: LoopSpec | Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(loop, LoopSpec):
         return {name: value for name, value in loop.items() if value is not None}
-    return {each.name: getattr(loop, each.name) for each in fields(loop) if getattr(loop, each.name) != each.default}
+    values = {each.name: getattr(loop, each.name) for each in fields(loop) if getattr(loop, each.name) != each.default}
+    return values if loop.path is None else {**values, "kv": loop.kv}  # a path has another default

@@ -14,15 +14,16 @@ from loopexport.loop.cost import Cost
 from loopexport.loop.presets import STATUSES, Preset
 from loopexport.loop.spec import LoopSpec
 from loopexport.loop.wording import (
+    describe_applied,
     describe_layers,
     describe_refinements,
     describe_rule,
+    describe_skipped,
     describe_span,
     describe_steps,
     describe_unlooped_steps,
     formula,
 )
-from loopexport.templates.looped_spec import as_json
 
 from .card_results import MODEL_INDEX, model_index, results_section
 from .card_usage import multimodal_section, on_the_hub, onnx_section, pipeline_tag, text_section, vllm_section
@@ -171,15 +172,8 @@ def _table(facts: CardFacts) -> dict[str, object]:
     spec = facts.spec
     return {
         "model_type": markdown_code(facts.model_type),
-        "span": describe_span(spec),
-        "layers": describe_layers(spec),
+        "loop": _loop_rows(facts),
         "num_layers": facts.num_layers,
-        "last_layer": facts.num_layers - 1,
-        "steps": describe_steps(spec),
-        "rule": describe_rule(spec),
-        "anchor": f"{spec.anchor:g}",
-        "mode": spec.mode,
-        "refinements": describe_refinements(spec),
         "kv": spec.kv,
         "kv_meaning": KV_MEANING[spec.kv],
         "decode": spec.decode,
@@ -187,8 +181,25 @@ def _table(facts: CardFacts) -> dict[str, object]:
         "evaluations": facts.cost.layer_evaluations,
         "multiplier": f"{facts.cost.multiplier:.2f}",
         "unlooped_steps": describe_unlooped_steps(spec),
+        "legend": _LEGEND if spec.path is None else _PATH_LEGEND,
         "formula": formula(spec),
     }
+
+
+def _loop_rows(facts: CardFacts) -> str:
+    """The rows of the table that say which layers loop, and how."""
+    spec = facts.spec
+    return (_LOOP if spec.path is None else _PATH).format(
+        span=describe_span(spec),
+        layers=describe_layers(spec),
+        skipped=describe_skipped(spec, facts.num_layers),
+        last_layer=facts.num_layers - 1,
+        steps=describe_steps(spec),
+        rule=describe_rule(spec),
+        anchor=f"{spec.anchor:g}",
+        mode=spec.mode,
+        refinements=describe_refinements(spec),
+    )
 
 
 def _use(facts: CardFacts) -> list[str]:
@@ -202,8 +213,8 @@ def _use(facts: CardFacts) -> list[str]:
 
 def _transformers(facts: CardFacts) -> str:
     if facts.is_multimodal and facts.processor:
-        return multimodal_section(as_json(facts.spec.steps), facts.config, facts.trained)
-    section = text_section(as_json(facts.spec.steps), _tokenizer(facts), facts.trained, facts.config)
+        return multimodal_section(facts.spec, facts.config, facts.trained)
+    section = text_section(facts.spec, _tokenizer(facts), facts.trained, facts.config)
     return f"{_NO_PROCESSOR}\n{section}" if facts.is_multimodal else section
 
 
@@ -285,7 +296,8 @@ def _intro(facts: CardFacts) -> str:
     """Where the model comes from, what is looped, and what its weights are."""
     text = _TRAINED_INTRO if facts.trained else _INTRO
     values = _table(facts)
-    intro = text.format(base=_base_link(facts), **{name: values[name] for name in ("layers", "num_layers", "steps")})
+    applied = describe_applied(facts.spec, facts.num_layers, " are" if facts.trained else "")
+    intro = text.format(base=_base_link(facts), applied=applied)
     more = _LANGUAGE_MODEL.format(**values) if facts.is_multimodal else _TEXT_ONLY if facts.text_only else ""
     return f"{intro}\n\n{more}" if more else intro
 
@@ -299,12 +311,12 @@ def _base_link(facts: CardFacts) -> str:
 
 
 _INTRO = """\
-This is {base}, with {layers} of its {num_layers} layers applied {steps} times, without any training
+This is {base}, with {applied}, without any training
 ([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). The weights are the base model's, byte for
 byte, and are stored once; only the forward pass differs."""
 
 _TRAINED_INTRO = """\
-This model was made from {base}: {layers} of its {num_layers} layers are applied {steps} times
+This model was made from {base}: {applied}
 ([Training-Free Looped Transformers](https://arxiv.org/abs/2605.23872)). **Its weights were trained since, and are not
 the base model's.** They are stored once."""
 
@@ -316,6 +328,22 @@ _TEXT_ONLY = """\
 The base reads more than text. Only its language model is here; its other parts were left out."""
 
 _NO_PROCESSOR = "The base's directory had no processor: AutoProcessor will not load from here. Text alone works:\n"
+
+_LOOP = """\
+| span | `{span}`, half-open: {layers}; the model has layers 0 to {last_layer} |
+| steps K | {steps} |
+| update rule | {rule} |
+| anchor (beta) | {anchor} |
+| mode | `{mode}` |
+| refinements | {refinements} |"""
+
+_PATH = "| path | `{span}`, half-open: {layers} more than once{skipped}; the model has layers 0 to {last_layer} |"
+
+_LEGEND = """\
+Here x are the hidden states that enter the span, and g is one run through it. In layer mode, each layer of the span
+loops by itself, in turn."""
+
+_PATH_LEGEND = "Every token goes through these layers, in this order, each time as in the base model:"
 
 _BODY = """
 # {name}, {title}
@@ -329,18 +357,12 @@ own task before you rely on it. {results}
 | | |
 | --- | --- |
 | family | {model_type} |
-| span | `{span}`, half-open: {layers}; the model has layers 0 to {last_layer} |
-| steps K | {steps} |
-| update rule | {rule} |
-| anchor (beta) | {anchor} |
-| mode | `{mode}` |
-| refinements | {refinements} |
+{loop}
 | K/V policy | `{kv}`: {kv_meaning} |
 | decoding | `{decode}`: {decode_meaning} |
 | cost | {evaluations} layer evaluations per token instead of {num_layers}: {multiplier}x{unlooped_steps} |
 
-Here x are the hidden states that enter the span, and g is one run through it. In layer mode, each layer of the span
-loops by itself, in turn.
+{legend}
 
 ```
 {formula}

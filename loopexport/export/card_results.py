@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from loopexport.loop.wording import describe_span, describe_steps
+from loopexport.loop.wording import describe_loop
 
 from .foreign_text import markdown_code, markdown_text, printable
 from .results_file import RESULTS, Measured, RecordedResult, TaskResult
@@ -137,8 +137,8 @@ def _others(results: tuple[RecordedResult, ...]) -> str:
     if not results:
         return ""
     lines = [
-        f"- {markdown_text(task.name)}, span {describe_span(result.spec)}, K {describe_steps(result.spec)}, "
-        f"{result.date}: {difference_text(task)}, {task.verdict}"
+        f"- {markdown_text(task.name)}, {describe_loop(result.spec)}, {result.date}: "
+        f"{difference_text(task)}, {task.verdict}"
         for result, task in _rows(results)[:MAX_ROWS]
     ]
     return "\n".join(["Measured with another loop or other weights, and not a result of this model:\n", *lines])

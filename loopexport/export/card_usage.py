@@ -7,7 +7,9 @@ import shlex
 from collections.abc import Mapping
 
 from loopexport.base.families import is_multimodal
+from loopexport.loop.route import cache_slots
 from loopexport.loop.spec import LoopSpec, make_spec
+from loopexport.templates.looped_spec import as_json
 from loopexport.templates.looped_vllm_limits import VLLM_QUANTISED, vllm_context, vllm_flags, vllm_refusal
 
 from .foreign_text import javascript_literal, markdown_code, markdown_text, python_literal
@@ -36,17 +38,16 @@ def on_the_hub(card: str, repo_id: str) -> str:
     return card
 
 
-def text_section(steps: int | list[int], tokenizer: str | None, trained: bool, config: dict) -> str:
+def text_section(spec: LoopSpec, tokenizer: str | None, trained: bool, config: dict) -> str:
     """The section for transformers and text alone, as input of any model.
 
     Args:
-        steps: K.
+        spec: the loop.
         tokenizer: the Python expression to load the tokenizer from; None if the base had none.
         trained: whether the weights were trained since the conversion.
         config: the base's config.
     """
     auto = _sample(config)["auto"] if is_multimodal(config) else "AutoModelForCausalLM"
-    one = "the model without its loop" if trained else "the base model"
     if tokenizer is None:
         names, line = auto, "# The base's directory had no tokenizer: this model takes token ids."
     else:
@@ -58,21 +59,27 @@ from transformers import {names}
 
 {LOCAL_PATH}{line}
 model = {auto}.from_pretrained(path, trust_remote_code=True)
-model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
+{_steps_line(spec, trained)}
 ```
 """
 
 
-def multimodal_section(steps: int | list[int], config: dict, trained: bool) -> str:
+def multimodal_section(spec: LoopSpec, config: dict, trained: bool) -> str:
     """The section for transformers and a model that reads images or sound too.
 
     Args:
-        steps: K.
+        spec: the loop.
         config: the base's config.
         trained: whether the weights were trained since the conversion.
     """
+    return _MULTIMODAL.format(path=LOCAL_PATH, steps=_steps_line(spec, trained), **_sample(config))
+
+
+def _steps_line(spec: LoopSpec, trained: bool) -> str:
+    """The line of an example that changes K."""
     one = "the model without its loop" if trained else "the base model"
-    return _MULTIMODAL.format(path=LOCAL_PATH, steps=steps, one=one, **_sample(config))
+    effect = "change it at any time; 1 is" if spec.path is None else "the path; 1 is"
+    return f"model.config.loop_steps = {as_json(spec.steps)}  # {effect} {one}"
 
 
 def pipeline_tag(config: dict, base_card: Mapping) -> str:
@@ -143,7 +150,7 @@ def _rank(name: str) -> tuple[bool, bool, str]:
 
 def _graphs_table(graphs: Mapping[str, OnnxRecord]) -> str:
     rows = [
-        f"| {markdown_code(name)} | {_steps_text(record.steps)} | {markdown_text(record.dtype or '')}"
+        f"| {markdown_code(name)} | {record.steps_text} | {markdown_text(record.dtype or '')}"
         f"{record.quantised_text} | {markdown_text(record.attention or '')} | {_data_text(record)} |"
         for name, record in sorted(graphs.items())
     ]
@@ -181,14 +188,9 @@ def _javascript_name(name: str) -> tuple[str, str]:
     return (first, last) if last in _JAVASCRIPT_DTYPES else (stem, "")
 
 
-def _steps_text(steps: int | list[int] | None) -> str:
-    """K of a graph, or one for each span."""
-    return " and ".join(map(str, steps)) if isinstance(steps, list) else str(steps)
-
-
 def _transformers_js(name: str, record: OnnxRecord, num_layers: int) -> str:
     spec = make_spec(**(record.spec or {}))
-    num_slots = num_layers + len(spec.extra_slots) - len(spec.skipped(num_layers))
+    num_slots = cache_slots(spec, num_layers)
     slots = f"config.num_hidden_layers = {num_slots};  // number of cache slots\n" if num_slots != num_layers else ""
     data = ", ".join(map(javascript_literal, record.data or ()))
     stem, dtype = _javascript_name(name)
@@ -218,7 +220,7 @@ from transformers import {auto}, AutoProcessor
 
 {path}processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 model = {auto}.from_pretrained(path, trust_remote_code=True)
-model.config.loop_steps = {steps}  # change it at any time; 1 is {one}
+{steps}
 
 question = {{"type": "text", "text": "{question}"}}
 chat = [{{"role": "user", "content": [{item}, question]}}]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,16 @@ from loopexport._keywords import suggest_keywords
 from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.base.download import find_checkpoint
-from loopexport.base.families import layer_types, text_config, vision_layers_added
-from loopexport.choices import DecodeMode, KvPolicy, LayerPath, Mode, RuleName, Span, Weights
-from loopexport.errors import OutputError, SpecError
+from loopexport.choices import DecodeMode, KvPolicy, LayerPath, Mode, RuleName, RysPair, Span, Weights
+from loopexport.errors import OutputError
 from loopexport.files.digests import Progress, bytes_sha256
 from loopexport.files.output import check_output, output_path
 from loopexport.files.staged_directory import staged_directory
-from loopexport.loop.advice import loop_warnings
-from loopexport.loop.auto_span import AUTO, auto_span, why_auto_span
 from loopexport.loop.cost import Cost, loop_cost
-from loopexport.loop.path import with_spans
-from loopexport.loop.presets import find_preset, preset_fields
-from loopexport.loop.spec import LoopSpec, check_first_n, make_spec
-from loopexport.templates.looped_fit import (
-    CROSS_ATTENTION,
-    check_added_features,
-    check_cross_attention,
-    check_depth,
-    check_layer_types,
-)
+from loopexport.loop.spec import LoopSpec
 from loopexport.templates.looped_path import joined_runs
 
+from .base_loop import LoopSource
 from .directory import Export, is_export, open_export
 from .manifest import MANIFEST, FileRecord, Manifest
 from .small_files import base_file_warnings, licence_notice_file, small_files
@@ -144,6 +132,8 @@ def plan_convert(
     frozen_routing: bool | None = None,
     norm_interpolation: bool | None = None,
     path: LayerPath | None = None,
+    rys: RysPair | None = None,
+    from_mergekit: str | Path | None = None,
     preset: str | None = None,
     revision: str | None = None,
     weights: Weights = "auto",
@@ -159,8 +149,8 @@ def plan_convert(
     Args:
         model: a local directory or a Hub id.
         out: the directory to write; None names it after the base, the span and K, in the current directory.
-        span: the layers to loop, half-open, counted from 0: `(12, 20)` or "12:20"; a list for several spans; "auto"
-            for a heuristic.
+        span: the layers to loop, half-open, counted from 0: `(12, 20)` or "12:20"; a list for several spans, each
+            with its own K if it is written as "12:20x3"; "auto" for a heuristic.
         steps: K, the number of steps; 1 is the base model. A list gives one for each span.
         damping: the step size s, in (0, 1]; 1 is naive looping.
         anchor: beta, the weight of the natural pass in the output, in [0, 1].
@@ -175,6 +165,8 @@ def plan_convert(
         frozen_routing: iterations use the experts that the natural pass chose.
         norm_interpolation: rescale each iterate to a norm between |x| and |n|.
         path: instead of a span, the layers that a token visits: "0-14,12-39" or half-open runs, ((0, 15), (12, 40)).
+        rys: instead of a span, RYS's (i, j), which runs layers i to j-1 twice: steps 2, damping 1, kv "per_step".
+        from_mergekit: instead of a span, a mergekit config with passthrough slices of one model.
         preset: the name of a published loop. It gives the fields that are not given here.
         revision: branch, tag or commit of a Hub model.
         weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
@@ -203,11 +195,10 @@ def plan_convert(
         frozen_routing=frozen_routing,
         norm_interpolation=norm_interpolation,
         path=path,
+        rys=rys,
+        from_mergekit=from_mergekit,
     )
-    fields = {**(preset_fields(preset) if preset is not None else {}), **given}
-    is_auto = fields.get("span") in (AUTO, (AUTO,), [AUTO])
-    loop = make_spec(**{**fields, "span": (0, 1)} if is_auto else fields)  # validate before downloading the base
-    check_first_n(loop, is_given="first_n" in fields)
+    source = LoopSource(given, preset)  # validate before downloading the base
     if weights not in METHODS:
         raise OutputError(f"weights method {weights!r} must be one of {', '.join(METHODS)}")
     headers_only = dry_run or weights == WITHOUT
@@ -215,20 +206,13 @@ def plan_convert(
         str(model), revision, headers_only=headers_only, without_adapter=without_adapter, text_only=text_only
     )
     check_method(base, weights)
-    loop = make_spec(**{**fields, "span": auto_span(base)}) if is_auto else loop
-    with _span_explained(preset if span is None else None):
-        check_layers(base, loop)
-    loop = with_spans(loop, base.num_layers)
-    out = output_path(out) if out is not None else _default_out(base, loop)
+    loop = source.on(base, str(model))
+    out = output_path(out) if out is not None else _default_out(base, loop.spec)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export)
-    cost = loop_cost(base, loop)
-    warnings = [
-        *([why_auto_span(base)] if is_auto else []),
-        *loop_warnings(base, loop, find_preset(preset) if preset is not None else None),
-        *base_file_warnings(base),
-    ]
-    files = small_files(base, loop, cost, has_weights=weights != WITHOUT)
-    return ConvertPlan(base, out, loop, cost, weights, overwrite, tuple(warnings), files)
+    cost = loop_cost(base, loop.spec)
+    warnings = (*loop.warnings, *base_file_warnings(base))
+    files = small_files(base, loop.spec, cost, has_weights=weights != WITHOUT)
+    return ConvertPlan(base, out, loop.spec, cost, weights, overwrite, warnings, files)
 
 
 @suggest_keywords
@@ -251,6 +235,8 @@ def convert(
     frozen_routing: bool | None = None,
     norm_interpolation: bool | None = None,
     path: LayerPath | None = None,
+    rys: RysPair | None = None,
+    from_mergekit: str | Path | None = None,
     preset: str | None = None,
     revision: str | None = None,
     weights: Weights = "auto",
@@ -269,8 +255,8 @@ def convert(
     Args:
         model: a local directory or a Hub id.
         out: the directory to write; None names it after the base, the span and K, in the current directory.
-        span: the layers to loop, half-open, counted from 0: `(12, 20)` or "12:20"; a list for several spans; "auto"
-            for a heuristic.
+        span: the layers to loop, half-open, counted from 0: `(12, 20)` or "12:20"; a list for several spans, each
+            with its own K if it is written as "12:20x3"; "auto" for a heuristic.
         steps: K, the number of steps; 1 is the base model. A list gives one for each span.
         damping: the step size s, in (0, 1]; 1 is naive looping.
         anchor: beta, the weight of the natural pass in the output, in [0, 1].
@@ -285,6 +271,8 @@ def convert(
         frozen_routing: iterations use the experts that the natural pass chose.
         norm_interpolation: rescale each iterate to a norm between |x| and |n|.
         path: instead of a span, the layers that a token visits: "0-14,12-39" or half-open runs, ((0, 15), (12, 40)).
+        rys: instead of a span, RYS's (i, j), which runs layers i to j-1 twice: steps 2, damping 1, kv "per_step".
+        from_mergekit: instead of a span, a mergekit config with passthrough slices of one model.
         preset: the name of a published loop. It gives the fields that are not given here.
         revision: branch, tag or commit of a Hub model.
         weights: how to put the weights in place; "auto" is a reflink where the file system can, else a copy; "none"
@@ -315,6 +303,8 @@ def convert(
         frozen_routing=frozen_routing,
         norm_interpolation=norm_interpolation,
         path=path,
+        rys=rys,
+        from_mergekit=from_mergekit,
         preset=preset,
         revision=revision,
         weights=weights,
@@ -334,38 +324,6 @@ def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
     spans = "-".join(f"{start}-{stop}" for start, stop in spec.spans or joined_runs(spec.layers))
     steps = "path" if spec.path else "k" + "-".join(map(str, dict.fromkeys(spec.steps_of_spans)))
     return Path("-".join(filter(None, (name, "looped", spans, steps))))
-
-
-@contextmanager
-def _span_explained(preset: str | None) -> Iterator[None]:
-    """Name the preset in the error if the span that does not fit is the preset's."""
-    try:
-        yield
-    except SpecError as error:
-        if preset is None:
-            raise
-        cell = find_preset(preset)
-        raise SpecError(
-            f"{error}; that is the span of preset {preset}, for {cell.model_type} with {cell.num_layers} layers: "
-            "give one for this model with --span"
-        ) from None
-
-
-def check_layers(base: Checkpoint, loop: LoopSpec) -> None:
-    """Raise SpecError unless the base has the looped layers, and a loop can handle their memory."""
-    try:
-        check_depth(loop, base.num_layers)
-        check_layer_types(loop, layer_types(base.config))
-        check_cross_attention(loop, text_config(base.config).get(CROSS_ATTENTION))
-        check_added_features(loop, vision_layers_added(base.config))
-    except ValueError as error:
-        raise SpecError(str(error)) from None
-    layer = next((layer for layer in loop.layers if layer in base.unloopable_tensors), None)
-    if layer is not None:  # the weights show it where the config does not
-        raise SpecError(
-            f"layer {layer} keeps more of the past than a cache of keys, values and states "
-            f"({base.unloopable_tensors[layer]}), and cannot be run again: choose another span"
-        )
 
 
 def _write(path: Path, content: bytes) -> FileRecord:

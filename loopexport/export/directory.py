@@ -27,7 +27,7 @@ from loopexport.loop.cost import Cost, loop_cost
 from loopexport.loop.spec import LoopSpec
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
 from loopexport.templates.looped_fit import check_depth
-from loopexport.templates.looped_spec import FIELD_PREFIX
+from loopexport.templates.looped_spec import FIELD_PREFIX, FIELDS
 
 from .manifest import MANIFEST, Manifest, read_manifest
 
@@ -100,7 +100,7 @@ class Export:
             raise ExportError(f"{self.root / CONFIG} holds an impossible loop: {error}") from None
 
     def _check_field_names(self) -> None:
-        known = list(self.manifest.spec.to_config_fields())
+        known = [FIELD_PREFIX + name for name in FIELDS]
         for name in self.config:
             if name.startswith(FIELD_PREFIX) and name not in known:
                 near = difflib.get_close_matches(name, known, n=1)

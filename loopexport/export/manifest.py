@@ -79,6 +79,11 @@ class OnnxRecord:
     difference: float | None = None
 
     @property
+    def steps_text(self) -> str:
+        """K of a graph, or one for each span: `3 and 2`."""
+        return " and ".join(map(str, self.steps)) if isinstance(self.steps, list) else str(self.steps)
+
+    @property
     def quantisation(self) -> Quantisation | None:
         """How the weights are quantised; None for plain ones."""
         return read_quantisation(self.quantised)
@@ -221,7 +226,8 @@ def _onnx_record(values: dict) -> OnnxRecord:
         _typed(text, str, type(None))
     _one_of((None, *DTYPES), record.dtype)
     _one_of((None, *get_args(Attention)), record.attention)
-    _typed(record.steps, int, list, type(None))
+    for steps in record.steps if isinstance(record.steps, list) else [record.steps]:
+        _typed(steps, int, type(None))
     _typed(record.difference, float, int, type(None))
     _typed(record.layout, int, type(None))
     read_quantisation(record.quantised)

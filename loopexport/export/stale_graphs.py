@@ -31,12 +31,15 @@ def loop_difference(name: str, made: LoopSpec, now: LoopSpec) -> str:
         now: the loop in the export's `config.json`.
     """
     was, wanted = made.to_config_fields(), now.to_config_fields()
+    fields = {**was, **wanted}
     if steps_in_name(name) == made.steps:
-        del was[f"{FIELD_PREFIX}steps"]
+        del fields[f"{FIELD_PREFIX}steps"]
     if (made.steps, made.rule, made.step_size) == (now.steps, now.rule, now.step_size):
-        del was[f"{FIELD_PREFIX}damping"]  # equal, even if one of them leaves it to the default
-    changed = [field for field in was if was[field] != wanted[field]]
-    return ", ".join(f"{field} {json.dumps(was[field])} -> {json.dumps(wanted[field])}" for field in changed)
+        del fields[f"{FIELD_PREFIX}damping"]  # equal, even if one of them leaves it to the default
+    changed = {field: (was.get(field), wanted.get(field)) for field in fields}
+    return ", ".join(
+        f"{field} {json.dumps(old)} -> {json.dumps(new)}" for field, (old, new) in changed.items() if old != new
+    )
 
 
 def stale_graphs(export: Export) -> str:

@@ -7,7 +7,7 @@ from loopexport.base.families import newest_outcome
 
 from .presets import Preset, misfit, published_cell
 from .spec import SPEC_KEYS, LoopSpec
-from .wording import describe_span
+from .wording import describe_numbers, describe_span
 
 SMALL_MODEL_PARAMS = 3_000_000_000
 
@@ -17,6 +17,7 @@ def loop_warnings(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None
     if spec.is_identity:
         return ["this spec is the base model itself (steps 1 or anchor 1)"]
     return [
+        *_left_out(base, spec),
         *_gain(base, spec, preset),
         *_small_model(base),
         *_cached_decoding(spec),
@@ -24,6 +25,14 @@ def loop_warnings(base: Checkpoint, spec: LoopSpec, preset: Preset | None = None
         *_family(base.model_type),
         *_quantised(base),
     ]
+
+
+def _left_out(base: Checkpoint, spec: LoopSpec) -> list[str]:
+    skipped = spec.skipped(base.num_layers)
+    if not skipped:
+        return []
+    ends = ", so it ends before the last layer" if skipped[-1] == base.num_layers - 1 else ""
+    return [f"the path leaves out {describe_numbers(skipped)}{ends}"]
 
 
 def _gain(base: Checkpoint, spec: LoopSpec, preset: Preset | None) -> list[str]:
@@ -58,7 +67,7 @@ def _cached_decoding(spec: LoopSpec) -> list[str]:
 def _routing(base: Checkpoint, spec: LoopSpec) -> list[str]:
     if not base.is_sparse and spec.frozen_routing:
         return ["frozen routing changes nothing here: the base has no experts"]
-    if not base.is_sparse or spec.frozen_routing:
+    if not base.is_sparse or spec.frozen_routing or spec.path is not None:
         return []
     return [
         "sparse experts without frozen routing: the authors saw 28-37 % of tokens change experts after one iteration; "

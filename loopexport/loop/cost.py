@@ -102,7 +102,7 @@ def loop_cost(base: Checkpoint, spec: LoopSpec) -> Cost:
     The natural pass is one of the evaluations of the span and writes the cache, so the cache costs no extra pass.
     """
     runs = dict(enumerate(spec.layer_runs(base.num_layers)))
-    slots = runs if spec.extra_slots else dict.fromkeys(spec.skipped(base.num_layers), 0)
+    slots = runs if spec.kv == "per_step" else dict.fromkeys(spec.skipped(base.num_layers), 0)
     params, nbytes = _weights_read(base, runs)
     base_params, base_nbytes = _weights_read(base, {})
     return Cost(

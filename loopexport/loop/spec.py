@@ -28,6 +28,11 @@ __all__ = [
 ]
 
 SPEC_KEYS = tuple(field.name for field in fields(LoopSpec))
+# Which layers loop: one of these says it. The last two are no fields of a spec, but written as other tools do.
+PLACES = ("span", "path", "rys", "from_mergekit")
+FILE_KEYS = (*SPEC_KEYS, *PLACES[2:], "preset")
+
+_WITH_STEPS = re.compile(r"(.*\d)\s*x\s*(\d{1,9})")
 
 
 def parse_steps(text: str) -> tuple[tuple[int, int], int | None]:
@@ -36,7 +41,7 @@ def parse_steps(text: str) -> tuple[tuple[int, int], int | None]:
     Raises:
         SpecError: it is written in another way.
     """
-    with_steps = re.fullmatch(r"(.*\d)\s*x\s*(\d{1,9})", text.strip())
+    with_steps = _WITH_STEPS.fullmatch(text.strip())
     if with_steps is None:
         return parse_span(text), None
     return parse_span(with_steps[1]), int(with_steps[2])
@@ -70,10 +75,10 @@ def make_spec(**values) -> LoopSpec:
         SpecError: a key is unknown or missing, or a value is not allowed.
     """
     _check_keys(values)
-    values |= _span_fields(values) if values.get("path") is None else _path_fields(values)
     missing = missing_field(values)
     if missing:
         raise SpecError(missing)
+    values |= _span_fields(values) if values.get("path") is None else _path_fields(values)
     if isinstance(values.get("schedule"), str):
         values["schedule"] = _parse_numbers(values["schedule"])
     try:
@@ -84,9 +89,11 @@ def make_spec(**values) -> LoopSpec:
 
 def missing_field(values: dict) -> str | None:
     """Which field without a default is missing, and how to give it, in one line; None if both are there."""
-    wanted = (("span", "12:20"), ("steps", "4")) if values.get("path") is None else ()
-    for key, example in wanted:
-        if values.get(key) is None:
+    if any(values.get(place) is not None for place in PLACES if place != "span"):
+        return None
+    has_steps = values.get("steps") is not None or has_own_steps(values.get("span"))
+    for key, example, is_there in (("span", "12:20", values.get("span") is not None), ("steps", "4", has_steps)):
+        if not is_there:
             return f"the loop spec has no {key}; give one, such as --{key} {example} (in Python {key}=...), or a preset"
     return None
 
@@ -110,8 +117,8 @@ def _check_keys(values: dict, known: tuple[str, ...] = SPEC_KEYS) -> None:
 def _span_fields(values: dict) -> dict:
     """The span and the steps of a spec, with strings parsed."""
     span, steps = values.get("span"), values.get("steps")
-    given = [span] if isinstance(span, str) else span
-    if not isinstance(given, (list, tuple)) or not any(isinstance(each, str) for each in given):
+    given = _spans_in(span)
+    if not any(isinstance(each, str) for each in given):
         return {"span": span, "steps": steps}
     parsed = [parse_steps(each) if isinstance(each, str) else (each, None) for each in given]
     own = [count for _, count in parsed if count is not None]
@@ -122,12 +129,23 @@ def _span_fields(values: dict) -> dict:
     return {"span": [bounds for bounds, _ in parsed], "steps": own or steps}
 
 
+def has_own_steps(span) -> bool:
+    """Whether a span, or one of several, has its own number of steps, as in "8:12x2"."""
+    return any(isinstance(each, str) and _WITH_STEPS.fullmatch(each.strip()) for each in _spans_in(span))
+
+
+def _spans_in(span) -> list | tuple:
+    """A span as users give it, or several, as a list."""
+    return span if isinstance(span, (list, tuple)) else [span]
+
+
 def _path_fields(values: dict) -> dict:
-    """The fields of a spec that has a path: of equal spans if there are any."""
+    """The fields of a spec that has a path, with its defaults: layers run again as in a model that repeats them."""
     if values.get("span") is not None:
         raise SpecError("the loop has a span and a path; give one of them")
-    path = parse_path(values["path"]) if isinstance(values["path"], str) else values["path"]
-    return {"span": None, "path": path, "steps": values.get("steps") or 2, "kv": values.get("kv") or "per_step"}
+    defaults = {"steps": 2, "kv": "per_step"}
+    missing = {name: value for name, value in defaults.items() if values.get(name) is None}
+    return {"span": None, "path": parse_path(values["path"]), **missing}
 
 
 def _parse_numbers(text: str) -> list[float]:
@@ -138,7 +156,7 @@ def _parse_numbers(text: str) -> list[float]:
 
 
 def read_spec_file(path: Path) -> dict:
-    """Read a YAML spec file; its keys are the fields of `LoopSpec`, and `preset`.
+    """Read a YAML spec file; its keys are the fields of `LoopSpec`, `rys`, `from_mergekit` and `preset`.
 
     Raises:
         SpecError: the file cannot be read, is not a mapping, or has an unknown key.
@@ -153,5 +171,5 @@ def read_spec_file(path: Path) -> dict:
         raise SpecError(f"spec file {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise SpecError(f"spec file {path} is not a mapping; write lines such as `span: 12:20` and `steps: 4`")
-    _check_keys(values, (*SPEC_KEYS, "preset"))
+    _check_keys(values, FILE_KEYS)
     return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from loopexport.templates.looped_path import joined_runs
@@ -13,18 +13,33 @@ from .spec import RULES, LoopSpec
 def describe_span(spec: LoopSpec) -> str:
     """The spans in the users' spelling: `12:20`, or `4:8x2 and 12:20x3`; of a path, `0:15,12:40`."""
     if spec.path is not None:
-        return ",".join(f"{start}:{stop}" for start, stop in spec.path)
+        return describe_path(spec.path)
     steps = [f"x{each}" if isinstance(spec.steps, tuple) else "" for each in spec.steps_of_spans]
     return " and ".join(f"{start}:{stop}{times}" for (start, stop), times in zip(spec.spans, steps, strict=True))
 
 
+def describe_loop(spec: LoopSpec) -> str:
+    """Which layers loop, and K: `span 12:20, K 3`, or `path 0:15,12:40`."""
+    if spec.path is not None:
+        return f"path {describe_span(spec)}{', K 1' if spec.is_identity else ''}"
+    return f"span {describe_span(spec)}, K {describe_steps(spec)}"
+
+
+def describe_path(path: Iterable[tuple[int, int]]) -> str:
+    """A path in the spelling for `--path` without the last layer of each run: `0:15,12:40`."""
+    return ",".join(f"{start}:{stop}" for start, stop in path)
+
+
 def describe_layers(spec: LoopSpec) -> str:
     """The looped layers by number: `layers 12 to 19`."""
-    if not spec.layers:
+    return f"layers {describe_runs(spec.spans)}" if len(spec.spans) > 1 else describe_numbers(spec.layers)
+
+
+def describe_numbers(layers: Sequence[int]) -> str:
+    """Layers by number: `layer 12`, `layers 12 to 19 and 21`, or `no layers`."""
+    if not layers:
         return "no layers"
-    if len(spec.layers) == 1:
-        return f"layer {spec.layers[0]}"
-    return f"layers {describe_runs(spec.spans or joined_runs(spec.layers))}"
+    return f"{'layer' if len(layers) == 1 else 'layers'} {describe_runs(joined_runs(layers))}"
 
 
 def describe_runs(runs: Iterable[tuple[int, int]]) -> str:
@@ -35,8 +50,26 @@ def describe_runs(runs: Iterable[tuple[int, int]]) -> str:
 def describe_skipped(spec: LoopSpec, num_layers: int) -> str:
     """The layers that a path leaves out: `, without layers 7 to 8`, or nothing."""
     skipped = spec.skipped(num_layers)
-    what = "layer" if len(skipped) == 1 else "layers"
-    return f", without {what} {describe_runs(joined_runs(skipped))}" if skipped else ""
+    return f", without {describe_numbers(skipped)}" if skipped else ""
+
+
+def describe_applied(spec: LoopSpec, num_layers: int, verb: str = "") -> str:
+    """What loops, as part of a sentence: `layers 12 to 19 of its 40 layers applied 3 times`.
+
+    Args:
+        num_layers: the model's number of layers.
+        verb: between the layers and what happens to them, such as ` are`.
+    """
+    of_all = f" of its {num_layers} layers{verb}"
+    if spec.path is None:
+        in_order = ", respectively" if isinstance(spec.steps, tuple) else ""
+        return f"{describe_layers(spec)}{of_all} applied {describe_steps(spec)} times{in_order}"
+    skipped = spec.skipped(num_layers)
+    left_out = f"{describe_numbers(skipped)}{{}} left out"
+    if not spec.layers:
+        return left_out.format(of_all)
+    again = f"{describe_layers(spec)}{of_all} applied more than once"
+    return f"{again}, and {left_out.format('')}" if skipped else again
 
 
 def describe_steps(spec: LoopSpec) -> str:

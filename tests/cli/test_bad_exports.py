@@ -58,6 +58,7 @@ def test_manifest_that_reaches_outside_is_refused(export, tmp_path, group, name)
     "changes",
     [
         {"loopexport": 7},
+        {"onnx": {"model.onnx": {"size": 1, "steps": [2, "[x](https://evil)"]}}},
         {"base": {"name": 7}},
         {"base": {"name": "x", "revision": 7}},
         {"spec": {"span": [4, 1], "steps": 3}},
@@ -101,6 +102,14 @@ def test_files_that_the_manifest_does_not_know_are_no_part_of_an_intact_export(e
     [
         ({"loop_span": [0, 10**12]}, "ends outside the model"),
         ({"loop_steps": 10**400}, "to 2147483647"),
+        ({"loop_steps": [2, 3]}, "2 numbers of steps for 1 spans"),
+        ({"loop_span": None}, "neither a span nor a path"),
+        ({"loop_path": [[0, 6]]}, "a span and a path"),
+        (
+            {"loop_span": None, "loop_path": [[0, 9]], "loop_steps": 2},
+            "the path visits layer 8, and the model has layers 0 to 5",
+        ),
+        ({"loop_span": None, "loop_path": [[0, 3], [2, 6]], "loop_steps": 4}, "so steps is 2, or 1"),
         ({"num_hidden_layers": "six"}, "is not a number of layers"),
         ({"model_type": 7}, "model_type 7"),
     ],

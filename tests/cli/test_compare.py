@@ -60,6 +60,29 @@ def test_a_dry_run_loads_no_model(base, items, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_loops_of_other_tools_are_compared(base, items, tmp_path):
+    asked = ("--items", items, "--dry-run", *COMPUTE)
+    (tmp_path / "loop.yml").write_text("preset: kimi-vl-a3b-truncation\nspan: 1:3\n")
+    for options, line in {
+        (
+            "--rys",
+            "1,4",
+        ): "Loop     span 1:4 (layers 1 to 3), K = 2, mode block, kv per_step, anchor 0, rule euler, s = 1",
+        ("--path", "0-3,2-3,1-5"): "Loop     path 0:4,2:4,1:6 (layers 1 to 3 more than once), kv per_step",
+        ("--span", "0:2x3", "--span", "3:5x2"): "Loop     span 0:2x3 and 3:5x2 (layers 0 to 1 and 3 to 4), K = 3 and 2",
+        ("--spec", str(tmp_path / "loop.yml")): "Loop     span 1:3 (layers 1 to 2), K = 6, mode layer, kv reference",
+    }.items():
+        result = run("compare", base, *options, *asked)
+        assert result.exit_code == 0, result.stderr
+        assert line in result.stdout
+
+
+def test_path_is_compared_with_its_base(base, items):
+    result = run("compare", base, "--path", "0-3,2-3,1-2,5", "--items", items, "--json", *COMPUTE)
+    assert result.exit_code == 0, result.stderr
+    assert len(json.loads(result.stdout)["comparisons"]) == 1
+
+
 def test_save_puts_the_result_into_export_and_card(export, items):
     result = run("compare", export, "--items", items, "--save", *COMPUTE)
     assert result.exit_code == 0, result.stderr

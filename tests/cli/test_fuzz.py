@@ -29,6 +29,7 @@ from support.fuzz_inputs import (
     INDEX,
     INDEX_VALUES,
     JUNK,
+    MERGEKIT_BYTES,
     OPTIONS,
     PLAUSIBLE_SPECS,
     SHARDS,
@@ -137,9 +138,19 @@ def test_any_spec_file_is_refused_clearly_or_exported_whole(scene):
     explore(YAML_BYTES, check)
 
 
+def test_any_mergekit_config_is_refused_clearly_or_exported_whole(scene):
+    def check(text):
+        place = scene.copy(scene.base, {})
+        (place / "merge.yml").write_bytes(text)
+        assert_sound_convert(place, "--from-mergekit", place / "merge.yml")
+        shutil.rmtree(place)
+
+    explore(MERGEKIT_BYTES, check)
+
+
 def test_any_keywords_raise_only_our_errors(scene):
     values = JUNK | st.binary(max_size=2) | st.tuples(JUNK, JUNK) | st.sets(st.integers(), max_size=2)
-    keywords = st.dictionaries(st.sampled_from(SPEC_KEYS), values, max_size=3)
+    keywords = st.dictionaries(st.sampled_from([*SPEC_KEYS, "rys", "from_mergekit"]), values, max_size=3)
     number = count()
 
     def check(keywords):
@@ -191,7 +202,7 @@ def test_any_words_on_the_command_line_are_refused_clearly_or_work(scene, monkey
     place = scene.copy(scene.base, {})
     (place / "here").mkdir()
     monkeypatch.chdir(place / "here")
-    commands = ["convert", "inspect", "verify", "restore", "rules", "--help"]
+    commands = ["convert", "path", "inspect", "verify", "restore", "rules", "--help"]
     words = SPEC_TEXTS | st.sampled_from(
         ["../base", "out", "~nobody-here/x", "~", ".", "..", "/", "x" * 300, "x/" * 3000, "org/model", "../base/x",
          "--json", "--dry-run", "--files-only", "--full", *SPEC]

@@ -17,11 +17,11 @@ import loopexport
 from loopexport import choices
 from loopexport.cli import main
 from loopexport.loop.presets import PRESETS
-from loopexport.loop.spec import DECODE_MODES, KV_POLICIES, MODES, RULES, SPEC_KEYS
+from loopexport.loop.spec import DECODE_MODES, KV_POLICIES, MODES, PLACES, RULES, SPEC_KEYS
 from support.commands import run
 
-ORDER = ["convert", "compare", "scan", "inspect", "verify", "onnx", "run", "push", "adopt", "upgrade", "restore"]
-ORDER += ["presets", "rules", "families"]
+ORDER = ["convert", "compare", "scan", "path", "inspect", "verify", "onnx", "run", "push", "adopt", "upgrade"]
+ORDER += ["restore", "presets", "rules", "families"]
 
 CHOICES = {
     ("convert", "mode"): MODES,
@@ -79,7 +79,7 @@ def test_options_of_convert_stand_under_headings():
     headings = [line for line in text.splitlines() if re.fullmatch(r"[A-Z][\w ]+:", line)]
     assert headings == ["The loop:", "The files:", "The Hub:", "Output:"]
     loop = text.partition("The loop:")[2].partition("The files:")[0]
-    for name in SPEC_KEYS:
+    for name in (*SPEC_KEYS, *PLACES):
         assert f"  --{name.replace('_', '-')} " in loop
     assert "--json" in text.partition("Output:")[2]
 

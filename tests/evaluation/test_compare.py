@@ -30,6 +30,15 @@ def items(tmp_path_factory):
     return write_items(tmp_path_factory.mktemp("items") / "mine.jsonl", 30)
 
 
+@pytest.mark.parametrize("kv", ["shared", "per_step"])
+def test_loop_that_is_given_as_a_spec_stays_as_it_is(base, items, kv):
+    for loop in (
+        LoopSpec(span=None, steps=2, path=((0, 4), (2, 4), (1, 6)), kv=kv),
+        LoopSpec(span=((0, 2), (3, 5)), steps=(3, 2), kv=kv),
+    ):
+        assert plan_compare(base, loop, items=items, **CPU).subject.spec == loop
+
+
 def harness_answers(directory, items, **config):
     """The items as lm-evaluation-harness logs them for a directory, without a `Panel`."""
     from lm_eval.evaluator import evaluate
@@ -46,8 +55,17 @@ def harness_answers(directory, items, **config):
     return evaluate(lm=lm, task_dict=tasks, bootstrap_iters=0)["samples"][items.stem]
 
 
-def test_scores_are_those_of_two_separate_runs(base, items, tmp_path):
-    export = convert(base, tmp_path / "export", span=DEEP.span, steps=DEEP.steps, damping=DEEP.damping)
+@pytest.mark.parametrize(
+    "loop",
+    [
+        {"span": DEEP.span, "steps": DEEP.steps, "damping": DEEP.damping},
+        {"span": ["1:2x3", "3:5x2"], "damping": 1.0},
+        {"path": "0-3,2-3,1-2,5"},
+    ],
+    ids=str,
+)
+def test_scores_are_those_of_two_separate_runs(base, items, tmp_path, loop):
+    export = convert(base, tmp_path / "export", **loop)
     result = plan_compare(export.root, items=items, **CPU).run()
     for arm, directory in (("base", base), ("loop", export.root)):
         samples = {sample["doc_id"]: sample for sample in harness_answers(directory, items)}

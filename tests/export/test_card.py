@@ -73,6 +73,8 @@ CARDS = {
         )
     ),
     "multimodal": lambda: card(LLAVA, origin=Origin("org/Llava", SHA), config=MULTIMODAL),
+    "steps_by_span": lambda: card(spec={"span": ["2:4x2", "6:10x3"], "steps": None}),
+    "path": lambda: card(spec={"span": None, "steps": None, "path": "0-9,6-9,8-10,13-15"}),
     "onnx_latents": lambda: card(onnx=PER_STEP, spec={"kv": "per_step"}),
 }
 

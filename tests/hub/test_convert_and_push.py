@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+
+import yaml
 
 from support.commands import SPEC, tree
 from support.hub_requests import STRANGER_TOKEN
@@ -21,6 +24,7 @@ from support.push import (
     weights,
 )
 from support.tiny import save_tiny
+from support.unrolled import slices
 
 
 def test_convert_with_push_publishes_what_it_wrote(hub, tmp_path):
@@ -35,6 +39,20 @@ def test_convert_with_push_publishes_what_it_wrote(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"Wrote {tmp_path / 'out'}\n" in done.stdout
     assert f"Pushed to {hub.url}/{REPO} as commit {repository.refs['main']}" in done.stdout
+
+
+def test_slices_of_mergekit_are_published_as_a_path(hub, tmp_path):
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(slices(BASE, [(0, 4), (2, 4), (1, 3), (5, 6)])))
+    values = pushed(
+        loopexport_command(
+            hub, tmp_path / "home", "convert", BASE, tmp_path / "out", "--from-mergekit", tmp_path / "merge.yml",
+            "--push", REPO, "--json",
+        )
+    )  # fmt: skip
+    assert not any("slices of" in warning for warning in values["warnings"])
+    card = hub.repositories[REPO].files()["README.md"].decode()
+    assert "layers 1 to 3 of its 6 layers applied more than once, and layer 4 left out" in card
+    assert json.loads(hub.repositories[REPO].files()["config.json"])["loop_path"] == [[0, 4], [2, 4], [1, 3], [5, 6]]
 
 
 @copies

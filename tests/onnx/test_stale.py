@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import loopexport
-from loopexport.export.stale_graphs import refuse_stale
+from loopexport.export.stale_graphs import loop_difference, refuse_stale
+from loopexport.loop.spec import make_spec
 from loopexport.onnx import OnnxModel
 from support.commands import checks, run
 from support.damage import edit_config
@@ -22,6 +23,17 @@ def test_graph_of_a_loop_that_was_edited_since_is_not_run(export):
     edit_config(export, loop_span=[0, 2])
     with pytest.raises(loopexport.LoopExportError, match=r"another loop \(loop_span \[1, 4\] -> \[0, 2\]\)"):
         OnnxModel(export, "model_k2.onnx")
+
+
+def test_a_path_that_was_edited_since_is_told():
+    path, other = make_spec(path="0-3,2-4"), make_spec(path="0-3,1-4")
+    span = make_spec(span="1:4x3", kv="per_step")
+    assert loop_difference("model.onnx", path, path) == ""
+    assert loop_difference("model.onnx", path, other) == "loop_path [[0, 4], [2, 5]] -> [[0, 4], [1, 5]]"
+    assert "loop_path [[0, 4], [2, 5]] -> null" in loop_difference("model.onnx", path, span)
+    assert "loop_path null -> [[0, 4], [2, 5]]" in loop_difference("model.onnx", span, path)
+    several = make_spec(span=["0:2x3", "3:5x2"])
+    assert loop_difference("model.onnx", several, make_spec(span=["0:2", "3:5"], steps=3)) == ("loop_steps [3, 2] -> 3")
 
 
 def test_the_command_that_is_named_makes_a_stale_graph_anew(export):

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import strategies as st
 
 from loopexport.base.safetensors_header import DTYPE_BITS
-from loopexport.loop.spec import RULES, SPEC_KEYS
+from loopexport.loop.spec import FILE_KEYS, RULES, SPEC_KEYS
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -120,6 +120,9 @@ SPEC_TEXTS = st.one_of(
     st.sampled_from(
         ["1:4", "0:6", "4:9", "2:2", "5:1", "-1:3", "1-3", "0:1", "1:4:5", "\u0661:\u0663", "1", "2", "3", "8", "1e9",
          "9" * 400,
+         "1:3x2", "1:3x0", "1:3x", "4:6 x 3", "0-3,1-5", "0..3,2..5", "0:4,1:6", "0,1,1,2,3,4,5", "layers:0,1,2",
+         "0-3,2-3,1-5", "2147483647", "0-4", "0-9,2-9", "0-99999999", "3-1", "1,4", "(1, 4)", "4,1", "0,0", "/",
+         "/dev/null", "..",
          f"{'9' * 5000}:{'9' * 5001}", "0.5", "1", "1e-400", "1e400", "nan", "block", "layer", "shared", "per_step",
          "reference", "full", "bypass", "first_n", "0.5,0.25", "0.2,0.3,0.5", ",", "0.5,x", *RULES]
     ),
@@ -131,7 +134,7 @@ SPEC_TEXTS = st.one_of(
 OPTIONS = st.lists(
     st.one_of(
         st.tuples(
-            st.sampled_from([f"--{key.replace('_', '-')}" for key in SPEC_KEYS] + ["--revision", "--weights"]),
+            st.sampled_from([f"--{key.replace('_', '-')}" for key in FILE_KEYS] + ["--revision", "--weights"]),
             SPEC_TEXTS,
         ),
         st.sampled_from([("--frozen-routing",), ("--norm-interpolation",), ("--json",), ("--overwrite",)]),
@@ -139,14 +142,16 @@ OPTIONS = st.lists(
     max_size=5,
 ).map(lambda options: [part for option in options for part in option])
 YAML_SNIPPETS = st.sampled_from(
-    ["1:4", "0:6", "740", "5", "1:75", "[1, 4]", "[[0, 1], [2, 4]]", "[0:1, 2:4]", "&a [*a]", "&a [x, *a]", "*a", "3",
+    ["1:4", "0:6", "740", "5", "1:75", "0-3,1-5", "[0-3, [1, 6]]", "[0, 1, 1, 2]", "&a [*a, *a]", "1,4",
+     "[1, 4]", "[[0, 1], [2, 4]]", "[0:1, 2:4]", "&a [*a]", "&a [x, *a]", "*a", "3",
      "&a {b: *a}", "2024-01-01", "2024-99-99", "!!timestamp x", "!!int x", "!!int ''", "!!bool maybe", "!!float x",
      "!!binary '?'", "!!set {a, b}", "!!python/object:os.system {}", "!x y", "0x" + "f" * 9999, "1" + "0" * 6000,
      ".inf", ".nan", "1e-3", "0.5", "yes", "~", "''", '"\\ud800"', '"\\U00110000"', '"\\UFFFFFFFF"', "[" * 2000,
      "{a: " * 2000, "? [a]\n: b", "@", "`", "%", "|\n  x", "shared", "per_step", "euler", "ema", "- 1\n- 2", "<<: 1"]
 )  # fmt: skip
 YAML_KEYS = st.sampled_from(
-    [*SPEC_KEYS, "span", "steps", "span", "steps", "model", "out", "revision", "weights", "overwrite", "dry_run",
+    [*FILE_KEYS, "span", "steps", "span", "steps", "path", "rys", "model", "out", "revision", "weights", "overwrite",
+     "dry_run",
      "self", "1", "null", "true", "2024-01-01", "<<", "? [a, b]\n", "&a", "[x]", "", "é"]
 )  # fmt: skip
 YAML_LINES = st.lists(st.tuples(YAML_KEYS, YAML_SNIPPETS | TEXTS), max_size=5).map(
@@ -155,6 +160,9 @@ YAML_LINES = st.lists(st.tuples(YAML_KEYS, YAML_SNIPPETS | TEXTS), max_size=5).m
 PLAUSIBLE_SPECS = st.fixed_dictionaries(
     {"span": st.sampled_from(["1:4", [1, 4], [[0, 1], [2, 4]], (1, 4), ["0:1", "2:4"]]), "steps": st.integers(1, 9)},
     optional={key: JUNK for key in SPEC_KEYS if key not in ("span", "steps")},
+) | st.fixed_dictionaries(
+    {"path": st.lists(st.tuples(st.integers(-1, 6), st.integers(0, 7)) | st.integers(0, 6), max_size=4)},
+    optional={"kv": st.sampled_from(["shared", "per_step", "reference"]), "steps": st.integers(0, 3), "rys": JUNK},
 )
 YAML_BYTES = st.one_of(
     YAML_LINES.map(lambda text: text.encode("utf-8", "surrogatepass")),
@@ -162,7 +170,25 @@ YAML_BYTES = st.one_of(
     st.dictionaries(st.sampled_from(SPEC_KEYS) | SCALARS, JUNK, max_size=4).map(lambda it: yaml.dump(it).encode()),
     PLAUSIBLE_SPECS.map(lambda it: yaml.dump(it).encode()),
     damaged("span: 1:4\nsteps: 3\ndamping: 0.5\n"),
+    damaged("path: 0-3,1-2,1-5\nkv: shared\n"),
     st.binary(max_size=30),
+)
+# mergekit configs of a model with six layers; most are passthrough slices with changes.
+_RANGES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 7, -1]) | JUNK, min_size=2, max_size=2) | JUNK
+_SOURCE = {"model": "org/m", "layer_range": [0, 4]}
+_SOURCES = mutated(_SOURCE, st.sampled_from(["model", "layer_range", "parameters"]) | TEXTS, _RANGES | TEXTS)
+_SLICES = st.lists(
+    st.fixed_dictionaries({"sources": st.lists(st.just(_SOURCE) | _SOURCES, min_size=1, max_size=2) | JUNK}), max_size=3
+)
+_MERGE_KEYS = st.sampled_from(
+    ["slices", "models", "modules", "merge_method", "base_model", "dtype", "parameters", "tokenizer_source"]
+)
+MERGEKIT_BYTES = st.one_of(
+    _SLICES.map(lambda slices: {"slices": slices, "merge_method": "passthrough"})
+    .flatmap(lambda config: st.just(config) | mutated(config, _MERGE_KEYS | TEXTS, JUNK | TEXTS))
+    .map(lambda config: yaml.dump(config).encode()),
+    damaged(yaml.dump({"slices": [{"sources": [_SOURCE]}], "merge_method": "passthrough"})),
+    YAML_BYTES,
 )
 TOKENIZER_CONFIG = {"auto_map": {"AutoTokenizer": ["foreign.Tokenizer", None]}, "model_max_length": 1e30, "eos": "</s>"}
 FRONT_MATTER = st.one_of(YAML_LINES, st.tuples(YAML_KEYS, YAML_SNIPPETS).map(lambda it: f"license: {it[1]}\n")).map(

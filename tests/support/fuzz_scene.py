@@ -101,7 +101,7 @@ def assert_true_export(base: Path, out: Path) -> None:
     """Assert that an export has the base's config with our fields, its files byte for byte, and a correct manifest."""
     theirs, ours = (json.loads((root / "config.json").read_bytes()) for root in (base, out))
     assert ours["model_type"] == f"looped_{theirs['model_type']}"
-    assert set(ours) == set(theirs) | OURS
+    assert set(ours) - {"loop_path"} == set(theirs) | (OURS - {"loop_path"})
     for key in set(theirs) - OURS:
         assert json.dumps(theirs[key]) == json.dumps(ours[key]), key
     for path in out.glob("*.safetensors"):

@@ -13,6 +13,7 @@ from .convert import convert
 from .families import families
 from .inspect import inspect
 from .onnx import onnx
+from .path import path
 from .presets import presets
 from .push import push
 from .restore import restore
@@ -46,6 +47,7 @@ for command in (
     convert,
     compare,
     scan,
+    path,
     inspect,
     verify,
     onnx,
