@@ -143,7 +143,7 @@ class DecoderLoop:
             return
         check_paged(cache, spec)
         check_filled_by(cache, spec)
-        if spec.extra_slots:
+        if spec.has_extra_slots:
             add_slots(cache, spec, self.num_layers(layers))
         if spec.is_identity:
             mark_filled(cache, spec)

@@ -255,6 +255,11 @@ class LoopSpec:
         return self.steps == 1 or self.anchor == 1
 
     @property
+    def has_extra_slots(self) -> bool:
+        """Whether iterations have cache slots of their own."""
+        return self.kv == "per_step" and any(body.evaluations > 1 for body in self.bodies)
+
+    @property
     def extra_slots(self) -> tuple[tuple[int, int], ...]:
         """With `per_step`, the layer and the iteration of each cache slot beyond one per layer, in order."""
         return extra_slots_of(self.bodies) if self.kv == "per_step" else ()

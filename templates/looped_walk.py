@@ -53,7 +53,8 @@ class Walk:
         self.bodies = {body.after: body for body in bodies_within(spec, num_layers)}
         self.runs = runs_of(self.bodies.values())
         self.skipped = spec.skipped(num_layers)
-        self.slots = {pair: number for number, pair in enumerate(extra_slots_of(self.bodies.values()))}
+        slots = extra_slots_of(self.bodies.values()) if spec.kv == "per_step" else ()
+        self.slots = {pair: number for number, pair in enumerate(slots)}
         self.calls: dict[int, LayerCall] = {}
         self.output: Any = None
         self.handed_on: list = []

@@ -105,7 +105,7 @@ class LoopedGenerationMixin:
         answer = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         spec = LoopSpec.from_config(self.config)
         cache = next((model_kwargs[name] for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
-        if cache is not None and spec.extra_slots:
+        if cache is not None and spec.has_extra_slots:
             add_slots(self_attention(cache), spec, self.config.get_text_config(decoder=True).num_hidden_layers)
         return answer
 

@@ -44,8 +44,9 @@ def check_other_graphs(plan: OnnxPlan) -> None:
     if not others:
         return
     steps = [steps_in_name(name) or export.spec.steps for name in others]
-    if [plan.graph_name(each) for each in steps] == others:
-        wanted = sorted({*steps, *(spec.steps for spec in plan.specs)})
+    numbers = {each for each in (*steps, *(spec.steps for spec in plan.specs)) if isinstance(each, int)}
+    if [plan.graph_name(each) for each in steps] == others and numbers.issuperset(steps):
+        wanted = sorted(numbers)
         remedy = f"write it again too: --steps {','.join(map(str, wanted))}"
     else:
         record = export.manifest.onnx.get(others[0])

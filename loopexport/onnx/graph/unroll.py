@@ -39,8 +39,8 @@ def unroll(traced: Traced, spec: LoopSpec) -> ir.Model:
     """
     check_spec(spec)
     skipped = spec.skipped(traced.num_layers)
-    if (spec.extra_slots or skipped) and traced.num_slots != traced.num_layers:
-        what = "kv per_step" if spec.extra_slots else "a path that leaves out layers"
+    if (spec.has_extra_slots or skipped) and traced.num_slots != traced.num_layers:
+        what = "kv per_step" if spec.has_extra_slots else "a path that leaves out layers"
         raise OnnxError(
             f"{what} cannot be exported to ONNX where layers reuse the keys of other layers; use kv shared and spans"
         )
