@@ -16,6 +16,7 @@ from loopexport.onnx.trace.marks import MARKS, RUN_LAYER
 from loopexport.onnx.trace.simplify import optimise
 from loopexport.onnx.trace.tracer import BATCH, SEQUENCE
 from loopexport.onnx.trace.translate import translate
+from loopexport.templates.looped_body import Body
 from loopexport.templates.looped_rules import run_loop
 
 
@@ -57,11 +58,13 @@ class _Loop(nn.Module):
 
 
 class _TracedBody:
-    """g as one node for each layer; `run_loop` calls it like `looped_walk.Body`.
+    """g as one node for each layer; `run_loop` calls it like `looped_body.Body`.
 
     Args:
         natural_outputs: the output of each layer in the natural pass.
     """
+
+    norm, rescale, placed = staticmethod(Body.norm), staticmethod(Body.rescale), Body.placed
 
     def __init__(self, natural_outputs: list[torch.Tensor]):
         self.natural_outputs = natural_outputs
