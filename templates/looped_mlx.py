@@ -234,7 +234,7 @@ class NaturalPass:
 
 
 class SharedRead:
-    """Stands for the cache in an iteration under `shared`: stores nothing, and answers with the natural keys and values.
+    """Stands for the cache in an iteration under `shared`: stores nothing, answers with the natural keys and values.
 
     Attributes:
         offset: that of the natural pass, before and after it stored its keys and values.
@@ -296,7 +296,7 @@ class Body:
         return (hidden.astype(mx.float32) * (norm / Body.norm(hidden))).astype(hidden.dtype)
 
 
-def twin(module: Any, changes: dict, twin_class: type | None = None) -> Any:
+def twin(module: Any, changes: dict, twin_class: Any = None) -> Any:
     """A copy of a module that shares everything but `changes`, by name, and may be of another class."""
     twin_class = twin_class or type(module)
     copy: Any = twin_class.__new__(twin_class)

@@ -100,12 +100,14 @@ class LoopedDecoder:
     native: type
     loop: Loop
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self: Any, *args, **kwargs):
         loop = self.loop
         cache = loop.cache.value_in(args, kwargs)
         walk = Walk(loop, cache)
         args, kwargs = loop.cache.put(walk.natural_slots, args, kwargs)
-        output = self.native.__call__(twin(self, {loop.layers: walk.visits(self[loop.layers])}, self.native), *args, **kwargs)
+        output = self.native.__call__(
+            twin(self, {loop.layers: walk.visits(self[loop.layers])}, self.native), *args, **kwargs
+        )
         walk.check_complete()
         return output
 
@@ -134,7 +136,11 @@ def _native_slots(native: type, model) -> list:
 def _native_config(config: dict) -> dict:
     """The config of the base, as far as mlx-lm reads it."""
     architectures = [name.removeprefix(CLASS_PREFIX) for name in config.get("architectures") or ()]
-    return {**config, "model_type": config["model_type"].removeprefix(MODEL_TYPE_PREFIX), "architectures": architectures}
+    return {
+        **config,
+        "model_type": config["model_type"].removeprefix(MODEL_TYPE_PREFIX),
+        "architectures": architectures,
+    }
 
 
 def _find_layer_list(model) -> tuple[Any, str]:

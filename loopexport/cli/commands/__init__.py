@@ -12,6 +12,7 @@ from .compare import compare
 from .convert import convert
 from .families import families
 from .inspect import inspect
+from .mlx import mlx
 from .onnx import onnx
 from .presets import presets
 from .push import push
@@ -49,6 +50,7 @@ for command in (
     inspect,
     verify,
     onnx,
+    mlx,
     run,
     push,
     adopt,
