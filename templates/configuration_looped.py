@@ -108,9 +108,12 @@ def is_multimodal(native: type) -> bool:
 
 
 def multimodal_mappings() -> list:
-    """The mappings of transformers from config classes to such models."""
+    """The mappings of transformers from config classes to such models; none without torch, as beside mlx-lm."""
     from transformers.models.auto import modeling_auto as auto
+    from transformers.utils import is_torch_available
 
+    if not is_torch_available():
+        return []
     names = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
     return [getattr(auto, name) for name in names if hasattr(auto, name)]
 
