@@ -28,12 +28,12 @@ class Argument(NamedTuple):
     position: int
 
     @classmethod
-    def of(cls, function, name: str) -> Argument:
-        """The argument of a method."""
-        names = list(inspect.signature(function).parameters)[1:]
-        if name not in names:
-            raise ValueError(not_on_mlx(f"{function.__qualname__} has no argument {name}"))
-        return cls(name, names.index(name))
+    def of(cls, module_class: type, name: str | None = None) -> Argument:
+        """The argument of this name that a module is called with, or the first one."""
+        names = list(inspect.signature(module_class.__call__).parameters)[1:]
+        if (name or names[0]) not in names:
+            raise ValueError(not_on_mlx(f"{module_class.__name__} has no argument {name}"))
+        return cls(name or names[0], names.index(name or names[0]))
 
     def value_in(self, args, kwargs):
         """Its value in a call, or None."""
@@ -71,7 +71,7 @@ class Loop(NamedTuple):
         layers: the name of the decoder's list of layers.
         num_slots: how many caches the native model has.
         cache: the decoder's argument for them.
-        caches: each looped layer's argument for its cache, by number.
+        arguments: each looped layer's arguments for its hidden states and its cache, by number.
         routers: with frozen routing, the paths of each looped layer's routers, by number.
     """
 
@@ -79,7 +79,7 @@ class Loop(NamedTuple):
     layers: str
     num_slots: int
     cache: Argument
-    caches: dict[int, Argument]
+    arguments: dict[int, tuple[Argument, Argument]]
     routers: dict[int, tuple[str, ...]]
 
 
@@ -160,21 +160,20 @@ class LayerCall:
     """
 
     def __init__(self, walk: Walk, index: int, layer: Any, args: tuple, kwargs: dict):
+        hidden, cache = walk.loop.arguments[index]
         self.index = index
-        self.hidden = args[0]
+        self.hidden = hidden.value_in(args, kwargs)
         self.output: Any = None
         self._walk = walk
         self._layer = layer
-        self._args = args[1:]
-        self._kwargs = kwargs
-        self._argument = walk.loop.caches[index]
-        self._cache = self._argument.value_in(args, kwargs)
-        self._natural = NaturalPass(self._cache)
+        self._arguments = args, kwargs
+        self._cache = cache.value_in(args, kwargs)
+        self._natural = NaturalPass(self._cache) if walk.loop.spec.kv == "shared" else None
         self._answers: dict[str, list] = {path: [] for path in walk.loop.routers.get(index, ())}
 
     def run_natural(self):
         """The layer's output for the call as it is; also records what iterations need."""
-        if self._walk.loop.spec.kv == "per_step":
+        if self._natural is None:
             return self._run(self.hidden, self._cache, RecordRoute)
         output = self._run(self.hidden, self._natural, RecordRoute)
         self._natural.check(self.index)
@@ -182,12 +181,13 @@ class LayerCall:
 
     def run_iteration(self, k: int, hidden):
         """The layer's output in iteration k, counted from 1."""
-        is_own = self._walk.loop.spec.kv == "per_step"
-        cache = self._walk.slot(self.index, k) if is_own else SharedRead(self._natural)
+        cache = self._walk.slot(self.index, k) if self._natural is None else SharedRead(self._natural)
         return self._run(hidden, cache, ReplayRoute)
 
     def _run(self, hidden, cache, route: type[RecordRoute]):
-        args, kwargs = self._argument.put(cache, (hidden, *self._args), self._kwargs)
+        args, kwargs = self._arguments
+        for argument, value in zip(self._walk.loop.arguments[self.index], (hidden, cache), strict=True):
+            args, kwargs = argument.put(value, args, kwargs)
         layer, routes = self._layer, {}
         for path, answers in self._answers.items():
             routes[path] = route(_at(self._layer, path), answers)

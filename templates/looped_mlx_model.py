@@ -25,8 +25,10 @@ from .looped_spec import LoopSpec
 MODEL_TYPE_PREFIX = "looped_"
 CLASS_PREFIX = "Looped"
 
-# Caches of which an iteration can have one of its own: they need nothing but `update_and_fetch`.
-OWN_CACHES = ("KVCache", "RotatingKVCache")
+CACHE = "cache"  # the argument of decoders and layers for it
+
+# Caches of which an iteration can have one of its own, since only the layer changes them.
+OWN_CACHES = ("KVCache", "RotatingKVCache", "ArraysCache", "CacheList")
 
 
 class LoopedArguments(NamedTuple):
@@ -77,8 +79,8 @@ def looped_model(arguments: LoopedArguments):
         spec,
         name,
         len(slots),
-        Argument.of(type(decoder).__call__, "cache"),
-        {index: Argument.of(type(layers[index]).__call__, "cache") for index in spec.layers},
+        Argument.of(type(decoder), CACHE),
+        {index: (Argument.of(type(layers[index])), Argument.of(type(layers[index]), CACHE)) for index in spec.layers},
         {index: _routers(layers[index], index) for index in spec.layers if spec.frozen_routing},
     )
     if spec.frozen_routing and not any(loop.routers.values()):
@@ -148,7 +150,7 @@ def _find_layer_list(model) -> tuple[Any, str]:
     first = model.layers[0]
     for _, module in model.named_modules():
         for name, value in module.items():
-            if isinstance(value, list) and value and value[0] is first and "cache" in _parameters(type(module)):
+            if isinstance(value, list) and value and value[0] is first and CACHE in _parameters(type(module)):
                 return module, name
     raise ValueError(not_on_mlx("its decoder has no list of layers that it walks with a cache"))
 
@@ -158,13 +160,14 @@ def _parameters(module_class: type) -> list[str]:
 
 
 def _check_slots(spec: LoopSpec, slots: list, num_layers: int) -> None:
-    """Raise ValueError unless the memory of each looped layer is a cache of keys and values, one for each layer."""
+    """Raise ValueError unless each looped layer has a memory of its own, of a kind that the K/V policy handles."""
     if len(slots) != num_layers:
         raise ValueError(not_on_mlx(f"{num_layers} layers share {len(slots)} caches"))
     for index in spec.layers:
         kind = type(slots[index]).__name__
-        if not hasattr(slots[index], "update_and_fetch"):
-            raise ValueError(not_on_mlx(f"layer {index} remembers more than keys and values ({kind})"))
+        if spec.kv == "shared" and not hasattr(slots[index], "update_and_fetch"):
+            reason = f"layer {index} remembers more than keys and values ({kind})"
+            raise ValueError(not_on_mlx(f"{reason}, which kv shared cannot hand on; set loop_kv to per_step"))
         if spec.kv == "per_step" and kind not in OWN_CACHES:
             raise ValueError(not_on_mlx(f"kv per_step has no slots for layer {index} ({kind}); set loop_kv to shared"))
 

@@ -9,31 +9,72 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from support.tiny import FAMILIES, save_tiny
 from support.walk_configs import save_tiny_family
 
-# Features of the tiny models that mlx-lm leaves out of these families, with or without a loop.
+# Features of the tiny models that mlx-lm leaves out of these families, with or without a loop, and sizes that it fixes.
 WITHOUT_SLIDING = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
 PLAIN: dict[str, dict] = {
+    "apertus": {"hidden_act": "xielu"},
+    "gemma2": {"sliding_window": 128, "layer_types": None},
+    "gpt2": {"n_inner": 256},
+    "gpt_neox": {"intermediate_size": 256},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
+    "gptj": {"n_inner": 256},
     "mistral": {"sliding_window": None},
     "phi3": {"sliding_window": None},
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "qwen2": WITHOUT_SLIDING,
     "qwen2_moe": {**WITHOUT_SLIDING, "mlp_only_layers": []},
-    "gemma2": {"sliding_window": 128, "layer_types": None},
 }
-# How published configs say what the tiny ones say otherwise.
+# How published configs say what the tiny ones say otherwise, or not at all.
 PUBLISHED: dict[str, dict] = {
+    "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    "exaone4": {"head_dim": 16, "sliding_window_pattern": "LLLG"},
+    "exaone_moe": {"head_dim": 16, "is_moe_layer": [False, *[True] * 5]},
     "gemma3_text": {"sliding_window_pattern": 2},
     "gpt2": {"n_ctx": 128},
 }
+# Families whose published weights lack this prefix.
+WITHOUT_PREFIX = {"gpt2": "transformer."}
 
 
 def save_for_mlx(family: str, directory: Path, **overrides) -> Path:
     """Save a tiny random base of a family as the Hub would have it."""
-    save, values = (save_tiny, PLAIN.get(family, {})) if family in FAMILIES else (save_tiny_family, {})
-    save(family, directory, **{**values, **overrides})
+    save = save_tiny if family in FAMILIES else save_tiny_family
+    save(family, directory, **{**PLAIN.get(family, {}), **overrides})
+    if family in WITHOUT_PREFIX:
+        _rename(directory / "model.safetensors", WITHOUT_PREFIX[family])
     path = directory / "config.json"
     path.write_text(json.dumps(as_published(json.loads(path.read_text())), indent=2))
+    return directory
+
+
+def _rename(path: Path, prefix: str) -> None:
+    """Take a prefix off the names of all tensors of a file."""
+    save_file({name.removeprefix(prefix): each for name, each in load_file(path).items()}, path, {"format": "pt"})
+
+
+def save_weights_for_mlx(directory: Path) -> Path:
+    """Rewrite the experts of a tiny gpt_oss for mlx-lm, which reads the published form (MXFP4) or its own, as here."""
+    path = directory / "model.safetensors"
+    weights = {}
+    for name, each in load_file(path).items():
+        end = ".bias" if name.endswith("_bias") else ".weight"
+        plain = name.removesuffix("_bias")
+        if "experts." not in name:
+            weights[name] = each
+            continue
+        each = each if end == ".bias" else each.transpose(1, 2)
+        if "gate_up_proj" in plain:
+            gate, up = (each[:, start::2].contiguous() for start in (0, 1))
+            weights[plain.replace("gate_up_proj", "gate_proj") + end] = gate
+            weights[plain.replace("gate_up_proj", "up_proj") + end] = up
+        else:
+            weights[plain + end] = each.contiguous()
+    save_file(weights, path, {"format": "mlx"})
     return directory
 
 
