@@ -21,6 +21,7 @@ from loopexport.loop.presets import PRESETS, STATUSES, Preset, Result
 from loopexport.loop.protocols import Evaluation
 from loopexport.loop.wording import describe_span
 
+MLX_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "mlx.json"
 VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "vllm"
 
 SETTINGS = ("eager", "tensor parallel 2", "torch.compile", "VLLM_MLA_DISABLE=1")
@@ -136,6 +137,17 @@ def error_tree() -> str:
     """The tree of errors, as their module draws it."""
     text = inspect.cleandoc(import_module("loopexport.errors").__doc__ or "")
     return _text(text[text.index("LoopExportError") :])
+
+
+def mlx() -> str:
+    """What MLX made of each family, those of like outcome in one row."""
+    results = json.loads(MLX_RESULTS.read_text())["results"].values() if MLX_RESULTS.exists() else ()
+    rows: dict[tuple[str, str], list[str]] = {}
+    for each in (each for each in results if "family" in each):
+        shared, per_step = (each.get(kv, each.get("base", "")).partition(":")[0] for kv in ("shared", "per_step"))
+        rows.setdefault((shared, per_step), []).append(each["family"])
+    ordered = sorted(rows, key=lambda key: (-len(rows[key]), key))
+    return _table(("families", "shared", "per_step"), [(", ".join(sorted(rows[key])), *key) for key in ordered])
 
 
 def vllm() -> str:

@@ -58,7 +58,12 @@ class LoopedArguments(NamedTuple):
             raise ValueError(
                 f"mlx-lm {mlx_lm.__version__} has no family {native['model_type']}; use a newer one, or transformers"
             ) from None
-        return cls(model_class, arguments_class.from_dict(native), spec)
+        try:
+            return cls(model_class, arguments_class.from_dict(native), spec)
+        except TypeError as error:
+            raise ValueError(
+                f"mlx-lm {mlx_lm.__version__} does not read a config.json of this form, with or without a loop: {error}"
+            ) from None
 
 
 def looped_model(arguments: LoopedArguments):

@@ -16,8 +16,16 @@ from support.walk_configs import save_tiny_family
 
 # Features of the tiny models that mlx-lm leaves out of these families, with or without a loop, and sizes that it fixes.
 WITHOUT_SLIDING = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 64,
+}
 PLAIN: dict[str, dict] = {
     "apertus": {"hidden_act": "xielu"},
+    "deepseek_v2": {"rope_parameters": {"rope_theta": 10000.0, **YARN}},
     "gemma2": {"sliding_window": 128, "layer_types": None},
     "gpt2": {"n_inner": 256},
     "gpt_neox": {"intermediate_size": 256},
@@ -32,10 +40,12 @@ PLAIN: dict[str, dict] = {
 # How published configs say what the tiny ones say otherwise, or not at all.
 PUBLISHED: dict[str, dict] = {
     "apertus": {"mlp_bias": False, "post_norm": False, "qk_norm": True},
+    "deepseek_v2": {"rope_scaling": {**YARN, "type": "yarn"}},
     "exaone4": {"head_dim": 16, "sliding_window_pattern": "LLLG"},
     "exaone_moe": {"head_dim": 16, "is_moe_layer": [False, *[True] * 5]},
     "gemma3_text": {"sliding_window_pattern": 2},
     "gpt2": {"n_ctx": 128},
+    "solar_open": {"intermediate_size": 96, "first_k_dense_replace": 0, "partial_rotary_factor": 1.0},
 }
 # Families whose published weights lack this prefix.
 WITHOUT_PREFIX = {"gpt2": "transformer."}
