@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import time
+from itertools import groupby
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -29,7 +30,7 @@ from loopexport.checks.mlx import (
 )
 from loopexport.checks.probe import CHUNKS
 from support.mlx_bases import save_for_mlx, save_weights_for_mlx
-from support.mlx_cases import CASES
+from support.mlx_cases import CASES, RECURRENT
 from support.paths import ROOT
 from support.small_tokenizer import write_tokenizer
 from support.tiny import SPAN, tiny_tokens
@@ -58,8 +59,8 @@ def made(tmp_path_factory):
             base = save_for_mlx(family, folder / "base", **overrides)
             if "vocab_size" in overrides:
                 write_tokenizer(base, "PreTrainedTokenizerFast")
-            kv = "per_step" if family == "qwen3_next" else "shared"
-            options = {"span": SPAN, "steps": 3, "kv": kv, "weights": "copy", "mlx": family != "qwen3_next"}
+            kv = "per_step" if family == RECURRENT else "shared"
+            options = {"span": SPAN, "steps": 3, "kv": kv, "weights": "copy", "mlx": True}
             known[key] = base, loopexport.convert(str(base), folder / "export", **options).root
         return known[key]
 
@@ -76,42 +77,36 @@ def logits_of(model, fields):
 
 @pytest.fixture(scope="session")
 def compared(request, made):
-    """`compared[str(case)]`: what MLX computed, and transformers: looped, base, without freezing."""
+    """`compared[str(case)]`: what MLX computed, and transformers: looped, and what that must differ from."""
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    cases = [each["case"] for each in parameters if "case" in each]
-    runs, theirs = [], []
-    for family in dict.fromkeys(case.family for case in cases):
-        _, export = made(family)
-        model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True).eval()
-        for case in [each for each in cases if each.family == family]:
-            looped, base = logits_of(model, case.fields), logits_of(model, {**case.fields, "loop_steps": 1})
-            theirs.append((case, looped, base, logits_of(model, {**case.fields, "loop_frozen_routing": False})))
-        if family == "gpt_oss":
-            save_weights_for_mlx(export)
-        tokens = tiny_tokens(2, sum(CHUNKS)).tolist()
-        own = {"loop_kv": "per_step"} if family == "qwen3_next" else {}
-        runs += [
-            {
-                "model": str(export),
-                "tokens": tokens,
-                "chunks": CHUNKS,
-                "fields": {**case.fields, **own, "model_file": "modeling_looped_mlx.py"},
-            }
-            for case in cases
-            if case.family == family
-        ]
+    cases = sorted((each["case"] for each in parameters if "case" in each), key=lambda case: case.family)
+    theirs = [
+        logits for _, group in groupby(cases, lambda case: case.family) for logits in by_transformers(made, group)
+    ]
+    if "gpt_oss" in {case.family for case in cases}:
+        save_weights_for_mlx(made("gpt_oss")[1])
+    prompt = {"tokens": tiny_tokens(2, sum(CHUNKS)).tolist(), "chunks": CHUNKS}
+    runs = [{**prompt, "model": str(made(case.family)[1]), "fields": case.fields} for case in cases]
     results = run_mlx(runs, python=PYTHON)
-    return {str(case): (ran, *logits) for (case, *logits), ran in zip(theirs, results, strict=True)}
+    return {str(case): (ran, *logits) for case, ran, logits in zip(cases, results, theirs, strict=True)}
+
+
+def by_transformers(made, cases):
+    """For each case of one family, its logits, and those of the base and without frozen routing."""
+    cases = list(cases)
+    model = AutoModelForCausalLM.from_pretrained(made(cases[0].family)[1], trust_remote_code=True).eval()
+    for case in cases:
+        others = [{"loop_steps": 1}, *([{"loop_frozen_routing": False}] if case.loop.get("frozen_routing") else [])]
+        yield logits_of(model, case.fields), [logits_of(model, {**case.fields, **other}) for other in others]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_logits_are_those_of_transformers(compared, case):
-    ran, looped, base, unfrozen = compared[str(case)]
+    ran, looped, others = compared[str(case)]
     assert not ran.error
     assert relative_difference(ran.full, looped) <= TOLERANCE
     assert relative_difference(ran.cached, looped) <= TOLERANCE
-    assert relative_difference(base, looped) > EFFECT
-    assert not case.loop.get("frozen_routing") or relative_difference(unfrozen, looped) > EFFECT
+    assert all(relative_difference(other, looped) > EFFECT for other in others)
 
 
 @pytest.fixture(scope="session")
@@ -223,9 +218,9 @@ def test_what_mlx_cannot_run_is_refused_in_a_line(refusals, message):
 
 
 def test_recurrent_layers_are_refused_under_shared(made):
-    run = {"model": str(made("qwen3_next")[1]), "tokens": [[3, 4]], "chunks": [2]}
-    [ran] = run_mlx([{**run, "fields": {"loop_kv": "shared", "model_file": "modeling_looped_mlx.py"}}], python=PYTHON)
-    assert "layer 1 remembers more than keys and values (ArraysCache)" in ran.error
+    run = {"model": str(made(RECURRENT)[1]), "tokens": [[3, 4]], "chunks": [2]}
+    [ran] = run_mlx([{**run, "fields": {"loop_kv": "shared"}}], python=PYTHON)
+    assert "layer 2 remembers more than keys and values (ArraysCache)" in ran.error
     assert ran.error.endswith("set loop_kv to per_step")
 
 

@@ -37,6 +37,7 @@ FROZEN = {"frozen_routing": True, "damping": 1.0}  # steps so long that they wou
 TWO_SPANS = {"span": ((1, 2), (3, 5))}
 # Rotary and learned positions, heads of their own width, sliding caches, experts, attention sinks, latents.
 STRUCTURES = ("llama", "qwen3", "gemma3_text", "gpt2", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
+RECURRENT = "lfm2_moe"  # a short convolution in every other layer
 SPARSE = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 CASES = [
     *(Case(family, kv) for family in STRUCTURES for kv in POLICIES),
@@ -52,5 +53,5 @@ CASES = [
         if rule not in (*UNSTABLE_RULES, "euler")
         for kv in POLICIES
     ),
-    Case("qwen3_next", {"kv": "per_step"}),
+    Case(RECURRENT, {"kv": "per_step"}),
 ]
