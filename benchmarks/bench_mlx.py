@@ -4,10 +4,10 @@
 
 Needs mlx-lm, not LoopExport. All models share one process and take turns; each figure is the median over rounds of the
 ratio within a round. Prints a JSON object: for each loop, its time / (the base's time x the ratio of layer
-evaluations), where 1 is ideal, for a prompt and for decode steps. The ratio counts decoder layers alone: embedding and head, which
-run once, make it less than 1 for a small model. The base is the export itself with K = 1. "base again" is a second copy
-of it: its distance from 1 is the noise. On CPUs it computes in fp32, since MLX is slow there in bf16, and the clock is
-the CPU time of the process, since other processes disturb the wall time.
+evaluations), where 1 is ideal, for a prompt and for decode steps. The ratio counts decoder layers alone: embedding and
+head, which run once, make it less than 1 for a small model. The base is the export itself with K = 1. "base again" is a
+second copy of it: its distance from 1 is the noise. On CPUs it computes in fp32, since MLX is slow there in bf16, and
+the clock is the CPU time of the process, since other processes disturb the wall time.
 """
 
 from __future__ import annotations
