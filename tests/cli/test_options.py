@@ -20,7 +20,7 @@ from loopexport.loop.presets import PRESETS
 from loopexport.loop.spec import DECODE_MODES, KV_POLICIES, MODES, RULES, SPEC_KEYS
 from support.commands import run
 
-ORDER = ["convert", "compare", "scan", "inspect", "verify", "onnx", "run", "push", "adopt", "upgrade", "restore"]
+ORDER = ["convert", "compare", "scan", "inspect", "verify", "onnx", "mlx", "run", "push", "adopt", "upgrade", "restore"]
 ORDER += ["presets", "rules", "families"]
 
 CHOICES = {
