@@ -63,6 +63,11 @@ class LoopBody(NamedTuple):
         return [cls(tuple(range(start, stop)), stop - 1) for start, stop in spec.bodies]
 
 
+def iterations(spec: LoopSpec) -> list[tuple[int, int]]:
+    """Each layer and iteration k >= 1 that has a cache of its own, in the order of these caches."""
+    return [(layer, k) for k in range(1, spec.evaluations) for layer in spec.layers] if spec.kv == "per_step" else []
+
+
 class Loop(NamedTuple):
     """What every forward of a model needs.
 
@@ -89,21 +94,24 @@ class Walk:
     Attributes:
         loop: the loop.
         natural_slots: the caches of the natural pass, or None.
-        own_slots: with `per_step`, the caches of the iterations; empty without a cache.
+        own_slots: with `per_step`, the caches of the iterations, by layer and k; empty without a cache.
         calls: the calls of looped layers so far, by number.
     """
 
     def __init__(self, loop: Loop, cache):
+        keys = iterations(loop.spec)
+        if cache is not None and all(slot is None for slot in cache):
+            cache = None
+        if cache is not None and len(cache) != loop.num_slots + len(keys):
+            raise ValueError(
+                f"the cache has {len(cache)} slots, and this loop needs {loop.num_slots + len(keys)}; make it with "
+                "mlx_lm.models.cache.make_prompt_cache"
+            )
         self.loop = loop
         self.natural_slots = None if cache is None else cache[: loop.num_slots]
-        self.own_slots = [] if cache is None else cache[loop.num_slots :]
+        self.own_slots = {} if cache is None else dict(zip(keys, cache[loop.num_slots :], strict=True))
         self.calls: dict[int, LayerCall] = {}
         self._bodies = {body.after: body for body in LoopBody.all_of(loop.spec)}
-        if cache is not None and len(self.own_slots) != loop.spec.extra_kv_slots:
-            raise ValueError(
-                f"the cache has {len(cache)} slots, and kv {loop.spec.kv} needs "
-                f"{loop.num_slots + loop.spec.extra_kv_slots}; make it with mlx_lm.models.cache.make_prompt_cache"
-            )
 
     def visits(self, layers: list) -> list:
         """What the native decoder walks over."""
@@ -122,11 +130,6 @@ class Walk:
             return output
         calls = [self.calls[index] for index in body.layers]
         return run_loop(calls[0].hidden, Body(calls), self.loop.spec)
-
-    def slot(self, index: int, k: int):
-        """With `per_step`, the cache of a layer for iteration k >= 1; None without a cache."""
-        layers = self.loop.spec.layers
-        return self.own_slots[(k - 1) * len(layers) + layers.index(index)] if self.own_slots else None
 
     def check_complete(self) -> None:
         """Raise ValueError unless the native decoder ran every looped layer; else the result would be the base's."""
@@ -181,7 +184,7 @@ class LayerCall:
 
     def run_iteration(self, k: int, hidden):
         """The layer's output in iteration k, counted from 1."""
-        cache = self._walk.slot(self.index, k) if self._natural is None else SharedRead(self._natural)
+        cache = self._walk.own_slots.get((self.index, k)) if self._natural is None else SharedRead(self._natural)
         return self._run(hidden, cache, ReplayRoute)
 
     def _run(self, hidden, cache, route: type[RecordRoute]):

@@ -17,7 +17,7 @@ import mlx_lm
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from .looped_mlx import Argument, Loop, Walk, twin
+from .looped_mlx import Argument, Loop, Walk, iterations, twin
 from .looped_mlx_limits import MLX_LM, is_too_old, mlx_loop_refusal, not_on_mlx
 from .looped_mlx_routing import routers_of
 from .looped_spec import LoopSpec
@@ -91,7 +91,7 @@ def looped_model(arguments: LoopedArguments):
     if spec.frozen_routing and not any(loop.routers.values()):
         raise ValueError(not_on_mlx("no layer of the span has a router to freeze; set loop_frozen_routing to false"))
     decoder.__class__ = _with_loop(type(decoder), loop)
-    if spec.extra_kv_slots:
+    if iterations(spec):
         model.__class__ = _with_slots(type(model), spec)
     return model
 
@@ -127,11 +127,8 @@ def _with_slots(native: type, spec: LoopSpec) -> type:
     """The class of the model whose cache has slots for iterations, behind those of the layers."""
 
     def make_cache(self):
-        slots = _native_slots(native, self)
-        for _ in range(1, spec.evaluations):
-            fresh = _native_slots(native, self)
-            slots += [fresh[index] for index in spec.layers]
-        return slots
+        own = [_native_slots(native, self)[layer] for layer, _ in iterations(spec)]
+        return _native_slots(native, self) + own
 
     return type(f"{CLASS_PREFIX}{native.__name__}", (native,), {"make_cache": make_cache})
 

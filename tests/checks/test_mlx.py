@@ -120,6 +120,7 @@ def played(made, tmp_path_factory):
     hand = {"export": shared, "base": base, "span": SPAN}
     scenes = {
         "identity": {"scene": "identity", "export": own, "base": base},
+        "short cache": {"scene": "short_cache", "export": own},
         "naive": {"scene": "naive", "export": naive, "base": base, "span": SPAN, "quantised": False},
         "naive, quantised cache": {"scene": "naive", "export": naive, "base": base, "span": SPAN, "quantised": True},
         "shared": {"scene": "shared", "steps": 3, **hand},
@@ -183,6 +184,12 @@ def test_speculative_decoding_gives_the_same_tokens(played, kv):
     outcome = played[f"drafted, {kv}"]
     assert outcome["drafted"] == outcome["single"]
     assert outcome["accepted"]
+
+
+def test_a_cache_without_slots_for_iterations_is_refused_in_a_line(played):
+    assert played["short cache"]["error"] == (
+        "the cache has 6 slots, and this loop needs 12; make it with mlx_lm.models.cache.make_prompt_cache"
+    )
 
 
 def test_a_quantised_copy_holds_the_code(played):

@@ -174,6 +174,12 @@ def shared(export, base, span, steps, quantised=False, max_size=None):
     return {"difference": difference(ours, theirs), "effect": difference(ours, chunks(load(export)))}
 
 
+def short_cache(export):
+    """A cache without slots for iterations: an error."""
+    model = load(export)
+    model(tokens(3), cache=make_prompt_cache(model)[: len(model.layers)])
+
+
 def batch(export):
     """Generation in a batch, whose prompts are padded, against one prompt at a time."""
     model = load(export)
