@@ -220,5 +220,5 @@ def test_mlx_is_compared_with_the_base(monkeypatch, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"loop_span": [1, 3], "num_hidden_layers": 4}))
     monkeypatch.setattr(sys, "argv", ["bench_mlx.py", str(tmp_path), "--loops", "shared:2,per_step:4"])
     bench_mlx.main()
-    ideal, slower = ({kind: factor for kind in ("prompt", "decode")} for factor in (1.0, 1.1))
+    ideal, slower = (dict.fromkeys(("prompt", "decode"), factor) for factor in (1.0, 1.1))
     assert json.loads(capsys.readouterr().out) == {"base again": ideal, "shared:2": slower, "per_step:4": slower}
