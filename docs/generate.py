@@ -22,6 +22,7 @@ from loopexport.loop.protocols import Evaluation
 from loopexport.loop.wording import describe_span
 
 MLX_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "mlx.json"
+MLX_LOOPS = ("shared", "per_step", "frozen routing")
 VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "vllm"
 
 SETTINGS = ("eager", "tensor parallel 2", "torch.compile", "VLLM_MLA_DISABLE=1")
@@ -142,12 +143,12 @@ def error_tree() -> str:
 def mlx() -> str:
     """What MLX made of each family, those of like outcome in one row."""
     results = json.loads(MLX_RESULTS.read_text())["results"].values() if MLX_RESULTS.exists() else ()
-    rows: dict[tuple[str, str], list[str]] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     for each in (each for each in results if "family" in each):
-        shared, per_step = (each.get(kv, each.get("base", "")).partition(":")[0] for kv in ("shared", "per_step"))
-        rows.setdefault((shared, per_step), []).append(each["family"])
+        given = [each.get(loop, "" if loop == MLX_LOOPS[-1] else each.get("base", "")) for loop in MLX_LOOPS]
+        rows.setdefault(tuple(outcome.partition(":")[0] for outcome in given), []).append(each["family"])
     ordered = sorted(rows, key=lambda key: (-len(rows[key]), key))
-    return _table(("families", "shared", "per_step"), [(", ".join(sorted(rows[key])), *key) for key in ordered])
+    return _table(("families", *MLX_LOOPS), [(", ".join(sorted(rows[key])), *key) for key in ordered])
 
 
 def vllm() -> str:

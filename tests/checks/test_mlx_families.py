@@ -10,7 +10,7 @@ import os
 import pytest
 
 from loopexport.export.mlx_families import MLX_FAMILIES, MLX_PER_STEP, MLX_REFUSED
-from support.mlx_walk import AS_BASE, EXACT, REFUSED, common_families, walk_mlx
+from support.mlx_walk import AS_BASE, EXACT, FROZEN, REFUSED, SPARSE, common_families, walk_mlx
 
 PYTHON = os.environ.get("LOOPEXPORT_MLX", "")
 if not PYTHON:
@@ -29,8 +29,9 @@ def test_every_family_comes_out_as_recorded(family, tmp_path, record_property):
     outcomes = walk_mlx(family, tmp_path, PYTHON)
     for name, value in {"family": family, **outcomes}.items():
         record_property(name, value)
-    good = [kv for kv, outcome in outcomes.items() if outcome in (EXACT, AS_BASE)]
-    expected = {"shared", "per_step"} if family in MLX_FAMILIES else {"per_step"} if family in MLX_PER_STEP else set()
+    good = [name for name, outcome in outcomes.items() if outcome in (EXACT, AS_BASE)]
+    whole = {"shared", "per_step", FROZEN} if family in SPARSE else {"shared", "per_step"}
+    expected = whole if family in MLX_FAMILIES else {"per_step"} if family in MLX_PER_STEP else set()
     assert set(good) == expected, outcomes
     refusals = [outcome for outcome in outcomes.values() if outcome.startswith(REFUSED)]
     assert family not in MLX_PER_STEP or "set loop_kv to per_step" in refusals[0]

@@ -16,10 +16,16 @@ from support.family_walk import walked_families
 from support.mlx_bases import save_for_mlx, save_weights_for_mlx
 from support.multimodal_walk import MULTIMODAL_FAMILIES
 from support.tiny import tiny_tokens
-from support.walk_checks import one_line
+from support.walk_checks import SMALLEST_EFFECT, one_line
 
 LOOSE = 1e-3  # of the logits' scale: mlx-lm approximates an activation, say; what differs more is another model
-KV_POLICIES = ("shared", "per_step")
+FROZEN = "frozen routing"
+LOOPS = {"shared": {}, "per_step": {"kv": "per_step"}, FROZEN: {"frozen_routing": True, "damping": 1.0}}
+# Families with routers, for the last of these loops.
+SPARSE = (
+    "afmoe", "deepseek_v2", "deepseek_v3", "dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe",
+    "laguna", "mellum", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
+)  # fmt: skip
 # Outcomes of a family, and of a loop on it.
 NO_BASE, FAILS, DIFFERS = "no tiny base", "mlx-lm does not load a tiny base", "mlx-lm's base differs"
 EXACT, AS_BASE, REFUSED = "exact", "as exact as the base", "refused"
@@ -38,35 +44,38 @@ def common_families(python: str) -> set[str]:
 
 
 def walk_mlx(family: str, directory: Path, python: str) -> dict[str, str]:
-    """What came of a family: an outcome for each K/V policy, or one under "base".
+    """What came of a family: an outcome for each of its loops, or one under "base".
 
     Raises:
         AssertionError: a loop differs more than mlx-lm's base does, which is a bug in LoopExport.
     """
+    loops = {name: loop for name, loop in LOOPS.items() if name != FROZEN or family in SPARSE}
     try:
         base = save_for_mlx(family, directory / "base")
         plain, looped = _logits(base), {}
-        for kv in KV_POLICIES:
-            export = loopexport.convert(str(base), directory / kv, span=(2, 4), steps=3, kv=kv, weights="copy").root
-            looped[kv] = _logits(export)
+        for name, loop in loops.items():
+            export = loopexport.convert(str(base), directory / name, span=(2, 4), steps=3, weights="copy", **loop).root
+            looped[name] = _logits(export)
     except Exception as error:  # a class of transformers may raise anything at a size that it was not made for
         return {"base": NO_BASE, "reason": one_line(error)}
     if family == "gpt_oss":
-        for kv in KV_POLICIES:
-            save_weights_for_mlx(directory / kv)
-    run = {"tokens": tiny_tokens(2, sum(CHUNKS)).tolist(), "chunks": CHUNKS}
-    fields = [{"loop_steps": 1}, *[{}] * len(KV_POLICIES)]
-    runs = [
-        {**run, "model": str(directory / kv), "fields": {**each, "model_file": MODEL_FILE}}
-        for kv, each in zip(("per_step", *KV_POLICIES), fields, strict=True)
-    ]
-    own, *others = run_mlx(runs, python=python)
+        for name in loops:
+            save_weights_for_mlx(directory / name)
+    prompt = {"tokens": tiny_tokens(2, sum(CHUNKS)).tolist(), "chunks": CHUNKS}
+    runs = [{**prompt, "model": str(directory / name), "fields": {"model_file": MODEL_FILE}} for name in loops]
+    own, *others = run_mlx([_of_base(runs[0]), *runs], python=python)
     if own.error:
         return {"base": FAILS, "reason": one_line(own.error)}
     off = _difference(own, plain)
     if off > LOOSE:
         return {"base": DIFFERS, "reason": f"{off:.1g} of the logits' scale"}
-    return {kv: _outcome(ran, looped[kv], off) for kv, ran in zip(KV_POLICIES, others, strict=True)}
+    assert all(relative_difference(each, plain) > SMALLEST_EFFECT for each in looped.values()), "a loop changes nothing"
+    return {name: _outcome(ran, looped[name], off) for name, ran in zip(loops, others, strict=True)}
+
+
+def _of_base(run: dict) -> dict:
+    """A run with K = 1."""
+    return {**run, "fields": {**run["fields"], "loop_steps": 1}}
 
 
 def _logits(directory: Path):
