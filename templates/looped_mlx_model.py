@@ -138,13 +138,22 @@ def _native_slots(native: type, model) -> list:
 
 
 def _native_config(config: dict) -> dict:
-    """The config of the base, as far as mlx-lm reads it."""
+    """The config of the base, in the form that mlx-lm reads."""
     architectures = [name.removeprefix(CLASS_PREFIX) for name in config.get("architectures") or ()]
-    return {
-        **config,
-        "model_type": config["model_type"].removeprefix(MODEL_TYPE_PREFIX),
-        "architectures": architectures,
-    }
+    model_type = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
+    return {**config, **_flat_rope(config), "model_type": model_type, "architectures": architectures}
+
+
+def _flat_rope(config: dict) -> dict:
+    """The rotary embedding by its names of transformers 4, where a config has only those of transformers 5.
+
+    Most families of mlx-lm read only the first, and would take a default without a word.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope or "rope_theta" in config:
+        return {}
+    flat = {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope.get("rope_type") == "default" else rope}
+    return {**flat, **{name: rope[name] for name in ("partial_rotary_factor",) if name in rope}}
 
 
 def _find_layer_list(model) -> tuple[Any, str]:

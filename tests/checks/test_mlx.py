@@ -33,7 +33,8 @@ from support.mlx_bases import save_for_mlx, save_weights_for_mlx
 from support.mlx_cases import CASES, RECURRENT
 from support.paths import ROOT
 from support.small_tokenizer import write_tokenizer
-from support.tiny import SPAN, tiny_tokens
+from support.tiny import SPAN, save_tiny, tiny_tokens
+from support.walk_configs import save_tiny_family
 
 PYTHON = os.environ.get("LOOPEXPORT_MLX", "")
 if not PYTHON:
@@ -107,6 +108,17 @@ def test_logits_are_those_of_transformers(compared, case):
     assert relative_difference(ran.full, looped) <= TOLERANCE
     assert relative_difference(ran.cached, looped) <= TOLERANCE
     assert all(relative_difference(other, looped) > EFFECT for other in others)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi"])
+def test_a_config_of_transformers_5_is_read_as_transformers_reads_it(tmp_path, family):
+    rope = {"rope_type": "default", "rope_theta": 1e6, **({"partial_rotary_factor": 0.5} if family == "phi" else {})}
+    save, plain = (save_tiny_family, {}) if family == "phi" else (save_tiny, {"sliding_window": None})
+    base = save(family, tmp_path / "base", rope_parameters=rope, **plain)
+    assert "rope_theta" not in json.loads((base / "config.json").read_text())
+    export = loopexport.convert(str(base), tmp_path / "looped", span=SPAN, steps=3, mlx=True)
+    checks = check_mlx(export, python=PYTHON)
+    assert all(check.passed for check in checks), checks
 
 
 @pytest.fixture(scope="session")
