@@ -258,7 +258,7 @@ mlx_lm.generate --model PATH_OR_ID --trust-remote-code --prompt "Hello"
 `mlx_lm.chat`, `mlx_lm.server` and `mlx_lm.convert -q` take the same flag. In Python,
 `mlx_lm.load(PATH_OR_ID, trust_remote_code=True, model_config={{"loop_steps": {steps}}})` loads it with any K.
 
-Tested with tiny models of this family, on the CPU in fp32: the logits equal those of transformers. Metal was not tried.
+Tested with tiny models of this family, on the CPU in fp32, against transformers. Metal was not tried.
 """
 
 _GRAPHS = """\
