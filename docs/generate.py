@@ -23,6 +23,8 @@ from loopexport.loop.protocols import Evaluation
 from loopexport.loop.spec import make_spec
 from loopexport.loop.wording import describe_span
 
+MLX_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "mlx.json"
+MLX_LOOPS = ("shared", "per_step", "frozen routing")
 VLLM_RESULTS = Path(__file__).parent.parent / "tests" / "records" / "vllm"
 
 SETTINGS = ("eager", "tensor parallel 2", "torch.compile", "VLLM_MLA_DISABLE=1")
@@ -148,6 +150,17 @@ def error_tree() -> str:
     """The tree of errors, as their module draws it."""
     text = inspect.cleandoc(import_module("loopexport.errors").__doc__ or "")
     return _text(text[text.index("LoopExportError") :])
+
+
+def mlx() -> str:
+    """What MLX made of each family, those of like outcome in one row."""
+    results = json.loads(MLX_RESULTS.read_text())["results"].values() if MLX_RESULTS.exists() else ()
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for each in (each for each in results if "family" in each):
+        given = [each.get(loop, "" if loop == MLX_LOOPS[-1] else each.get("base", "")) for loop in MLX_LOOPS]
+        rows.setdefault(tuple(outcome.partition(":")[0] for outcome in given), []).append(each["family"])
+    ordered = sorted(rows, key=lambda key: (-len(rows[key]), key))
+    return _table(("families", *MLX_LOOPS), [(", ".join(sorted(rows[key])), *key) for key in ordered])
 
 
 def vllm() -> str:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from loopexport.export.code_upgrade import UpgradePlan, plan_upgrade
     from loopexport.export.conversion import ConvertPlan, convert, plan_convert
     from loopexport.export.directory import Export, open_export
+    from loopexport.export.mlx_plan import MlxPlan, plan_mlx
     from loopexport.export.restoration import restore
     from loopexport.hub.publication import PushPlan, PushResult, plan_push, push
     from loopexport.loop.spec import LoopSpec
@@ -59,6 +60,7 @@ _HOMES = {
     "KeywordError": "errors",
     "LoopExportError": "errors",
     "LoopSpec": "loop.spec",
+    "MlxPlan": "export.mlx_plan",
     "OnnxError": "errors",
     "OnnxInputError": "errors",
     "OnnxModel": "onnx.runtime.model",
@@ -82,6 +84,7 @@ _HOMES = {
     "plan_adopt": "export.adoption",
     "plan_compare": "evaluation.comparison",
     "plan_convert": "export.conversion",
+    "plan_mlx": "export.mlx_plan",
     "plan_onnx": "onnx.plan",
     "plan_push": "hub.publication",
     "plan_scan": "evaluation.scanning",
@@ -106,6 +109,7 @@ __all__ = [
     "KeywordError",
     "LoopExportError",
     "LoopSpec",
+    "MlxPlan",
     "OnnxError",
     "OnnxInputError",
     "OnnxModel",
@@ -130,6 +134,7 @@ __all__ = [
     "plan_adopt",
     "plan_compare",
     "plan_convert",
+    "plan_mlx",
     "plan_onnx",
     "plan_push",
     "plan_scan",

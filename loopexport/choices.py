@@ -39,7 +39,7 @@ OnnxDtype: TypeAlias = Literal["as-is", "fp16", "bf16", "fp32", "int8", "int4"]
 Compute: TypeAlias = Literal["fp32", "fp16", "bf16"]
 Attention: TypeAlias = Literal["portable", "gqa"]
 Provider: TypeAlias = Literal["auto", "cuda", "cpu"]
-Runtime: TypeAlias = Literal["transformers", "vllm"]
+Runtime: TypeAlias = Literal["transformers", "vllm", "mlx"]
 Backend: TypeAlias = Literal["hf", "vllm"]
 
 # Why a generation ended: an end token in every row, max_new_tokens, or a full table of positions.

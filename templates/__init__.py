@@ -1,7 +1,7 @@
 """The code files that `convert` copies byte for byte into every export; they import nothing from LoopExport.
 
 transformers loads `configuration_looped` (the config classes) and `modeling_looped` (the model classes) by name, and
-the other files through them.
+most of the other files through them. mlx-lm loads `modeling_looped_mlx` if the config names it.
 """
 
 FILES = (
@@ -15,6 +15,10 @@ FILES = (
     "looped_fields.py",
     "looped_fit.py",
     "looped_path.py",
+    "looped_mlx.py",
+    "looped_mlx_limits.py",
+    "looped_mlx_model.py",
+    "looped_mlx_routing.py",
     "looped_pools.py",
     "looped_recurrent.py",
     "looped_routing.py",
@@ -26,4 +30,5 @@ FILES = (
     "looped_vllm_settings.py",
     "looped_walk.py",
     "modeling_looped.py",
+    "modeling_looped_mlx.py",
 )

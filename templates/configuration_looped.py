@@ -17,7 +17,7 @@ _DIGEST_BEFORE = globals().get("CODE_DIGEST")  # not None if transformers runs t
 # Start of the sha256 of all other copied files. transformers 5 caches local code by directory name and the content of
 # this file: without the digest, two exports with one directory name but different code would, in one process, both run
 # the code that was loaded first.
-CODE_DIGEST = "818d3a3671d0fd6f"
+CODE_DIGEST = "7029086809082f0e"
 
 if _DIGEST_BEFORE not in (None, CODE_DIGEST):
     # transformers 4 copies the code of all exports with one directory name to one place. It runs a changed file again,
@@ -111,9 +111,12 @@ def is_multimodal(native: type) -> bool:
 
 
 def multimodal_mappings() -> list:
-    """The mappings of transformers from config classes to such models."""
+    """The mappings of transformers from config classes to such models; none without torch, as beside mlx-lm."""
     from transformers.models.auto import modeling_auto as auto
+    from transformers.utils import is_torch_available
 
+    if not is_torch_available():
+        return []
     names = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
     return [getattr(auto, name) for name in names if hasattr(auto, name)]
 

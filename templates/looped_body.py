@@ -62,6 +62,20 @@ class Body:
             hidden = hidden if replace is None else replace(position, hidden)
         return hidden
 
+    def placed(self, hidden):
+        """Hidden states on the device of the body's output: a device_map may split a span over devices."""
+        return hidden.to(self.natural.device)
+
+    @staticmethod
+    def norm(hidden):
+        """L2 norm of each token's hidden state in fp32, `(batch, seq, 1)`."""
+        return hidden.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
+
+    @staticmethod
+    def rescale(hidden, norm):
+        """Scale each token to a norm, in fp32."""
+        return (hidden.float() * (norm / Body.norm(hidden))).to(hidden.dtype)
+
 
 def _is_same(hidden, output) -> bool:
     """Whether hidden states are a layer's output, untouched; a compiled graph knows no more than that shapes agree."""

@@ -1,17 +1,16 @@
 """The update rules: how a step computes the next iterate. Each rule is a pure function of the hidden states and g.
 
-Every export has a copy of this file. It needs only torch. `looped_spec.RULES` declares the parameters and the cost of
-each rule. A new rule needs a line there, and a function and a line in `UPDATES` here.
+Every export has a copy of this file. It works on arrays of torch and of MLX: what differs between them is in g. Only
+two rules, anderson and aitken, import torch. `looped_spec.RULES` declares the parameters and the cost of each rule. A
+new rule needs a line there, and a function and a line in `UPDATES` here.
 
 In every formula, x are the hidden states that enter the span, g(h) is one run of the span, h is the iterate (h = x
-before the first step), s is the step size and K is the number of steps. All tensors are `(batch, seq, hidden)`.
+before the first step), s is the step size and K is the number of steps. All arrays are `(batch, seq, hidden)`.
 
 Source: paper section 3; the rules besides euler from `_iterate_loop` of the authors' published `loop_qwen3.py`.
 """
 
 from __future__ import annotations
-
-import torch
 
 from .looped_spec import LoopSpec
 
@@ -26,10 +25,10 @@ def run_loop(x, g, spec: LoopSpec):
 
     Args:
         x: the hidden states that enter the span, `(batch, seq, hidden)`.
-        g: a `looped_walk.Body`; its first call is the natural pass.
+        g: a `looped_body.Body`, or what stands for it elsewhere; its first call is the natural pass.
         spec: the loop.
     """
-    h = UPDATES[spec.rule](x.to(g.natural.device), g, spec)  # a device_map may split the span over devices
+    h = UPDATES[spec.rule](g.placed(x), g, spec)
     return h if spec.anchor == 0 else spec.anchor * g.natural + (1 - spec.anchor) * h
 
 
@@ -43,8 +42,8 @@ def _euler(x, g, spec):
         y = g(h)
         h = y if s == 1 else h + s * (y - h)
         if spec.norm_interpolation and k < g.steps:
-            start, stop = _norm(x), _norm(g.natural)
-            h = _rescale(h, start + (stop - start) * (k / g.steps))
+            start, stop = g.norm(x), g.norm(g.natural)
+            h = g.rescale(h, start + (stop - start) * (k / g.steps))
     return h
 
 
@@ -131,11 +130,15 @@ def _anderson(x, g, spec):
 
 def _differences(values):
     """Differences of consecutive values in fp32, `(batch, seq, hidden, len(values) - 1)`."""
+    import torch
+
     return torch.stack([values[i + 1] - values[i] for i in range(len(values) - 1)], dim=-1).float()
 
 
 def _least_squares(columns, target):
     """The mix that minimises `|target - columns mix|`, with slight Tikhonov regularisation; `(columns.shape[-1],)`."""
+    import torch
+
     columns = columns.flatten(0, -2)
     gram = columns.T @ columns
     gram = gram + 1e-6 * gram.diagonal().max().clamp_min(1e-8) * torch.eye(len(gram), device=gram.device)
@@ -147,6 +150,8 @@ def _aitken(x, g, spec):
 
     A step moves a coordinate by at most |g(h) - h|, and by exactly g(h) - h if the denominator is close to 0.
     """
+    import torch
+
     h = x
     for _ in range(g.steps // 2):
         once = g(h)
@@ -162,7 +167,7 @@ def _norm_stab(x, g, spec):
     """`h <- (1 - s) h + s g(h)`, with each token rescaled to the norm of its x."""
     h, s = x, g.step_size
     for _ in range(g.steps):
-        h = _rescale((1 - s) * h + s * g(h), _norm(x))
+        h = g.rescale((1 - s) * h + s * g(h), g.norm(x))
     return h
 
 
@@ -194,16 +199,6 @@ def _uniform(x, g, spec):
 
         h = g(h, replace=mean)
     return h
-
-
-def _norm(h):
-    """L2 norm of each token's hidden state in fp32, `(batch, seq, 1)`."""
-    return h.float().norm(dim=-1, keepdim=True).clamp_min(1e-6)
-
-
-def _rescale(h, norm):
-    """Scale each token of h to a norm, in fp32."""
-    return (h.float() * (norm / _norm(h))).to(h.dtype)
 
 
 UPDATES = {

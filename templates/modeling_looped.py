@@ -16,6 +16,7 @@ Source: "Training-Free Looped Transformers" (arXiv 2605.23872).
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import (
@@ -55,6 +56,13 @@ from .looped_vllm import VLLM_IMPLEMENTATIONS, serve_on_vllm
 from .looped_vllm_limits import vllm_refusal  # noqa: F401  as above
 from .looped_vllm_settings import check_vllm  # noqa: F401  as above
 from .looped_walk import Walk  # noqa: F401  as above
+
+if TYPE_CHECKING:  # only mlx-lm runs these; `save_pretrained` copies all files that such lines name
+    from .looped_mlx import Loop  # noqa: F401
+    from .looped_mlx_limits import MODEL_FILE  # noqa: F401
+    from .looped_mlx_model import looped_model  # noqa: F401
+    from .looped_mlx_routing import routers_of  # noqa: F401
+    from .modeling_looped_mlx import Model  # noqa: F401
 
 # transformers 4 runs a changed file again in the same module: forget the classes that the other version made.
 for _name in [each for each in globals() if each.startswith(CLASS_PREFIX)]:

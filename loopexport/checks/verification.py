@@ -27,6 +27,7 @@ from loopexport.loop.spec import LoopSpec, make_spec
 from loopexport.templates.looped_fit import ATTENTION_TYPES
 
 from .effect import CHANGES_LOGITS, LAYER_RUNS, check_effect, check_image, check_runs, counted_runs, image_effect
+from .mlx import check_mlx
 from .probe import Probe, cached_logits, full_logits, make_probe
 from .vllm import check_serving
 
@@ -84,7 +85,8 @@ def verify(
         full: hash all weights that have a recorded digest.
         files_only: check the files without loading the model.
         trust_remote_code: run modeling code that differs from the installed LoopExport's.
-        runtime: "vllm" compares the greedy tokens of the installed vLLM with those of transformers.
+        runtime: "vllm" compares the greedy tokens of the installed vLLM with those of transformers, "mlx" the logits of
+            the installed mlx-lm.
         vllm_flags: with "vllm": command-line arguments of its server, such as `("--max-model-len", "4096")`.
         progress: called with the number of weight bytes just hashed.
 
@@ -103,6 +105,8 @@ def verify(
         _check_known_code(export)
     if runtime == "vllm":
         return [*checks, check_serving(export, vllm_flags)]
+    if runtime == "mlx":
+        return [*checks, *check_mlx(export)]
     of_model = _check_model(export)
     return checks + ([_of_trained_weights(check) for check in of_model] if export.manifest.trained else of_model)
 

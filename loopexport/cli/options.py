@@ -168,6 +168,12 @@ text_only_option = option(
     help="Take the language model alone out of a multimodal MODEL; AutoModelForCausalLM loads it. Refused if "
     "transformers has no causal language model of its type (Qwen-VL, GLM-V, Mllama).",
 )
+mlx_option = option(
+    FILES,
+    "--mlx",
+    is_flag=True,
+    help="Let mlx-lm load OUT too, as `loopexport mlx` does; it needs --kv shared or per_step.",
+)
 overwrite_option = option(FILES, "--overwrite", is_flag=True, help="Replace an existing export at OUT.")
 
 base_revision_option = option(HUB, "--revision", help="Branch, tag or commit of MODEL on the Hub.")

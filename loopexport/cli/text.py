@@ -6,7 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from loopexport._version import __version__
-from loopexport.base.checkpoint import Checkpoint, Origin
+from loopexport.base.checkpoint import CONFIG, Checkpoint, Origin
 from loopexport.base.families import MEDIA, grouped_outcomes, releases
 from loopexport.export.adoption import AdoptPlan
 from loopexport.export.card_results import difference_text
@@ -15,6 +15,7 @@ from loopexport.export.code_upgrade import UpgradePlan
 from loopexport.export.conversion import ConvertPlan
 from loopexport.export.directory import Export
 from loopexport.export.integrity import WITHOUT_WEIGHTS
+from loopexport.export.mlx_plan import MlxPlan
 from loopexport.export.results_file import Measured, RecordedResult, TaskResult
 from loopexport.export.small_files import export_warnings
 from loopexport.export.weights import WITHOUT, made_shards
@@ -34,6 +35,7 @@ from loopexport.loop.wording import (
     describe_steps,
     describe_unlooped_steps,
 )
+from loopexport.templates.looped_mlx_limits import MODEL_FILE
 from loopexport.templates.looped_spec import Rule
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def plan_lines(plan: ConvertPlan) -> list[str]:
         *([_text_only(plan)] if plan.text_only else []),
         f"Output   {plan.out}",
         *([f"Leaves   {', '.join(plan.base.left_behind)}"] if plan.base.left_behind else []),
+        *(["MLX      mlx-lm will load it, with --trust-remote-code"] if plan.mlx else []),
         *(f"Note     {warning}" for warning in plan.warnings),
     ]
 
@@ -91,6 +94,23 @@ def upgrade_lines(result: UpgradeResult) -> list[str]:
     ]
 
 
+def mlx_plan_lines(plan: MlxPlan) -> list[str]:
+    """The lines of a plan of `mlx`."""
+    if plan.is_current:
+        return [f"mlx-lm loads {plan.export.root} already"]
+    return [f"Writes   {CONFIG}: model_file {MODEL_FILE}", *loop_lines(plan.export.spec)]
+
+
+def mlx_lines(plan: MlxPlan, is_card_new: bool) -> list[str]:
+    """The lines after `mlx` has written."""
+    if plan.is_current:
+        return []
+    return [
+        *([] if is_card_new else ["Note     README.md was edited, so it stays as it is"]),
+        f"mlx-lm loads {plan.export.root} now: mlx_lm.generate --model {plan.export.root} --trust-remote-code",
+    ]
+
+
 def export_lines(export: Export) -> list[str]:
     """The lines of an export: its loop, cost and origin."""
     return [
@@ -105,6 +125,7 @@ def export_lines(export: Export) -> list[str]:
             for name, record in export.manifest.onnx.items()
             if record.steps is not None
         ),
+        *([f"MLX      mlx-lm loads it: model_file {MODEL_FILE}"] if export.runs_on_mlx else []),
         *(f"Note     {warning}" for warning in export_warnings(export)),
     ]
 

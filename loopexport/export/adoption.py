@@ -17,11 +17,12 @@ from loopexport.files.digests import Progress, bytes_sha256, file_sha256
 from loopexport.files.staged_files import exactly, staged_files
 from loopexport.loop.cost import Cost, loop_cost
 from loopexport.loop.spec import LoopSpec
+from loopexport.templates.looped_mlx_limits import MODEL_FILE
 
 from .adopted_base import BaseFiles, find_base_files
 from .card import read_metadata, with_licence
 from .card_refresh import write_card_and_manifest
-from .directory import BASE_FOLDER, Export, looped_config, open_export
+from .directory import BASE_FOLDER, MODEL_FILE_FIELD, Export, looped_config, open_export
 from .manifest import IN_PLACE, MANIFEST, FileRecord, Manifest
 from .small_files import notice_file, read_file, without_foreign_code
 from .trained_model import (
@@ -161,7 +162,7 @@ def _small_files(
     """The small files of the export but its code, the names that leave the top directory, and the names added."""
     own = {name: read_file(model.root / name) for name in model.carried}
     files = {**source.missing(own), **own}
-    looped = looped_config(model.config, spec)
+    looped = looped_config(model.config, spec, mlx=config.get(MODEL_FILE_FIELD) == MODEL_FILE)
     files[CONFIG] = read_file(model.root / CONFIG) if _text(looped) == _text(config) else _json(looped)
     card = with_licence(trained_card(model.root), source.card)
     originals = {CONFIG: _json(model.config), **({CARD: card.encode()} if card else {})}

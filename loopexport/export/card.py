@@ -24,9 +24,18 @@ from loopexport.loop.wording import (
     describe_unlooped_steps,
     formula,
 )
+from loopexport.templates.looped_spec import as_json
 
 from .card_results import MODEL_INDEX, model_index, results_section
-from .card_usage import multimodal_section, on_the_hub, onnx_section, pipeline_tag, text_section, vllm_section
+from .card_usage import (
+    mlx_section,
+    multimodal_section,
+    on_the_hub,
+    onnx_section,
+    pipeline_tag,
+    text_section,
+    vllm_section,
+)
 from .foreign_text import markdown_code, markdown_text, python_literal
 from .manifest import HUB_ID, OnnxRecord
 from .results_file import Measured
@@ -77,6 +86,7 @@ class CardFacts:
         measured: the results of `loopexport compare --save`.
         processor: whether the export has the processor of a multimodal model.
         text_only: whether the base was multimodal, and only its language model is here.
+        mlx: whether mlx-lm loads the export.
     """
 
     base: Origin
@@ -95,6 +105,7 @@ class CardFacts:
     measured: Measured = field(default_factory=Measured)
     processor: bool = True
     text_only: bool = False
+    mlx: bool = False
 
     @property
     def is_multimodal(self) -> bool:
@@ -208,6 +219,7 @@ def _use(facts: CardFacts) -> list[str]:
         _transformers(facts),
         onnx_section(facts.onnx, facts.num_layers),
         "" if facts.is_multimodal else vllm_section(facts.model_type, facts.spec, facts.config, facts.quantisation),
+        mlx_section(as_json(facts.spec.steps)) if facts.mlx else "",
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from loopexport.base.families import is_multimodal
 from loopexport.loop.route import cache_slots
 from loopexport.loop.spec import LoopSpec, make_spec
+from loopexport.templates.looped_mlx_limits import MLX_LM
 from loopexport.templates.looped_spec import as_json
 from loopexport.templates.looped_vllm_limits import VLLM_QUANTISED, vllm_context, vllm_flags, vllm_refusal
 
@@ -143,6 +144,15 @@ def vllm_section(family: str, spec: LoopSpec, config: dict, quantisation: str | 
     return _VLLM.format(options="".join(f" {each}" for each in (*length, *vllm_flags(spec))))
 
 
+def mlx_section(steps: int | list[int]) -> str:
+    """The section for mlx-lm.
+
+    Args:
+        steps: K.
+    """
+    return _MLX.format(steps=steps, release=MLX_LM)
+
+
 def _rank(name: str) -> tuple[bool, bool, str]:
     """Which graph to show: `model.onnx`, then one of the export's own K, then any."""
     return name != graph_name(1, 1), steps_in_name(name) is not None, name
@@ -242,6 +252,21 @@ python -m vllm.entrypoints.openai.api_server --model PATH_OR_ID --trust-remote-c
 ```
 
 Tested with tiny models of this family, on the CPU in fp32, with vLLM 0.32: greedy tokens equal those of transformers.
+"""
+
+_MLX = """\
+### MLX
+
+mlx-lm {release} or newer loads this directory or repository with the code in it, nothing converted:
+
+```sh
+mlx_lm.generate --model PATH_OR_ID --trust-remote-code --prompt "Hello"
+```
+
+`mlx_lm.chat`, `mlx_lm.server` and `mlx_lm.convert -q` take the same flag. In Python,
+`mlx_lm.load(PATH_OR_ID, trust_remote_code=True, model_config={{"loop_steps": {steps}}})` loads it with any K.
+
+Tested with tiny models of this family, on the CPU in fp32, against transformers. Metal was not tried.
 """
 
 _GRAPHS = """\

@@ -12,7 +12,7 @@ from loopexport._version import __version__
 from loopexport.base.checkpoint import Checkpoint
 from loopexport.base.download import find_checkpoint
 from loopexport.choices import DecodeMode, KvPolicy, LayerPath, Mode, RuleName, RysPair, Span, Weights
-from loopexport.errors import OutputError
+from loopexport.errors import OutputError, SpecError
 from loopexport.files.digests import Progress, bytes_sha256
 from loopexport.files.output import check_output, output_path
 from loopexport.files.staged_directory import staged_directory
@@ -23,6 +23,7 @@ from loopexport.templates.looped_path import joined_runs
 from .base_loop import LoopSource
 from .directory import Export, is_export, open_export
 from .manifest import MANIFEST, FileRecord, Manifest
+from .mlx_plan import why_not_on_mlx
 from .small_files import base_file_warnings, licence_notice_file, small_files
 from .weights import METHODS, WITHOUT, check_method, copied_bytes, made_shards, place_weights
 
@@ -39,6 +40,7 @@ class ConvertPlan:
         overwrite: whether to replace an existing export at `out`.
         warnings: one line each.
         files: the content of every file by name, without weights and manifest.
+        mlx: whether mlx-lm may load it.
     """
 
     base: Checkpoint
@@ -49,6 +51,7 @@ class ConvertPlan:
     overwrite: bool
     warnings: tuple[str, ...]
     files: dict[str, bytes] = field(repr=False)
+    mlx: bool = False
 
     @property
     def text_only(self) -> bool:
@@ -80,6 +83,7 @@ class ConvertPlan:
                 "rewritten": [shard.name for shard in made_shards(self.base)],
             },
             "text_only": self.text_only,
+            "mlx": self.mlx,
             "left_behind": list(self.base.left_behind),
             "warnings": list(self.warnings),
         }
@@ -139,6 +143,7 @@ def plan_convert(
     weights: Weights = "auto",
     without_adapter: bool = False,
     text_only: bool = False,
+    mlx: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> ConvertPlan:
@@ -173,6 +178,7 @@ def plan_convert(
             leaves the weights of a Hub model on the Hub, and `push` copies them there.
         without_adapter: ignore a PEFT adapter beside the weights, which transformers would load too.
         text_only: take the language model alone out of a multimodal model.
+        mlx: let mlx-lm load the export too.
         overwrite: replace an existing export at `out`.
         dry_run: only plan, and do not download weights.
 
@@ -207,12 +213,14 @@ def plan_convert(
     )
     check_method(base, weights)
     loop = source.on(base, str(model))
+    if mlx:
+        _check_mlx(base, loop.spec)
     out = output_path(out) if out is not None else _default_out(base, loop.spec)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export)
     cost = loop_cost(base, loop.spec)
     warnings = (*loop.warnings, *base_file_warnings(base))
-    files = small_files(base, loop.spec, cost, has_weights=weights != WITHOUT)
-    return ConvertPlan(base, out, loop.spec, cost, weights, overwrite, warnings, files)
+    files = small_files(base, loop.spec, cost, has_weights=weights != WITHOUT, mlx=mlx)
+    return ConvertPlan(base, out, loop.spec, cost, weights, overwrite, warnings, files, mlx)
 
 
 @suggest_keywords
@@ -242,6 +250,7 @@ def convert(
     weights: Weights = "auto",
     without_adapter: bool = False,
     text_only: bool = False,
+    mlx: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda count: None,
 ) -> Export:
@@ -279,6 +288,7 @@ def convert(
             leaves the weights of a Hub model on the Hub, and `push` copies them there.
         without_adapter: ignore a PEFT adapter beside the weights, which transformers would load too.
         text_only: take the language model alone out of a multimodal model.
+        mlx: let mlx-lm load the export too.
         overwrite: replace an existing export at `out`.
         progress: called with the number of weight bytes just copied.
 
@@ -310,9 +320,16 @@ def convert(
         weights=weights,
         without_adapter=without_adapter,
         text_only=text_only,
+        mlx=mlx,
         overwrite=overwrite,
     )
     return plan.apply(progress)
+
+
+def _check_mlx(base: Checkpoint, loop: LoopSpec) -> None:
+    reason = why_not_on_mlx(base, tuple(shard.name for shard in base.shards), loop)
+    if reason is not None:
+        raise SpecError(f"mlx-lm cannot run this: {reason}; or leave --mlx out")
 
 
 def _given(**fields: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from loopexport.loop.cost import Cost, loop_cost
 from loopexport.loop.spec import LoopSpec
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX, auto_map
 from loopexport.templates.looped_fit import check_depth
+from loopexport.templates.looped_mlx_limits import MODEL_FILE
 from loopexport.templates.looped_spec import FIELD_PREFIX, FIELDS
 
 from .manifest import MANIFEST, Manifest, read_manifest
@@ -35,11 +36,20 @@ from .manifest import MANIFEST, Manifest, read_manifest
 TEXT_AUTO = "AutoModelForCausalLM"
 MULTIMODAL_AUTO = "AutoModelForImageTextToText"
 
+MODEL_FILE_FIELD = "model_file"  # the field of a config that names code for mlx-lm
+
 BASE_FOLDER = "base"  # the folder for originals of the base's files that the export changes
 
 
-def looped_config(config: dict, spec: LoopSpec) -> dict:
+def looped_config(config: dict, spec: LoopSpec, *, mlx: bool = False) -> dict:
     """The base's config with the loop added; every other value stays as the base has it.
+
+    Only `model_file` is replaced or left out: it names code for mlx-lm, and an export has no code of the base.
+
+    Args:
+        config: the base's config.
+        spec: the loop.
+        mlx: whether mlx-lm may load the export.
 
     Raises:
         CheckpointError: the config has no `model_type`, or has a field with the prefix `loop_`.
@@ -60,8 +70,9 @@ def looped_config(config: dict, spec: LoopSpec) -> dict:
         "architectures": [entries[MULTIMODAL_AUTO if multimodal else TEXT_AUTO].split(".")[1]],
         "auto_map": entries,
         **loop,
+        **({MODEL_FILE_FIELD: MODEL_FILE} if mlx else {}),
     }
-    return {**config, **added}
+    return {**{name: config[name] for name in config if name != MODEL_FILE_FIELD}, **added}
 
 
 def is_own_auto_map(value: object, model_type: str) -> bool:
@@ -98,6 +109,11 @@ class Export:
             return spec
         except ValueError as error:
             raise ExportError(f"{self.root / CONFIG} holds an impossible loop: {error}") from None
+
+    @property
+    def runs_on_mlx(self) -> bool:
+        """Whether mlx-lm loads it."""
+        return self.config.get(MODEL_FILE_FIELD) == MODEL_FILE
 
     def _check_field_names(self) -> None:
         known = [FIELD_PREFIX + name for name in FIELDS]

@@ -67,7 +67,7 @@ def check_config(export: Export) -> Check:
     name = f"config is the {'native model' if export.manifest.trained else 'base'}'s plus the loop"
     try:
         base = read_config(export.root / BASE_FOLDER / CONFIG)
-        expected = looped_config(base, export.spec)
+        expected = looped_config(base, export.spec, mlx=export.runs_on_mlx)
     except CheckpointError as error:
         return Check(name, False, str(error))
     if is_own_auto_map(export.config.get("auto_map"), base["model_type"]):

@@ -13,7 +13,7 @@ from loopexport.files.digests import bytes_sha256, file_sha256
 from loopexport.templates import FILES
 from loopexport.templates.configuration_looped import MODEL_TYPE_PREFIX
 
-from .directory import Export, is_own_auto_map
+from .directory import MODEL_FILE_FIELD, Export, is_own_auto_map
 from .earlier_code import EARLIER_SETS
 
 CUSTOM_GENERATE = "custom_generate/generate.py"
@@ -59,7 +59,8 @@ def code_files(root: Path) -> tuple[str, ...]:
 def foreign_code(export: Export) -> str | None:
     """The first file of an export that is foreign code, or asks for it; None if there is none.
 
-    With `trust_remote_code=True`, transformers runs the code that `auto_map` names, and `custom_generate/generate.py`.
+    With `trust_remote_code=True`, transformers runs the code that `auto_map` names, and `custom_generate/generate.py`;
+    mlx-lm runs the file that `model_file` names.
     """
     if code_set(export.root) is None:
         return _first_foreign(export.root)
@@ -68,6 +69,8 @@ def foreign_code(export: Export) -> str | None:
     family = str(export.config.get("model_type")).removeprefix(MODEL_TYPE_PREFIX)
     if not is_own_auto_map(export.config.get("auto_map"), family):
         return f"the auto_map of {CONFIG}"
+    if export.config.get(MODEL_FILE_FIELD) is not None and not export.runs_on_mlx:
+        return f"the {MODEL_FILE_FIELD} of {CONFIG}"
     paths = (export.root / name for name in (tokenizer.CONFIG, *processor.NAMES))
     name = next((path.name for path in paths if path.is_file() and _asks_for_code(path)), None)
     return None if name is None else f"the auto_map of {name}"

@@ -27,7 +27,9 @@ from .own_code import template_bytes
 from .results_file import measured
 
 
-def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bool) -> dict[str, bytes]:
+def small_files(
+    base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bool, mlx: bool = False
+) -> dict[str, bytes]:
     """Contents of the small files of a new export, by name.
 
     Raises:
@@ -36,10 +38,10 @@ def small_files(base: Checkpoint, spec: LoopSpec, cost: Cost, *, has_weights: bo
     _check_distinct(base.carried)
     files = {name: _content(base, name) for name in base.carried}
     originals = {name: _content(base, name) for name in (CONFIG, CARD) if (base.root / name).is_file()}
-    files[CONFIG] = _looped_config(base, spec)
+    files[CONFIG] = _looped_config(base, spec, mlx)
     home = tokenizer.tokenizer_home(_tokenizer_config(base), base.carried)
     facts = _card_facts(base, spec, cost, originals.get(CARD, b""), home, has_weights)
-    facts = replace(facts, processor=processor.has_processor(base.carried))
+    facts = replace(facts, processor=processor.has_processor(base.carried), mlx=mlx)
     files[CARD] = make_card(facts).encode()
     originals |= without_foreign_code(files)
     files |= {name: template_bytes(name) for name in TEMPLATES} | licence_notice_file(base)
@@ -70,7 +72,7 @@ def export_card(export: Export) -> str:
     home = tokenizer.tokenizer_home(_original_tokenizer_config(export), _base_names(export))
     base_card = _original(export, CARD)
     facts = _card_facts(export.base, export.spec, export.cost, base_card, home, not export.lacking)
-    facts = replace(facts, onnx=export.manifest.onnx, measured=measured(export))
+    facts = replace(facts, onnx=export.manifest.onnx, measured=measured(export), mlx=export.runs_on_mlx)
     facts = replace(facts, processor=processor.has_processor(_base_names(export)), text_only=export.manifest.text_only)
     if export.manifest.trained:  # results were published for the base's weights
         facts = replace(facts, trained=True, published=None)
@@ -159,9 +161,9 @@ def _card_facts(
     )
 
 
-def _looped_config(base: Checkpoint, spec: LoopSpec) -> bytes:
+def _looped_config(base: Checkpoint, spec: LoopSpec, mlx: bool) -> bytes:
     try:  # in ASCII, since a JSON string need not be valid text
-        return (json.dumps(looped_config(base.config, spec), indent=2) + "\n").encode()
+        return (json.dumps(looped_config(base.config, spec, mlx=mlx), indent=2) + "\n").encode()
     except RecursionError:
         raise CheckpointError(f"{base.root / CONFIG} is nested too deeply; is it a Hugging Face config?") from None
 

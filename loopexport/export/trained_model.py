@@ -17,7 +17,7 @@ from loopexport.templates.looped_fit import check_depth, check_layer_types
 from loopexport.templates.looped_spec import FIELD_PREFIX
 
 from .card import MADE_WITH, with_licence
-from .directory import BASE_FOLDER, MULTIMODAL_AUTO, TEXT_AUTO
+from .directory import BASE_FOLDER, MODEL_FILE_FIELD, MULTIMODAL_AUTO, TEXT_AUTO
 from .own_code import CODE_NAMES, CUSTOM_GENERATE, code_set, template_bytes
 from .small_files import read_file
 
@@ -105,7 +105,7 @@ def native_config(root: Path, config: dict) -> dict:
             f"with {auto}, train that, and save it"
         )
     model_type = base_model_type(config["model_type"])
-    added = ("auto_map", "_name_or_path")
+    added = ("auto_map", "_name_or_path", MODEL_FILE_FIELD)
     own = {name: value for name, value in config.items() if not name.startswith(FIELD_PREFIX) and name not in added}
     return {**own, "model_type": model_type, "architectures": [_native_class(model_type, is_multimodal(config))]}
 

@@ -20,7 +20,7 @@ from loopexport.loop.presets import PRESETS
 from loopexport.loop.spec import DECODE_MODES, KV_POLICIES, MODES, PLACES, RULES, SPEC_KEYS
 from support.commands import run
 
-ORDER = ["convert", "compare", "scan", "path", "inspect", "verify", "onnx", "run", "push", "adopt", "upgrade"]
+ORDER = ["convert", "compare", "scan", "path", "inspect", "verify", "onnx", "mlx", "run", "push", "adopt", "upgrade"]
 ORDER += ["restore", "presets", "rules", "families"]
 
 CHOICES = {

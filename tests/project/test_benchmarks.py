@@ -1,6 +1,6 @@
 """`benchmarks/cuda.py` rehearsed on the CPU: a thin slice of each part, and that damage makes it fail.
 
-And what `benchmarks/bench_vllm.py` makes of the times of engines, which a double of vLLM sets.
+And what `benchmarks/bench_vllm.py` and `bench_mlx.py` make of the times of engines, which doubles set.
 """
 
 from __future__ import annotations
@@ -206,3 +206,19 @@ def test_vllm_is_compared_with_the_base_and_with_its_own_class(monkeypatch, tmp_
     for name, wanted in (("shared K=2", 1.1), ("per_step K=4", 1.1), ("base again", 1.0)):
         assert result["overhead"][name] == pytest.approx(dict.fromkeys(loads, wanted))
     assert result["transformers backend / own class"] == pytest.approx(dict.fromkeys(loads, 1.25))
+
+
+def test_mlx_is_compared_with_the_base(monkeypatch, tmp_path, capsys):
+    import bench_mlx
+
+    def load(directory, loop_steps, loop_kv="shared"):
+        """A model that takes a second for each layer evaluation; loops of 2 of 4 layers take a tenth longer."""
+        return (4 + 2 * (loop_steps - 1)) * (1.1 if loop_steps > 1 else 1)
+
+    monkeypatch.setattr(bench_mlx, "load", load)
+    monkeypatch.setattr(bench_mlx, "measure", lambda seconds, prompt, new: {"prompt": seconds, "decode": seconds * new})
+    (tmp_path / "config.json").write_text(json.dumps({"loop_span": [1, 3], "num_hidden_layers": 4}))
+    monkeypatch.setattr(sys, "argv", ["bench_mlx.py", str(tmp_path), "--loops", "shared:2,per_step:4"])
+    bench_mlx.main()
+    ideal, slower = (dict.fromkeys(("prompt", "decode"), factor) for factor in (1.0, 1.1))
+    assert json.loads(capsys.readouterr().out) == {"base again": ideal, "shared:2": slower, "per_step:4": slower}

@@ -69,7 +69,7 @@ def test_wheel_holds_what_is_read_at_run_time(wheel):
     wanted = {f"loopexport/templates/{name}" for name in templates.FILES}
     wanted |= {"loopexport/base/families.json", "loopexport/py.typed"}
     assert wanted <= names
-    assert len(templates.FILES) == 21
+    assert len(templates.FILES) == 26
     assert not [name for name in names if name.startswith(("tests/", "templates/", "docs/"))]
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "loopexport").rglob("*.py")}
     assert {name for name in modules if "/templates/" not in name} <= names, "a package is not listed in pyproject.toml"

@@ -17,7 +17,7 @@ from support.paths import RECORDS as DIRECTORY
 from support.paths import ROOT
 
 TEMPLATES = ("templates/*.py",)
-WITHOUT_VLLM = ("templates/*_looped.py", "templates/looped_[!v]*.py")  # only vLLM runs the others
+WITHOUT_VLLM = ("templates/*_looped.py", "templates/looped_[!vm]*.py")  # only vLLM and mlx-lm run the others
 TINY = ("tests/support/tiny.py", "tests/support/compare.py", "tests/support/structure.py")
 VERIFY = tuple(
     f"loopexport/checks/{name}.py"
@@ -42,6 +42,17 @@ VLLM = (
     "tests/support/vllm_extras.py", "tests/support/vllm_server.py", "tests/support/quantised.py",
     *VLLM_TESTS,
 )  # fmt: skip
+MLX_TESTS = ("tests/checks/test_mlx.py", "tests/checks/test_mlx_families.py")
+MLX = (
+    *(f"templates/{name}.py" for name in ("modeling_looped_mlx", "looped_rules", "looped_spec", "looped_fields")),
+    "templates/looped_mlx*.py",
+    "loopexport/checks/mlx.py",
+    "loopexport/checks/mlx_worker.py",
+    *(f"tests/support/mlx_{name}.py" for name in ("bases", "cases", "scenes", "walk")),
+    "tests/support/walk_configs.py",
+    "tests/support/tiny.py",
+    *MLX_TESTS,
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,7 @@ RECORDS = {
             ),
             ("onnx", "onnx-ir", "onnxruntime", "onnxscript"),
         ),
+        Record("mlx", MLX_TESTS, MLX, whole=True),
         Record("vllm/0.32.0", VLLM_TESTS, VLLM, whole=True, keeps_earlier=True),
     )
 }

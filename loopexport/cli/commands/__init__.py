@@ -12,6 +12,7 @@ from .compare import compare
 from .convert import convert
 from .families import families
 from .inspect import inspect
+from .mlx import mlx
 from .onnx import onnx
 from .path import path
 from .presets import presets
@@ -51,6 +52,7 @@ for command in (
     inspect,
     verify,
     onnx,
+    mlx,
     run,
     push,
     adopt,

@@ -19,6 +19,7 @@ from .push import push_export
 @options.convert_weights_option
 @options.adapter_option
 @options.text_only_option
+@options.mlx_option
 @options.overwrite_option
 @options.base_revision_option
 @options.push_option

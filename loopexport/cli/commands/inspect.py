@@ -36,6 +36,7 @@ def _values(export) -> dict:
         "multimodal": export.base.is_multimodal,
         "text_only": export.manifest.text_only,
         "edited": export.edited,
+        "mlx": export.runs_on_mlx,
         "cost": export.cost.to_dict(),
         "notices": export_warnings(export),
     }

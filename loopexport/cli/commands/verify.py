@@ -29,8 +29,8 @@ from loopexport.cli.progress import ByteBar
     type=Words(get_args(Runtime)),
     default="transformers",
     show_default=True,
-    help="vllm compares the greedy tokens of the installed vLLM with those of transformers. Flags of vLLM's server go "
-    "after --: `-- --max-model-len 4096`.",
+    help="vllm compares the greedy tokens of the installed vLLM with those of transformers, mlx the logits of the "
+    "installed mlx-lm. Flags of vLLM's server go after --: `-- --max-model-len 4096`.",
 )
 @json_option
 def verify(directory, as_json, **options) -> None:
@@ -43,8 +43,10 @@ def verify(directory, as_json, **options) -> None:
     from loopexport.checks.verification import verify as run_checks
     from loopexport.cli.text import check_lines
 
-    if options["files_only"] and options["runtime"] == "vllm":
-        raise click.UsageError("--files-only does not load the model, but --runtime vllm needs it; leave one out")
+    if options["files_only"] and options["runtime"] != "transformers":
+        raise click.UsageError(
+            f"--files-only does not load the model, but --runtime {options['runtime']} needs it; leave one out"
+        )
     if options["vllm_flags"] and options["runtime"] != "vllm":
         raise click.UsageError(f"{' '.join(options['vllm_flags'])} is for vLLM; add --runtime vllm, or leave it out")
     with ByteBar("hashing weights", _bytes_to_hash(directory, options["full"])) as advance:

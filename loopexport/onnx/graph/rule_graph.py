@@ -16,6 +16,7 @@ from loopexport.onnx.trace.marks import MARKS, RUN_LAYER
 from loopexport.onnx.trace.simplify import optimise
 from loopexport.onnx.trace.tracer import BATCH, SEQUENCE
 from loopexport.onnx.trace.translate import translate
+from loopexport.templates.looped_body import Body
 from loopexport.templates.looped_path import BodySpec
 from loopexport.templates.looped_rules import run_loop
 
@@ -66,6 +67,8 @@ class _TracedBody:
         natural_outputs: the output of each layer in the natural pass.
         body: K and s.
     """
+
+    norm, rescale, placed = staticmethod(Body.norm), staticmethod(Body.rescale), Body.placed
 
     def __init__(self, natural_outputs: list[torch.Tensor], body: BodySpec):
         self.steps, self.step_size = body.steps, body.step_size
