@@ -10,16 +10,18 @@ Modules hold no state of a forward, since threads share them: what a forward cha
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple
-
-import mlx.core as mx
 
 from .looped_mlx_limits import not_on_mlx
 from .looped_mlx_routing import RecordRoute, ReplayRoute
 from .looped_path import BodySpec, runs_of
 from .looped_rules import run_loop
 from .looped_spec import LoopSpec, bodies_within
+
+# No statement: transformers, which copies this file too, demands whatever an import statement names.
+mx = import_module("mlx.core")
 
 
 class Argument(NamedTuple):

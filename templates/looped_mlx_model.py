@@ -10,18 +10,20 @@ else finds the native list of layers.
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-
-import mlx_lm
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes
 
 from .looped_fit import check_depth
 from .looped_mlx import Argument, Loop, Walk, twin, visited_layers
 from .looped_mlx_limits import MLX_LM, is_too_old, mlx_loop_refusal, not_on_mlx
 from .looped_mlx_routing import routers_of
 from .looped_spec import LoopSpec
+
+# No statements: transformers, which copies this file too, demands whatever an import statement names.
+mlx_lm = import_module("mlx_lm")
+make_prompt_cache = import_module("mlx_lm.models.cache").make_prompt_cache
+find_classes = import_module("mlx_lm.utils")._get_classes
 
 MODEL_TYPE_PREFIX = "looped_"
 CLASS_PREFIX = "Looped"
@@ -51,7 +53,7 @@ class LoopedArguments(NamedTuple):
         spec = LoopSpec.from_config(SimpleNamespace(**config))
         native = _native_config(config)
         try:
-            model_class, arguments_class = _get_classes(native)
+            model_class, arguments_class = find_classes(native)
         except ValueError:
             raise ValueError(
                 f"mlx-lm {mlx_lm.__version__} has no family {native['model_type']}; use a newer one, or transformers"

@@ -197,13 +197,11 @@ def _check_model(export: Export) -> list[Check]:
 
 def _check_against(base: _BaseRun, model, probe: Probe, spec: LoopSpec) -> list[Check]:
     looped = _run_looped(model, probe)
+    identities: dict[str, dict] = {ONE_STEP_IS_BASE: {"loop_steps": 1}}
+    if spec.path is None:  # a path has no anchor
+        identities[FULL_ANCHOR_IS_BASE] = {"loop_anchor": 1.0}
     return [
-        _check_identity(ONE_STEP_IS_BASE, model, probe, base.logits, loop_steps=1),
-        *(
-            [_check_identity(FULL_ANCHOR_IS_BASE, model, probe, base.logits, loop_anchor=1.0)]
-            if spec.path is None
-            else []  # a path has no anchor
-        ),
+        *(_check_identity(name, model, probe, base.logits, **loop) for name, loop in identities.items()),
         check_runs(looped.runs, spec),
         check_effect(looped.full, base.logits, base.by_hand.logits, spec),
         _check_by_hand(FULL_IS_BY_HAND, looped.full, base.by_hand, base.decode_difference),
