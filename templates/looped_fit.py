@@ -84,7 +84,7 @@ def check_layer_types(spec: LoopSpec, layer_types) -> None:
     Args:
         layer_types: the config's `layer_types` or `layers_block_type`, one name per layer; None if it has none.
     """
-    if not isinstance(layer_types, (list, tuple)) or len(layer_types) <= max(spec.layers, default=0):
+    if not isinstance(layer_types, (list, tuple)) or len(layer_types) <= max([0, *spec.layers]):
         return
     _check_first_of_type(spec, layer_types)
     for layer in spec.layers:

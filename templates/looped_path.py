@@ -49,7 +49,7 @@ def runs_of(bodies) -> dict[int, int]:
 def extra_slots_of(bodies) -> tuple[tuple[int, int], ...]:
     """The layer and the iteration of each cache slot that these bodies need beyond one per layer: by iteration."""
     runs = runs_of(bodies)
-    most = max(runs.values(), default=1)
+    most = max([1, *runs.values()])  # a compiler does not know `default`
     return tuple((layer, k) for k in range(1, most) for layer, count in runs.items() if k < count)
 
 
@@ -81,14 +81,15 @@ def check_path(path: tuple) -> None:
     layers = layers_of(path)
     if layers[0] != 0:
         raise ValueError(f"the path starts at layer {layers[0]}; it must start at layer 0, which counts the tokens")
-    visited: set[int] = set()
+    visited, newest = set(), 0
     for layer in layers:
-        if layer not in visited and layer < max(visited, default=0):
+        if layer not in visited and layer < newest:
             raise ValueError(
-                f"the path first visits layer {layer} after layer {max(visited)}; layers can be visited again and "
-                "left out, but not reordered"
+                f"the path first visits layer {layer} after layer {newest}; layers can be visited again and left out, "
+                "but not reordered"
             )
         visited.add(layer)
+        newest = max(newest, layer)
 
 
 def joined_runs(layers) -> tuple[tuple[int, int], ...]:

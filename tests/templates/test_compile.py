@@ -78,6 +78,27 @@ def test_compiled_decode_on_a_static_cache_equals_eager(looped, family, kv, deco
     assert_close(run(torch.compile(model, fullgraph=True, backend="aot_eager")), run(model))
 
 
+PATHS = (
+    {"path": ((0, 2), (0, 3), (1, 4))},
+    {"path": ((0, 2), (3, 4), (1, 2)), "kv": "shared"},  # leaves out layer 2
+    {"span": ((0, 1), (2, 4)), "steps": (2, 3), "kv": "per_step"},
+)
+
+
+@pytest.mark.parametrize("loop", PATHS, ids=",".join)
+def test_compiled_paths_and_steps_of_each_span_equal_eager(looped, loop):
+    torch._dynamo.reset()
+    model, tokens = looped("llama", **loop), tiny_tokens(2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    with torch.no_grad():
+        full = model(tokens).logits
+        assert_close(compiled(tokens).logits, full)
+        model(tokens[:, :8], past_key_values=cache)
+        if TRANSFORMERS_5:
+            assert_close(compiled(tokens[:, 8:], past_key_values=cache).logits, full[:, 8:])
+
+
 @pytest.mark.matrix
 def test_inductor_compiled_forward_equals_eager(looped):
     torch._dynamo.reset()
