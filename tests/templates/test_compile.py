@@ -36,7 +36,8 @@ def looped(tmp_path):
 
     def make(family, **spec):
         base = save_tiny(family, tmp_path / "base", **FOUR_LAYERS[family])
-        out = loopexport.convert(str(base), tmp_path / "out", **{"span": (1, 3), "steps": 3, **spec}).root
+        spec = spec if "path" in spec else {"span": (1, 3), "steps": 3, **spec}
+        out = loopexport.convert(str(base), tmp_path / "out", **spec).root
         return AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
 
     return make
