@@ -352,19 +352,16 @@ def test_saves_into_an_export(base, items, tmp_path):
 
 def answer_as_one_of_two(rank, port, arguments, outcomes):
     """Run the command line as `accelerate launch` starts it."""
-    from accelerate.state import AcceleratorState, PartialState
-
     os.environ |= {"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    PartialState._reset_state()  # of the tests before
-    AcceleratorState._reset_state()
     result = run("compare", *arguments)
     outcomes.put((result.exit_code, result.stdout, result.stderr))
 
 
 def test_processes_share_the_items(base, items, tmp_path):
     """Two processes, each with every second item, give what one process gives."""
-    processes = get_context("fork")  # what this process has imported takes the longest
+    processes = get_context("forkserver")  # a fork of this process may wait for its threads for ever
+    processes.set_forkserver_preload(["lm_eval.models.huggingface", "lm_eval.tasks"])  # what takes the longest
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
