@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
-from multiprocessing import get_context
+import subprocess
+import sys
 
 import pytest
 
 from loopexport import EvaluationError, LoopSpec, convert, plan_compare
-from support.commands import run
 from support.evaluation import tokenized_base, write_items
 
 pytest.importorskip("lm_eval")
@@ -350,35 +351,39 @@ def test_saves_into_an_export(base, items, tmp_path):
     assert "mine" in (export.root / "README.md").read_text()
 
 
-def answer_as_one_of_two(rank, port, arguments, outcomes):
-    """Run the command line as `accelerate launch` starts it."""
-    os.environ |= {"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    result = run("compare", *arguments)
-    outcomes.put((result.exit_code, result.stdout, result.stderr))
+def started_as_one_of_two(rank, port, arguments, printed):
+    """The command line in a process of its own, as `accelerate launch` starts it."""
+    world = {"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    with printed.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-m", "loopexport", "compare", *arguments],
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def statuses(processes):
+    """Exit status of each; one that does not end in time prints where it stands, and is stopped."""
+    try:
+        return [process.wait(timeout=240) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)
+        return [process.wait() for process in processes]
 
 
 def test_processes_share_the_items(base, items, tmp_path):
     """Two processes, each with every second item, give what one process gives."""
-    processes = get_context("forkserver")  # a fork of this process may wait for its threads for ever
-    processes.set_forkserver_preload(["lm_eval.models.huggingface", "lm_eval.tasks"])  # what takes the longest
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--span", "2:4", "--steps", "2", "--items", items, "--out", tmp_path / "out"]
+    options = [base, "--span", "2:4", "--steps", "2", "--items", items, "--out", tmp_path / "out"]
     compute = [f"--{name.replace('_', '-')}={value}" for name, value in CPU.items()]
-    outcomes = processes.Queue()
-    both = [
-        processes.Process(target=answer_as_one_of_two, args=(rank, port, [base, *options, *compute], outcomes))
-        for rank in (0, 1)
-    ]
-    for each in both:
-        each.start()
-    found = [outcomes.get(timeout=120) for _ in both]
-    for each in both:
-        each.join()
-    printed = "".join(stdout for _, stdout, _ in found)
-    assert [status for status, _, _ in found] == [0, 0], [stderr for _, _, stderr in found]
+    files = [tmp_path / f"printed-{rank}" for rank in (0, 1)]
+    found = statuses([started_as_one_of_two(rank, port, [*options, *compute], files[rank]) for rank in (0, 1)])
+    printed = "".join(file.read_text() for file in files)
+    assert found == [0, 0], printed
     assert printed.count("Model ") == 1
     assert printed.count("Wrote ") == 1
     pairs = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
