@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .looped_path import extra_slots_of
+from .looped_path import extra_slots_of, skipped_by
 from .looped_pools import NaturalSlots, OneSlot, ReplayedPools
 from .looped_spec import FIELDS, LoopSpec, bodies_within, first_of
 from .looped_states import (
@@ -338,11 +338,13 @@ def _empty_slot_like(layer):
     return slot
 
 
-def check_filled_by(cache, spec: LoopSpec) -> None:
+def check_filled_by(cache, spec: LoopSpec, num_layers: int) -> None:
     """Check that a forward of a loop may go on with a cache; call it before the forward stores anything.
 
-    Under `shared` and `reference` a token keeps the keys and values that it was computed with, so the steps, their
-    sizes and the rule may change between tokens, and so may whether tokens loop at all.
+    Args:
+        cache: the cache.
+        spec: the loop of this forward.
+        num_layers: the number of decoder layers that it runs.
 
     Raises:
         ValueError: the cache was filled under a loop that this one cannot go on from.
@@ -350,17 +352,25 @@ def check_filled_by(cache, spec: LoopSpec) -> None:
     before, now = getattr(cache, FILLED_BY, None), _fingerprint(spec)
     if before is None or before == now or is_empty(cache, first_of(spec)):
         return
-    changed = (
-        [name for name, was, value in zip(FIELDS, before, now, strict=True) if was != value] if before and now else []
-    )
-    if before and "per_step" not in (before[_KV], now[_KV] if now else None):
-        changed = [name for name in changed if name in ("span", "mode", "kv", "path")]
-        if not changed:
-            return
-    elif not before and spec.kv != "per_step":
-        return
-    what = ", ".join(changed) or ("it looped, and now steps or anchor is 1" if before else "steps or anchor was 1")
-    raise ValueError(_foreign_cache(what))
+    changed = _changes_that_matter(before, now, num_layers)
+    if changed:
+        raise ValueError(_foreign_cache(changed))
+
+
+def _changes_that_matter(before: tuple, now: tuple, num_layers: int) -> str:
+    """What this loop changes that a cache of the earlier one cannot follow; empty if it can.
+
+    Under `shared` and `reference` a token keeps the keys and values that it was computed with, so the steps, their
+    sizes and the rule may change between tokens, and so may whether tokens loop at all. But layers that a path left out
+    have stored nothing.
+    """
+    if before and now:
+        matters = FIELDS if "per_step" in (before[_KV], now[_KV]) else ("span", "mode", "kv", "path")
+        pairs = zip(FIELDS, before, now, strict=True)
+        return ", ".join(name for name, was, value in pairs if was != value and name in matters)
+    if before and (before[_KV] == "per_step" or (before[_PATH] and skipped_by(before[_PATH], num_layers))):
+        return "it looped, and now steps or anchor is 1"
+    return "steps or anchor was 1" if now and now[_KV] == "per_step" else ""
 
 
 def mark_filled(cache, spec: LoopSpec) -> None:
@@ -369,31 +379,12 @@ def mark_filled(cache, spec: LoopSpec) -> None:
         setattr(cache, FILLED_BY, _fingerprint(spec))
 
 
-_KV = FIELDS.index("kv")
+_KV, _PATH = FIELDS.index("kv"), FIELDS.index("path")
 
 
 def _fingerprint(spec: LoopSpec) -> tuple:
     """The loop as a tuple of plain values; empty if it is the base model."""
     return () if spec.is_identity else tuple(getattr(spec, name) for name in FIELDS)
-
-
-def check_paged(cache, spec: LoopSpec) -> None:
-    """Check that a loop is exact in continuous batching, which packs prompts and decode steps of many requests.
-
-    Raises:
-        ValueError: it is not, and the cache is a paged one.
-    """
-    if type(cache).__name__.startswith("Paged"):
-        check_continuous_batching(spec)
-
-
-def check_continuous_batching(spec: LoopSpec) -> None:
-    """Raise ValueError unless continuous batching gives each request what `generate` gives it alone."""
-    if not spec.is_identity and (spec.kv != "shared" or spec.decode != "full"):
-        raise ValueError(
-            "continuous batching packs prompts and decode steps of several requests into one forward, which is exact "
-            f"with kv shared and decode full only, not with kv {spec.kv} and decode {spec.decode}; use generate"
-        )
 
 
 def _foreign_cache(why: str) -> str:

@@ -23,17 +23,19 @@ from .looped_arguments import CACHE_ARGUMENTS, find_cache_argument, self_attenti
 from .looped_cache import (
     add_slots,
     check_filled_by,
-    check_paged,
     mark_filled,
 )
 from .looped_call import HANDED_OVER, LayerTraits
 from .looped_fit import (
     ADDED_FEATURES,
     CROSS_ATTENTION,
+    REUSED_KEYS,
     check_added_features,
     check_cross_attention,
     check_depth,
     check_layer_types,
+    check_paged,
+    check_reused_keys,
 )
 from .looped_routing import ROUTERS, own_routing
 from .looped_spec import LoopSpec
@@ -94,6 +96,9 @@ class DecoderLoop:
         check_depth(spec, len(layers))
         check_layer_types(spec, getattr(self.text_config, "layer_types", None))
         check_layer_types(spec, getattr(self.text_config, "layers_block_type", None))
+        check_reused_keys(
+            spec, getattr(self.text_config, REUSED_KEYS, None), getattr(self.text_config, "layer_types", None)
+        )
         check_cross_attention(spec, getattr(self.text_config, CROSS_ATTENTION, None))
         check_added_features(spec, getattr(getattr(self.config, "vision_config", None), ADDED_FEATURES, None))
         for index in spec.layers:
@@ -142,7 +147,7 @@ class DecoderLoop:
         if cache is None:
             return
         check_paged(cache, spec)
-        check_filled_by(cache, spec)
+        check_filled_by(cache, spec, self.num_layers(layers))
         if spec.has_extra_slots:
             add_slots(cache, spec, self.num_layers(layers))
         if spec.is_identity:

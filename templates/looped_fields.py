@@ -29,15 +29,15 @@ def check_span(value) -> tuple | None:
     return spans if len(spans) > 1 else spans[0]
 
 
-def check_bounds(value) -> tuple[int, int]:
+def check_bounds(value, what: str = "span") -> tuple[int, int]:
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(is_int(bound) for bound in value):
-        raise ValueError(f"span {value!r} is not a pair of layer numbers [start, stop]")
+        raise ValueError(f"{what} {value!r} is not a pair of layer numbers [start, stop]")
     start, stop = value
     if start < 0:
-        raise ValueError(f"span {start}:{stop} starts before the first layer, which is 0")
+        raise ValueError(f"{what} {start}:{stop} starts before the first layer, which is 0")
     if start >= stop:
         kind = "is empty" if start == stop else "is reversed"
-        raise ValueError(f"span {start}:{stop} {kind}; give start:stop with start < stop (stop is not included)")
+        raise ValueError(f"{what} {start}:{stop} {kind}; give start:stop with start < stop (stop is not included)")
     return (start, stop)
 
 
@@ -46,7 +46,7 @@ def check_path_runs(value) -> tuple | None:
         return None
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"path {value!r} is not a list of pairs of layer numbers [start, stop]")
-    runs = tuple(check_bounds(each) for each in value)
+    runs = tuple(check_bounds(each, "part of the path") for each in value)
     length = sum(stop - start for start, stop in runs)
     if length > MAX_PATH:
         raise ValueError(f"the path visits {length} layers; {MAX_PATH} are allowed")

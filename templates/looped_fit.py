@@ -1,4 +1,4 @@
-"""Whether a loop fits a model: its depth, the kinds of its layers, and what the model does between them.
+"""Whether a loop fits a model: its depth, kinds of layers, what it does between them, and how requests are batched.
 
 Every export has a copy of this file. It needs only the standard library.
 """
@@ -20,6 +20,8 @@ LOOPABLE_TYPES = ATTENTION_TYPES + RECURRENT_TYPES + MEMORYLESS_TYPES + POOLING_
 
 # In a `vision_config`: layers of the tower whose features the model adds to outputs of as many first decoder layers.
 ADDED_FEATURES = "deepstack_visual_indexes"
+# In a `text_config`: how many of the last layers read keys and values of earlier layers, and store none.
+REUSED_KEYS = "num_kv_shared_layers"
 # In a `text_config`: the layers that attend to an image instead of the text.
 CROSS_ATTENTION = "cross_attention_layers"
 
@@ -59,8 +61,8 @@ def check_added_features(spec: LoopSpec, vision_layers) -> None:
         if body.hull.start < min(body.after, count):
             raise ValueError(
                 f"the model adds features of images to the hidden states after each of its first {count} layers, "
-                f"inside span {body.hull.start}:{body.hull.stop}; choose a span that starts at {count}, or mode "
-                "layer"
+                f"and layers {body.hull.start} to {body.after} loop together; choose a span that starts at {count}, or "
+                "mode layer"
             )
 
 
@@ -75,6 +77,25 @@ def check_cross_attention(spec: LoopSpec, crossed) -> None:
         raise ValueError(
             f"layer {found[0]} attends to an image, and the model skips it for text alone, so it cannot be run "
             f"again; choose a span without layers {', '.join(map(str, crossed))}"
+        )
+
+
+def check_reused_keys(spec: LoopSpec, count, layer_types) -> None:
+    """Raise ValueError if a path changes how often a layer runs whose keys the last layers of the model reuse.
+
+    Args:
+        count: the value of `REUSED_KEYS` in the config; None if it has none.
+        layer_types: the config's `layer_types`; None if it has none.
+    """
+    if spec.path is None or spec.is_identity or not count or not layer_types:
+        return
+    storing = layer_types[: len(layer_types) - count]
+    sources = {kind: layer for layer, kind in enumerate(storing)}.values()  # the last of each kind
+    changed = [*spec.runs, *(layer for layer in spec.skipped(len(storing)) if layer in sources)]
+    if changed:
+        raise ValueError(
+            f"the last {count} layers of the model reuse keys and values of layers {', '.join(map(str, sources))}, so "
+            f"a path cannot run layer {min(changed)} again or leave it out; use spans"
         )
 
 
@@ -103,8 +124,27 @@ def check_layer_types(spec: LoopSpec, layer_types) -> None:
 def _check_first_of_type(spec: LoopSpec, layer_types) -> None:
     """Raise ValueError if a path leaves out the first layer of a type: the model sizes masks by its cache slot."""
     for layer in spec.skipped(len(layer_types)):
-        if layer_types.index(layer_types[layer]) == layer:
+        if layer_types[layer] not in MEMORYLESS_TYPES and layer_types.index(layer_types[layer]) == layer:
             raise ValueError(
                 f"the path leaves out layer {layer}, the first one of type {layer_types[layer]}, whose cache says "
                 "how many tokens there are; leave out another layer of that type"
             )
+
+
+def check_paged(cache, spec: LoopSpec) -> None:
+    """Check that a loop is exact in continuous batching, which packs prompts and decode steps of many requests.
+
+    Raises:
+        ValueError: it is not, and the cache is a paged one.
+    """
+    if type(cache).__name__.startswith("Paged"):
+        check_continuous_batching(spec)
+
+
+def check_continuous_batching(spec: LoopSpec) -> None:
+    """Raise ValueError unless continuous batching gives each request what `generate` gives it alone."""
+    if not spec.is_identity and (spec.kv != "shared" or spec.decode != "full"):
+        raise ValueError(
+            "continuous batching packs prompts and decode steps of several requests into one forward, which is exact "
+            f"with kv shared and decode full only, not with kv {spec.kv} and decode {spec.decode}; use generate"
+        )

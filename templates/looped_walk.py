@@ -74,8 +74,8 @@ class Walk:
         for body in self.bodies.values():
             if 0 < len(held.intersection(body.hull)) < len(body.hull):
                 raise ValueError(
-                    f"span {body.hull.start}:{body.hull.stop} crosses pipeline stages, which block mode cannot loop; "
-                    "choose a span inside one stage, or mode layer"
+                    f"layers {body.hull.start} to {body.after} loop together and are cut by pipeline stages; choose a "
+                    "span inside one stage, or mode layer"
                 )
         self._due = held.intersection(self.runs if self.spec.path is None else range(self.num_layers))
         for index in self._due:

@@ -39,12 +39,12 @@ from .configuration_looped import (
 )
 from .looped_arguments import CACHE_ARGUMENTS, self_attention
 from .looped_body import Body  # noqa: F401  transformers 4 copies only files that this one imports
-from .looped_cache import add_slots, check_continuous_batching
+from .looped_cache import add_slots
 from .looped_call import LayerCall  # noqa: F401  as above
 from .looped_checkpointing import CHECKPOINTS  # noqa: F401  as above
 from .looped_decoder import LOOP, loop_decoder
 from .looped_fields import MAX_COUNT  # noqa: F401  as above
-from .looped_fit import check_depth  # noqa: F401  as above
+from .looped_fit import check_continuous_batching, check_depth  # noqa: F401  as above
 from .looped_path import layers_of  # noqa: F401  as above
 from .looped_pools import POOLS  # noqa: F401  as above
 from .looped_recurrent import SCANS  # noqa: F401  as above

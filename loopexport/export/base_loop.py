@@ -18,10 +18,12 @@ from loopexport.loop.recipes import Recipe
 from loopexport.loop.spec import LoopSpec, check_first_n, make_spec
 from loopexport.templates.looped_fit import (
     CROSS_ATTENTION,
+    REUSED_KEYS,
     check_added_features,
     check_cross_attention,
     check_depth,
     check_layer_types,
+    check_reused_keys,
 )
 
 from .directory import is_export, open_export
@@ -116,6 +118,7 @@ def check_layers(base: Checkpoint, loop: LoopSpec) -> None:
     try:
         check_depth(loop, base.num_layers)
         check_layer_types(loop, layer_types(base.config))
+        check_reused_keys(loop, text_config(base.config).get(REUSED_KEYS), layer_types(base.config))
         check_cross_attention(loop, text_config(base.config).get(CROSS_ATTENTION))
         check_added_features(loop, vision_layers_added(base.config))
     except ValueError as error:

@@ -21,7 +21,7 @@ LOOPS = (
     {"path": LEAVING_OUT, "kv": "shared"},
     {"path": OVERLAPPING, "kv": "reference"},
     {"path": OVERLAPPING, "decode": "bypass"},
-    {"path": ((0, 2), (3, 4))},
+    {"path": ((0, 1), (3, 4), (0, 1))},  # no layers 1 and 4, from whose slots the trace reads sizes
     {"span": ((0, 2), (3, 5)), "steps": (2, 3), "kv": "per_step"},
     {"span": ((0, 2), (3, 5)), "steps": (1, 3), "rule": "midpoint", "mode": "layer"},
 )
@@ -31,6 +31,11 @@ LOOPS = (
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: ",".join(map(str, loop.values())))
 def test_graph_equals_torch(graph, loop, attention):
     assert_equals_torch(graph("llama", attention, **loop), padded=attention == "portable")
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_path_that_ends_early_equals_torch(graph, stop):
+    assert_equals_torch(graph("llama", path=((0, stop),), kv="shared"), padded=True)
 
 
 @pytest.mark.parametrize("family", by_class(("gemma2", "qwen3_moe", "deepseek_v3"), ("gemma2",)))

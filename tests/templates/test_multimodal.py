@@ -236,7 +236,9 @@ def twice(layer, args, kwargs, output):
 
 @pytest.mark.parametrize("span", [[0, 2], [1, 4]], ids=str)
 def test_block_mode_refuses_features_inside_a_span(looped, span):
-    with pytest.raises(ValueError, match=r"after each of its first 2 layers, inside span .*starts at 2, or mode layer"):
+    with pytest.raises(
+        ValueError, match=r"after each of its first 2 layers, and layers .* loop together; .*starts at 2, or mode layer"
+    ):
         looped("qwen3_vl", span=span)
 
 

@@ -93,13 +93,27 @@ def test_static_cache_and_padding(looped, plain, path, kv):
         assert_close(ours[mask.bool()], theirs[mask.bool()])
 
 
-def test_one_step_is_the_base_and_a_cache_of_one_is_refused_by_the_other(looped, plain):
-    model, tokens = looped("llama", path=LEAVING_OUT), tiny_tokens(1, 8)
+@pytest.mark.parametrize("kv", ["per_step", "shared", "reference"])
+def test_one_step_is_the_base_which_cannot_go_on_where_a_layer_stored_nothing(looped, plain, kv):
+    model, tokens = looped("llama", path=LEAVING_OUT, kv=kv), tiny_tokens(1, 8)
     filled = model(tokens, use_cache=True).past_key_values
     model.config.loop_steps = 1
     assert_bitwise(full_forward(model, tokens), full_forward(plain("llama"), tokens))
     with pytest.raises(ValueError, match="cache was filled under another loop setting"):
         model(tokens[:, :1], past_key_values=filled)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_the_base_and_a_path_of_all_layers_go_on_with_each_others_cache(looped, plain, first):
+    model, base, tokens = looped("llama", path=OVERLAPPING, kv="shared"), plain("llama"), tiny_tokens(1, 8)
+    before, after = (base, model) if first == 1 else (model, base)
+    with torch.no_grad():
+        filled = before(tokens[:, :6], use_cache=True).past_key_values
+        theirs = after(tokens[:, 6:], past_key_values=filled).logits
+        model.config.loop_steps = first
+        filled = model(tokens[:, :6], use_cache=True).past_key_values
+        model.config.loop_steps = 3 - first
+        assert_bitwise(model(tokens[:, 6:], past_key_values=filled).logits, theirs)
 
 
 def test_a_path_that_only_leaves_layers_out_marks_its_cache(looped):
@@ -137,6 +151,7 @@ def test_equal_steps_are_one_number(looped, plain):
         ({"path": ((0, 2), (4, 6), (2, 4))}, "first visits layer 2 after layer 5"),
         ({"path": ((0, 20_000),)}, "the path visits 20000 layers; 10000 are allowed"),
         ({"path": ()}, "path () is not a list of pairs"),
+        ({"path": (0, 1)}, "part of the path 0 is not a pair"),
         ({"path": TWICE, "span": SPAN}, "the loop has a span and a path"),
         ({}, "neither a span nor a path"),
         ({"path": TWICE, "steps": 3}, "a path says how often each layer runs"),
@@ -157,6 +172,16 @@ def test_equal_steps_are_one_number(looped, plain):
 def test_impossible_paths_and_steps_are_refused(fields, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         LoopSpec(**{"span": None, "steps": 2, **fields})
+
+
+def test_a_layer_without_a_memory_may_be_left_out_though_it_is_the_first_of_its_type(looped, plain):
+    """The mask of a type is sized by a cache, which an MLP does not have."""
+    path, tokens = ((0, 1), (2, 3), (4, 6)), tiny_tokens(1, 8)
+    model = looped("nemotron_h", path=path)
+    theirs = full_forward(unrolled_copy(plain("nemotron_h"), numbers(path)), tokens)
+    assert_bitwise(full_forward(model, tokens), theirs)
+    past = model(tokens[:, :5], use_cache=True).past_key_values
+    assert_close(model(tokens[:, 5:], past_key_values=past).logits, theirs[:, 5:])
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import loopexport
-from support.compare import assert_close, assert_differs
+from loopexport import LoopExportError
+from support.compare import assert_bitwise, assert_close, assert_differs
 from support.family_walk import save_tiny_family
 from support.loaded_code import code_beside
 from support.tiny import tiny_tokens
@@ -20,11 +23,15 @@ TOKENS = tiny_tokens(2, 9)
 
 
 @pytest.fixture(scope="module")
-def gemma4(tmp_path_factory):
-    """An export of a tiny gemma4_text; layers 4 and 5 reuse keys."""
-    root = tmp_path_factory.mktemp("gemma4")
-    base = save_tiny_family("gemma4_text", root / "base")
-    return loopexport.convert(str(base), root / "out", span=(3, 5), steps=3).root
+def base(tmp_path_factory):
+    """A tiny gemma4_text; layers 4 and 5 reuse keys."""
+    return save_tiny_family("gemma4_text", tmp_path_factory.mktemp("gemma4") / "base")
+
+
+@pytest.fixture(scope="module")
+def gemma4(base, tmp_path_factory):
+    """An export of it."""
+    return loopexport.convert(str(base), tmp_path_factory.mktemp("gemma4") / "out", span=(3, 5), steps=3).root
 
 
 @pytest.fixture
@@ -52,6 +59,32 @@ def test_a_prompt_loops_under_bypass_also_where_only_its_last_token_is_run(model
         assert_close(model(TOKENS, logits_to_keep=1, use_cache=False).logits, whole)
         model.config.loop_steps = 1
         assert_differs(model(TOKENS, logits_to_keep=1).logits, whole)
+
+
+@pytest.mark.parametrize("path", [[[0, 3], [4, 6]], [[0, 2], [3, 6]], [[0, 3], [1, 6]], [[0, 6], [4, 6]]], ids=str)
+def test_a_path_that_changes_which_keys_are_reused_is_refused(base, model, path, tmp_path):
+    says = "the last 2 layers of the model reuse keys and values of layers 2, 3, so a path cannot run layer"
+    with pytest.raises(LoopExportError, match=says):
+        loopexport.convert(base, tmp_path / "out", path=path)
+    model.config.loop_span, model.config.loop_path, model.config.loop_steps = None, path, 2
+    with pytest.raises(ValueError, match=says):
+        model(TOKENS)
+
+
+@pytest.mark.parametrize("path", [[[0, 5]], [[0, 4], [5, 6]]], ids=str)
+def test_a_path_may_leave_out_layers_that_reuse_keys(model, path):
+    left_out = {4, 5} - {layer for run in path for layer in range(*run)}
+    base = copy.deepcopy(model)
+    base.config.loop_steps = 1
+    for layer in left_out:
+        base.model.layers[layer].forward = lambda hidden, *args, **kwargs: hidden
+    model.config.loop_span, model.config.loop_path, model.config.loop_steps = None, path, 2
+    model.config.loop_damping = None
+    with torch.no_grad():
+        theirs = base(TOKENS, use_cache=False).logits
+        assert_bitwise(model(TOKENS, use_cache=False).logits, theirs)
+        past = model(TOKENS[:, :6], use_cache=True).past_key_values
+        assert_close(model(TOKENS[:, 6:], past_key_values=past).logits, theirs[:, 6:])
 
 
 def test_a_span_in_which_tokens_are_dropped_is_refused(model, monkeypatch):

@@ -26,7 +26,7 @@ from loopexport.templates.looped_path import BodySpec
 from loopexport.templates.looped_spec import bodies_within
 
 from .decode_bypass import decode_step, unless_decoding
-from .left_out import drop_unread_weights, leave_out
+from .left_out import drop_unread_inputs, leave_out
 from .loop_layer import LoopLayer, SlotPart, copy_loop_node, drop_presents, is_plain_input, join_of, past_of
 from .rule_graph import rule_graph
 
@@ -57,7 +57,7 @@ def unroll(traced: Traced, spec: LoopSpec) -> ir.Model:
     for clean in (RemoveUnusedNodesPass(), RemoveUnusedOpsetsPass()):
         clean(model)
     if skipped:
-        drop_unread_weights(model.graph)
+        drop_unread_inputs(model.graph, skipped)
     return model
 
 
