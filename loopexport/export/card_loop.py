@@ -82,8 +82,8 @@ _LOOP = """\
 _PATH = "| path | `{span}`, half-open: {layers} more than once{skipped}; the model has layers 0 to {last_layer} |"
 
 _PATH_OFF = """\
-| path | `{span}`, half-open, switched off: `loop_steps` is 1, and each layer runs once, as in the base model, until it \
-is 2; the model has layers 0 to {last_layer} |"""
+| path | `{span}`, half-open, switched off: `loop_steps` is 1, and each layer runs once, as in the base model, until \
+it is 2; the model has layers 0 to {last_layer} |"""
 
 _LEGEND = """\
 Here x are the hidden states that enter the span, and g is one run through it. In layer mode, each layer of the span
