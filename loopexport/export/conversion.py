@@ -340,7 +340,7 @@ def _given(**fields: Any) -> dict[str, Any]:
 
 def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
     name = base.origin.name.rsplit("/", 1)[-1] + ("-text" if base.edited else "")
-    runs = _joined(spec.spans or spec.path)
+    runs = _joined(spec.spans if spec.path is None else spec.path)
     if len(runs) > MAX_RUNS_NAME:
         runs = "-".join(filter(None, (_joined(joined_runs(spec.layers)), bytes_sha256(runs.encode())[:8])))
     steps = "k" + "-".join(map(str, dict.fromkeys(spec.steps_of_spans)))

@@ -87,7 +87,7 @@ def describe_visits(spec: LoopSpec) -> str:
         return "switched off by steps 1: the base model"
     if repeats_as_base(spec):
         return "each visit runs the layer as it is"
-    own = ", and to their own in the current chunk" if spec.kv == "reference" else ""
+    own = " for the past, and to their own in the current chunk" if spec.kv == "reference" else ""
     return f"repeats attend to the keys and values of the first visit{own}"
 
 

@@ -96,7 +96,7 @@ def test_totals_are_told(base):
     ("options", "says"),
     [
         (["--kv", "shared"], "repeats attend to the keys and values of the first visit, kv shared"),
-        (["--kv", "reference"], "the first visit, and to their own in the current chunk, kv reference"),
+        (["--kv", "reference"], "the first visit for the past, and to their own in the current chunk, kv reference"),
         (["--steps", "1"], "switched off by steps 1: the base model, kv per_step"),
     ],
 )
