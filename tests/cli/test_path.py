@@ -213,6 +213,13 @@ def test_a_place_on_the_command_line_replaces_the_loop_of_the_file(base, tmp_pat
         assert {name: spec[name] for name in (*TWICE, "loop_decode")} == {**TWICE, "loop_decode": "bypass"}
 
 
+def test_kv_shared_is_said_to_help_only_if_every_step_loops(base, tmp_path):
+    for decode, is_said in (("full", True), ("bypass", False)):
+        notes = planned(base, tmp_path / "out", "--rys", "1,4", "--kv", "reference", "--decode", decode)["warnings"]
+        told = next(note for note in notes if note.startswith("kv reference: by design, cached decoding differs"))
+        assert told.endswith("with kv shared they are equal") == is_said
+
+
 def test_rys_pair_takes_other_fields(base, tmp_path):
     spec = planned(base, tmp_path / "out", "--rys", "1,4", "--damping", "0.5", "--kv", "shared", "--steps", "3")["spec"]
     assert (spec["loop_span"], spec["loop_steps"], spec["loop_damping"], spec["loop_kv"]) == ([1, 4], 3, 0.5, "shared")
