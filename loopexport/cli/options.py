@@ -61,7 +61,7 @@ loop_options = combine(
     option(
         LOOP,
         "--from-mergekit",
-        type=click.Path(path_type=Path),
+        type=click.Path(),
         metavar="FILE",
         help="Instead of --span: a mergekit config with passthrough slices of MODEL alone.",
     ),

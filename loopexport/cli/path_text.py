@@ -23,8 +23,8 @@ ALSO_READS = {
 }
 
 
-def path_lines(base: Checkpoint, spec: LoopSpec) -> list[str]:
-    """The loop, its drawing, and what it costs."""
+def path_lines(base: Checkpoint, spec: LoopSpec, is_path_given: bool = False) -> list[str]:
+    """The loop, its drawing, and what it costs; and the loop as a path, unless the user gave it as one."""
     count = base.num_layers
     return [
         f"Model    {base.origin.name}: {base.model_type}, {count} layers",
@@ -36,7 +36,7 @@ def path_lines(base: Checkpoint, spec: LoopSpec) -> list[str]:
         f"Total    {layer_evaluations(count, spec)} layer evaluations a token instead of {count}: "
         f"{layer_evaluations(count, spec) / count:.2f}x{describe_unlooped_steps(spec)}",
         f"K/V      {cache_slots(spec, count)} slots of the cache instead of {count}; {ALSO_READS[spec.kv]}",
-        *_same_lines(spec, count),
+        *([] if is_path_given else _same_lines(spec, count)),
     ]
 
 

@@ -34,6 +34,7 @@ from loopexport.loop.wording import (
     describe_span,
     describe_steps,
     describe_unlooped_steps,
+    describe_visits,
 )
 from loopexport.templates.looped_mlx_limits import MODEL_FILE
 from loopexport.templates.looped_spec import Rule
@@ -283,8 +284,7 @@ def _gains(preset: Preset) -> str:
 def loop_lines(spec: LoopSpec) -> list[str]:
     """How the layers loop."""
     if spec.path is not None:
-        how = "switched off by steps 1" if spec.is_identity else "each visit runs the layer as it is"
-        return [f"Loop     {how}, kv {spec.kv}, decode {describe_decode(spec)}"]
+        return [f"Loop     {describe_visits(spec)}, kv {spec.kv}, decode {describe_decode(spec)}"]
     return [
         f"Loop     {describe_steps(spec)} steps, rule {describe_rule(spec)}, anchor {spec.anchor:g}",
         f"         mode {spec.mode}, kv {spec.kv}, decode {describe_decode(spec)}, "
@@ -308,6 +308,8 @@ def where_line(base: Checkpoint, spec: LoopSpec) -> str:
     """Which layers loop."""
     last = base.num_layers - 1
     if spec.path is not None:
+        if spec.is_identity:
+            return f"Path     {describe_span(spec)}, half-open: switched off, layers 0 to {last} run once"
         again = f"{describe_layers(spec)} of 0 to {last} more than once{describe_skipped(spec, base.num_layers)}"
         return f"Path     {describe_span(spec)}, half-open: {again}"
     where = f"{describe_layers(spec)} of 0 to {last}, depth {_depths(base, spec)}"

@@ -103,4 +103,5 @@ def _values(loop: LoopSpec | Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(loop, LoopSpec):
         return {name: value for name, value in loop.items() if value is not None}
     values = {each.name: getattr(loop, each.name) for each in fields(loop) if getattr(loop, each.name) != each.default}
-    return values if loop.path is None else {**values, "kv": loop.kv}  # a path has another default
+    # A path has another default of kv, and takes no steps but 1.
+    return values if loop.path is None else {**values, "kv": loop.kv, "steps": 1 if loop.is_identity else None}

@@ -13,19 +13,10 @@ from loopexport.base.tokenizer import Home
 from loopexport.loop.cost import Cost
 from loopexport.loop.presets import STATUSES, Preset
 from loopexport.loop.spec import LoopSpec
-from loopexport.loop.wording import (
-    describe_applied,
-    describe_layers,
-    describe_refinements,
-    describe_rule,
-    describe_skipped,
-    describe_span,
-    describe_steps,
-    describe_unlooped_steps,
-    formula,
-)
+from loopexport.loop.wording import describe_applied, describe_unlooped_steps, formula
 from loopexport.templates.looped_spec import as_json
 
+from .card_loop import decode_meaning, kv_meaning, legend, loop_rows
 from .card_results import MODEL_INDEX, model_index, results_section
 from .card_usage import (
     mlx_section,
@@ -44,19 +35,6 @@ from .results_file import Measured
 INHERITED = ("license", "license_name", "license_link", "language")
 
 MADE_WITH = "Made with LoopExport"  # every card says so, those of earlier versions too: do not change it
-
-KV_MEANING = {
-    "shared": "every iteration attends to the natural pass's keys and values; cached decoding equals a full forward",
-    "per_step": "every pass has its own cache slots, as in a physically unrolled model; cached decoding equals a full "
-    "forward",
-    "reference": "iterations attend to the natural keys and values of the past and to their own in the current chunk, "
-    "like the paper's authors; cached decoding does **not** equal a full forward",
-}
-DECODE_MEANING = {
-    "full": "every token loops",
-    "bypass": "the prompt and other longer chunks loop; single-token decode steps run the base model",
-    "first_n": "the prompt and the first {n} decode steps loop; later ones run the base model",
-}
 
 # `published_card` finds this text in cards of earlier versions too: do not change it.
 NO_WEIGHTS = """
@@ -183,34 +161,18 @@ def _table(facts: CardFacts) -> dict[str, object]:
     spec = facts.spec
     return {
         "model_type": markdown_code(facts.model_type),
-        "loop": _loop_rows(facts),
+        "loop": loop_rows(spec, facts.num_layers),
         "num_layers": facts.num_layers,
         "kv": spec.kv,
-        "kv_meaning": KV_MEANING[spec.kv],
+        "kv_meaning": kv_meaning(spec),
         "decode": spec.decode,
-        "decode_meaning": DECODE_MEANING[spec.decode].format(n=spec.first_n),
+        "decode_meaning": decode_meaning(spec),
         "evaluations": facts.cost.layer_evaluations,
         "multiplier": f"{facts.cost.multiplier:.2f}",
         "unlooped_steps": describe_unlooped_steps(spec),
-        "legend": _LEGEND if spec.path is None else _PATH_LEGEND,
+        "legend": legend(spec),
         "formula": formula(spec),
     }
-
-
-def _loop_rows(facts: CardFacts) -> str:
-    """The rows of the table that say which layers loop, and how."""
-    spec = facts.spec
-    return (_LOOP if spec.path is None else _PATH).format(
-        span=describe_span(spec),
-        layers=describe_layers(spec),
-        skipped=describe_skipped(spec, facts.num_layers),
-        last_layer=facts.num_layers - 1,
-        steps=describe_steps(spec),
-        rule=describe_rule(spec),
-        anchor=f"{spec.anchor:g}",
-        mode=spec.mode,
-        refinements=describe_refinements(spec),
-    )
 
 
 def _use(facts: CardFacts) -> list[str]:
@@ -340,22 +302,6 @@ _TEXT_ONLY = """\
 The base reads more than text. Only its language model is here; its other parts were left out."""
 
 _NO_PROCESSOR = "The base's directory had no processor: AutoProcessor will not load from here. Text alone works:\n"
-
-_LOOP = """\
-| span | `{span}`, half-open: {layers}; the model has layers 0 to {last_layer} |
-| steps K | {steps} |
-| update rule | {rule} |
-| anchor (beta) | {anchor} |
-| mode | `{mode}` |
-| refinements | {refinements} |"""
-
-_PATH = "| path | `{span}`, half-open: {layers} more than once{skipped}; the model has layers 0 to {last_layer} |"
-
-_LEGEND = """\
-Here x are the hidden states that enter the span, and g is one run through it. In layer mode, each layer of the span
-loops by itself, in turn."""
-
-_PATH_LEGEND = "Every token goes through these layers, in this order, each time as in the base model:"
 
 _BODY = """
 # {name}, {title}

@@ -79,8 +79,9 @@ def multimodal_section(spec: LoopSpec, config: dict, trained: bool) -> str:
 def _steps_line(spec: LoopSpec, trained: bool) -> str:
     """The line of an example that changes K."""
     one = "the model without its loop" if trained else "the base model"
-    effect = "change it at any time; 1 is" if spec.path is None else "the path; 1 is"
-    return f"model.config.loop_steps = {as_json(spec.steps)}  # {effect} {one}"
+    if spec.path is not None:
+        return f"model.config.loop_steps = 2  # the path; 1 is {one}"
+    return f"model.config.loop_steps = {as_json(spec.steps)}  # change it at any time; 1 is {one}"
 
 
 def pipeline_tag(config: dict, base_card: Mapping) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from .manifest import MANIFEST, FileRecord, Manifest
 from .mlx_plan import why_not_on_mlx
 from .small_files import base_file_warnings, licence_notice_file, small_files
 from .weights import METHODS, WITHOUT, check_method, copied_bytes, made_shards, place_weights
+
+MAX_RUNS_NAME = 60  # characters for the layers in the name of a directory
 
 
 @dataclass(frozen=True)
@@ -338,9 +340,16 @@ def _given(**fields: Any) -> dict[str, Any]:
 
 def _default_out(base: Checkpoint, spec: LoopSpec) -> Path:
     name = base.origin.name.rsplit("/", 1)[-1] + ("-text" if base.edited else "")
-    spans = "-".join(f"{start}-{stop}" for start, stop in spec.spans or joined_runs(spec.layers))
-    steps = "path" if spec.path else "k" + "-".join(map(str, dict.fromkeys(spec.steps_of_spans)))
-    return Path("-".join(filter(None, (name, "looped", spans, steps))))
+    runs = _joined(spec.spans if spec.path is None else spec.path)
+    if len(runs) > MAX_RUNS_NAME:
+        runs = "-".join(filter(None, (_joined(joined_runs(spec.layers)), bytes_sha256(runs.encode())[:8])))
+    steps = "k" + "-".join(map(str, dict.fromkeys(spec.steps_of_spans)))
+    kind = steps if spec.path is None else "path-k1" if spec.is_identity else "path"
+    return Path(f"{name}-looped-{runs}-{kind}")
+
+
+def _joined(runs: Iterable[tuple[int, int]]) -> str:
+    return "-".join(f"{start}-{stop}" for start, stop in runs)
 
 
 def _write(path: Path, content: bytes) -> FileRecord:

@@ -28,6 +28,16 @@ class SpecLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = _resolvers("null", "merge", "bool")
 
+    def compose_mapping_node(self, anchor):
+        """Compose a mapping; refuse a key that is there twice, of which PyYAML would take the last."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"key {key.value!r} is there twice", key.start_mark)
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
+
 
 class ResultsLoader(CardLoader):
     """Reads decimal numbers, true and false too, for the results in the metadata of a card."""

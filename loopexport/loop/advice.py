@@ -61,7 +61,8 @@ def _small_model(base: Checkpoint) -> list[str]:
 def _cached_decoding(spec: LoopSpec) -> list[str]:
     if spec.kv != "reference":
         return []
-    return ["kv reference: by design, cached decoding differs from a full forward; with kv shared they are equal"]
+    equal = "; with kv shared they are equal" if spec.decode == "full" else ""
+    return [f"kv reference: by design, cached decoding differs from a full forward{equal}"]
 
 
 def _routing(base: Checkpoint, spec: LoopSpec) -> list[str]:

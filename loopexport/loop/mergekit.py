@@ -18,19 +18,23 @@ from .cost import dtype_name
 from .path import Run
 
 MERGE_FIRST = "run mergekit, and convert what it writes"
+PASSTHROUGH = "passthrough"
 EXAMPLE = "slices: [{sources: [{model: NAME, layer_range: [0, 15]}]}, ...] and merge_method: passthrough"
 
 # Keys with which a merge computes something else than repeated layers, and what to do instead.
 REFUSED = {
     "modules": "give the slices of its text decoder at the top level",
     "models": f"write {EXAMPLE}",
-    "parameters": "a loop runs weights as they are, without scale: use damping or anchor to weaken repeats, or "
-    + MERGE_FIRST,
+    "parameters": "a loop runs weights as they are, without scale: write it as --span with --damping to weaken "
+    f"repeats, or {MERGE_FIRST}",
     "residual_weight": f"remove it, or {MERGE_FIRST}",
     "tokenizer": f"an export keeps the base's tokenizer: remove the key, or {MERGE_FIRST}",
     "chat_template": f"an export keeps the base's tokenizer: remove the key, or {MERGE_FIRST}",
 }
 ALLOWED = ("slices", "merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source", "name")
+ALLOWED_IN_SLICE = ("sources", "base_model", "residual_weight", "parameters")
+ALLOWED_IN_SOURCE = ("model", "layer_range", "parameters")
+DTYPES = ("bfloat16", "float16", "float32", "float64", "int64")
 # Values under which the result has the tokenizer of the one model.
 OWN_TOKENIZER = (None, "base", "union")
 
@@ -44,7 +48,7 @@ class Slices:
         model: the model as the config names it.
         path: the layers that the merged model runs, as half-open runs.
         dtype: the dtype of the merged weights; None for the model's own.
-        unknown: keys of the config that mergekit does not know.
+        unknown: keys of the config, its slices and their sources that mergekit does not know, with their place.
     """
 
     file: str
@@ -73,7 +77,7 @@ def read_mergekit(file: str | Path) -> Slices:
     Raises:
         SpecError: it is no such config; the message names what a loop cannot do, and what to do instead.
     """
-    if not isinstance(file, (str, Path)):
+    if not isinstance(file, (str, Path)) or not str(file):
         raise SpecError(f"from_mergekit {file!r} is not a file; give the path of a mergekit config")
     try:
         config = load_yaml(Path(file).read_text(encoding="utf-8"), SpecLoader)
@@ -93,23 +97,22 @@ def _slices(file: str, config) -> Slices:
     _check_method(config)
     _check_keys(config, "")
     parts = [_Slice.of(part, f"slice {number}") for number, part in enumerate(_list(config, "slices"), start=1)]
-    named = [part.model for part in parts]
-    if config.get("base_model") is not None:
-        named.append(_model(config["base_model"], "base_model"))
-    models = tuple(dict.fromkeys(named))
+    models = tuple(dict.fromkeys(part.model for part in parts))
     if len(models) > 1:
         raise SpecError(f"it takes layers of {len(models)} models, {models[0]} and {models[1]}; a loop has one model: "
                         f"{MERGE_FIRST}")  # fmt: skip
+    _check_base_model(config, models[0], "")
     _check_tokenizer(config.get("tokenizer_source"), models[0])
-    dtype = config.get("out_dtype") or config.get("dtype")
-    unknown = tuple(str(key) for key in config if key not in (*ALLOWED, *REFUSED))
-    return Slices(file, models[0], tuple(part.run for part in parts), None if dtype is None else str(dtype), unknown)
+    dtypes = [_dtype(config.get(key), key) for key in ("out_dtype", "dtype")]
+    unknown = (*_unknown(config, (*ALLOWED, *REFUSED), ""), *(key for part in parts for key in part.unknown))
+    return Slices(file, models[0], tuple(part.run for part in parts), dtypes[0] or dtypes[1], unknown)
 
 
 @dataclass(frozen=True)
 class _Slice:
     model: str
     run: Run
+    unknown: tuple[str, ...]
 
     @classmethod
     def of(cls, part, where: str) -> _Slice:
@@ -122,15 +125,46 @@ class _Slice:
             raise SpecError(f"the source of {where} is {source!r}; write {EXAMPLE}")
         for each in (part, source):
             _check_keys(each, f" in {where}")
-        return cls(_model(source.get("model"), where), _run(source.get("layer_range"), where))
+        model = _model(source.get("model"), where)
+        _check_base_model(part, model, f" in {where}")
+        in_slice = _unknown(part, ALLOWED_IN_SLICE, f" in {where}")
+        in_source = _unknown(source, ALLOWED_IN_SOURCE, f" in the source of {where}")
+        return cls(model, _run(source.get("layer_range"), where), (*in_slice, *in_source))
+
+
+def _unknown(values: dict, allowed: tuple[str, ...], where: str) -> tuple[str, ...]:
+    return tuple(f"{key}{where}" for key in values if key not in allowed)
 
 
 def _check_method(config: dict) -> None:
-    if config.get("merge_method") != "passthrough":
+    method = config.get("merge_method")
+    if method is None:
+        raise SpecError("it has no merge_method; write merge_method: passthrough")
+    if isinstance(method, str) and method != PASSTHROUGH and method.strip().lower() == PASSTHROUGH:
+        raise SpecError(f"merge_method {method!r} is not a spelling that mergekit knows; write {PASSTHROUGH}")
+    if method != PASSTHROUGH:
         raise SpecError(
-            f"merge_method {config.get('merge_method')!r} makes new weights; a loop runs weights as they are, as "
-            f"passthrough does: {MERGE_FIRST}"
+            f"merge_method {method!r} makes new weights; a loop runs weights as they are, as {PASSTHROUGH} does: "
+            f"{MERGE_FIRST}"
         )
+
+
+def _check_base_model(values: dict, model: str, where: str) -> None:
+    """Refuse another base model than that of the slices; passthrough does not read it."""
+    named = None if values.get("base_model") is None else _model(values["base_model"], f"base_model{where}")
+    if named not in (None, model):
+        raise SpecError(
+            f"base_model{where} is {named}, and the layers are of {model}; remove base_model, or name {model}"
+        )
+
+
+def _dtype(value, key: str) -> str | None:
+    """A dtype by its name; None if none is given."""
+    if not value:
+        return None
+    if not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES:
+        raise SpecError(f"{key} {value!r} is not one that mergekit knows: {', '.join(DTYPES)}; correct or remove it")
+    return value.removeprefix("torch.")
 
 
 def _check_keys(values: dict, where: str) -> None:

@@ -18,16 +18,22 @@ HOW = "write 0-14,12-39 (with the last layer) or 0:15,12:40 (without it)"
 def parse_path(path) -> tuple[Run, ...]:
     """Parse a path: runs of layers, as text with commas between them or as a list.
 
-    `0-14` and `0..14` include layer 14, `0:15` and the pair (0, 15) do not; a single number is one layer. RYS writes
-    `layers:` before its lists.
+    `0-14` and `0..14` include layer 14, `0:15` and the pair (0, 15) in a list do not; a single number is one layer. RYS
+    writes `layers:` before its lists.
 
     Raises:
-        SpecError: it is written in another way, or a run goes backwards.
+        SpecError: it is written in another way, a run goes backwards, or it is a pair that may be a run or two layers.
     """
     if isinstance(path, str):
         return tuple(_parse_run(part.strip(), path) for part in path.removeprefix("layers:").split(","))
     if not isinstance(path, Sequence) or isinstance(path, (bytes, bytearray)) or not path:
         raise SpecError(f"path {path!r} is no list of layers; {HOW}")
+    if len(path) == 2 and all(map(_is_layer, path)) and path[1] != path[0] + 1:
+        start, stop = path
+        raise SpecError(
+            f"path {path!r} may be one run or two layers: write [({start}, {stop})] for the half-open run, or "
+            f"'{start},{stop}' for layers {start} and {stop}"
+        )
     return tuple(run for part in path for run in _runs_in(part, path))
 
 
@@ -44,7 +50,7 @@ def _runs_in(part, path) -> Iterator[Run]:
 
 
 def _parse_run(part: str, path: str) -> Run:
-    match = re.fullmatch(r"(\d{1,9})(?:\s*(-|\.\.|:)\s*(\d{1,9}))?", part)
+    match = re.fullmatch(r"([0-9]{1,9})(?:\s*(-|\.\.|:)\s*([0-9]{1,9}))?", part)
     if match is None:
         raise SpecError(f"path {path!r} has {part!r}, which is no run of layers; {HOW}")
     start = int(match[1])

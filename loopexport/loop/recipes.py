@@ -13,6 +13,9 @@ from .mergekit import Slices, read_mergekit
 from .presets import find_preset, preset_fields
 from .spec import PLACES, has_own_steps
 
+# Fields that hold for every way to say which layers loop.
+KEPT = {"decode", "first_n"}
+
 # What a repeated layer is in the models of RYS and mergekit; other values may be given with RYS's pair.
 REPEATED = {"steps": 2, "damping": 1.0, "kv": "per_step"}
 
@@ -20,14 +23,20 @@ REPEATED = {"steps": 2, "damping": 1.0, "kv": "per_step"}
 def overridden(below: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a loop with others below them.
 
-    Whichever of span, path and so on is given, it hides the others below; what has its own K hides steps too, and what
-    is no span hides a preset.
+    Whichever of span, path and so on is given, it hides the others below. If it is another of them than the one below,
+    it hides all fields below that say how those layers loop: only `KEPT` stay. A span with its own K hides steps.
     """
-    places = [place for place in PLACES if given.get(place) is not None]
-    is_other = any(place != "span" for place in places)
-    has_steps = has_own_steps(given.get("span")) or is_other
-    hidden = {*(PLACES if places else ()), *(["steps"] if has_steps else ()), *(["preset"] if is_other else ())}
+    place = _place(given)
+    place_below = _place(below) or ("span" if below.get("preset") is not None else None)  # a preset has a span
+    hidden = {*(PLACES if place else ()), *(["steps"] if has_own_steps(given.get("span")) else ())}
+    if place and place_below and place != place_below:
+        hidden = below.keys() - KEPT
     return {**{name: value for name, value in below.items() if name not in hidden}, **given}
+
+
+def _place(fields: Mapping[str, Any]) -> str | None:
+    """Which field says which layers loop, if any."""
+    return next((place for place in PLACES if fields.get(place) is not None), None)
 
 
 class Recipe:
@@ -47,13 +56,14 @@ class Recipe:
 
         Raises:
             SpecError: there is no such preset, or more than one of span, path, rys and from_mergekit, or one of the
-                last three with a preset.
+                last three with a preset, or steps with a path.
         """
         places = [place for place in PLACES if given.get(place) is not None]
         if len(places) > 1:
             raise SpecError(f"{places[0]} and {places[1]} both say which layers loop; give one of them")
         if preset is not None and places and places != ["span"]:
             raise SpecError(f"{places[0]} and preset {preset} both say which layers loop; give one of them")
+        _check_steps_of_path(given)
         below = preset_fields(preset) if preset is not None else {}
         self.fields = overridden(below, given)
         self.preset = preset
@@ -90,6 +100,16 @@ class Recipe:
         return error
 
 
+def _check_steps_of_path(given: Mapping[str, Any]) -> None:
+    """Refuse steps beside a path: 2 is only how a config says that the path is on."""
+    place, steps = _place(given), given.get("steps")
+    if place in ("path", "from_mergekit") and steps not in (None, 1):
+        raise SpecError(
+            f"steps {steps!r} and {place} were given, and a path says how often each layer runs: leave steps out "
+            "(steps 1 is the base model)"
+        )
+
+
 def parse_rys(pair) -> tuple[int, int]:
     """Parse RYS's (i, j): layers 0 to j-1 run, then layers i to the last, so that layers i to j-1 run twice.
 
@@ -98,7 +118,9 @@ def parse_rys(pair) -> tuple[int, int]:
 
     Source: the README of github.com/dnhkng/RYS, where (0, 0) is the base model.
     """
-    found = re.fullmatch(r"\(?\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)?", pair.strip()) if isinstance(pair, str) else None
+    found = (
+        re.fullmatch(r"\(?\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*\)?", pair.strip()) if isinstance(pair, str) else None
+    )
     i, j = map(int, found.groups()) if found else _numbers(pair)
     if i >= j:
         remedy = "that is the base model" if (i, j) == (0, 0) else "give I < J"

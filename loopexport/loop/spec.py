@@ -13,6 +13,7 @@ from pathlib import Path
 from loopexport.errors import SpecError, nearest
 from loopexport.templates.looped_spec import DECODE_MODES, KV_POLICIES, MODES, RULES, LoopSpec, Steps
 
+from .auto_span import AUTO
 from .path import parse_path
 
 __all__ = [
@@ -32,37 +33,42 @@ SPEC_KEYS = tuple(field.name for field in fields(LoopSpec))
 PLACES = ("span", "path", "rys", "from_mergekit")
 FILE_KEYS = (*SPEC_KEYS, *PLACES[2:], "preset")
 
-_WITH_STEPS = re.compile(r"(.*\d)\s*x\s*(\d{1,9})")
+_HALF_OPEN = re.compile(r"(-?[0-9]{1,9}):(-?[0-9]{1,9})(?:\s*x\s*([0-9]{1,9}))?")
+_INCLUSIVE = re.compile(r"([0-9]{1,9})\s*-\s*([0-9]{1,9})(?:\s*(x)\s*([0-9]{1,9}))?")
 
 
 def parse_steps(text: str) -> tuple[tuple[int, int], int | None]:
     """Parse a span that may have its own number of steps, `START:STOPxK`.
 
     Raises:
-        SpecError: it is written in another way.
+        SpecError: it is written in another way; for an inclusive `A-B`, the message gives the right spelling.
     """
-    with_steps = _WITH_STEPS.fullmatch(text.strip())
-    if with_steps is None:
-        return parse_span(text), None
-    return parse_span(with_steps[1]), int(with_steps[2])
+    half_open = _HALF_OPEN.fullmatch(text.strip())
+    if half_open is None:
+        raise SpecError(_misspelt(text, "START:STOP or START:STOPxK, such as 12:20 or 12:20x3 (half-open, from 0)"))
+    start, stop, steps = half_open.groups()
+    return (int(start), int(stop)), None if steps is None else int(steps)
 
 
 def parse_span(text: str) -> tuple[int, int]:
-    """Parse a span: `START:STOP`, half-open, with layers counted from 0.
+    """Parse a span without its number of steps: `START:STOP`, half-open, with layers counted from 0.
 
     Raises:
         SpecError: it is written in another way; for an inclusive `A-B`, the message gives the right spelling.
     """
-    half_open = re.fullmatch(r"(-?\d{1,9}):(-?\d{1,9})", text.strip())
-    if half_open:
-        return int(half_open[1]), int(half_open[2])
-    inclusive = re.fullmatch(r"(\d{1,9})\s*-\s*(\d{1,9})", text.strip())
-    if inclusive:
-        start, last = int(inclusive[1]), int(inclusive[2])
-        raise SpecError(
-            f"span {text!r} is ambiguous; for layers {start} to {last} write {start}:{last + 1} (half-open)"
-        )
-    raise SpecError(f"span {text!r} is not START:STOP, two layer numbers such as 12:20 (half-open, from 0)")
+    half_open = _HALF_OPEN.fullmatch(text.strip())
+    if half_open is None or half_open[3] is not None:
+        raise SpecError(_misspelt(text, "START:STOP, two layer numbers such as 12:20 (half-open, from 0)"))
+    return int(half_open[1]), int(half_open[2])
+
+
+def _misspelt(text: str, allowed: str) -> str:
+    inclusive = _INCLUSIVE.fullmatch(text.strip())
+    if inclusive is None:
+        return f"span {text!r} is not {allowed}"
+    start, last, times, steps = inclusive.groups("")
+    right = f"{int(start)}:{int(last) + 1}{times}{steps}"
+    return f"span {text!r} is ambiguous; for layers {int(start)} to {int(last)} write {right} (half-open)"
 
 
 def make_spec(**values) -> LoopSpec:
@@ -88,13 +94,22 @@ def make_spec(**values) -> LoopSpec:
 
 
 def missing_field(values: dict) -> str | None:
-    """Which field without a default is missing, and how to give it, in one line; None if both are there."""
+    """Which field without a default is missing, and how to give it, in one line; None if both are there.
+
+    Raises:
+        SpecError: a span is misspelt, so it may have steps that nobody can read.
+    """
     if any(values.get(place) is not None for place in PLACES if place != "span"):
         return None
-    has_steps = values.get("steps") is not None or has_own_steps(values.get("span"))
-    for key, example, is_there in (("span", "12:20", values.get("span") is not None), ("steps", "4", has_steps)):
-        if not is_there:
-            return f"the loop spec has no {key}; give one, such as --{key} {example} (in Python {key}=...), or a preset"
+    span = values.get("span")
+    if span is None:
+        return (
+            "the loop spec has no span; give one, such as --span 12:20 (in Python span=...), or a preset, or say it in "
+            "another way: --path, --rys or --from-mergekit"
+        )
+    steps_in_spans = [parse_steps(each)[1] for each in _spans_in(span) if isinstance(each, str) and each != AUTO]
+    if values.get("steps") is None and not any(steps is not None for steps in steps_in_spans):
+        return "the loop spec has no steps; give one, such as --steps 4 (in Python steps=...), or a preset"
     return None
 
 
@@ -131,7 +146,8 @@ def _span_fields(values: dict) -> dict:
 
 def has_own_steps(span) -> bool:
     """Whether a span, or one of several, has its own number of steps, as in "8:12x2"."""
-    return any(isinstance(each, str) and _WITH_STEPS.fullmatch(each.strip()) for each in _spans_in(span))
+    found = [_HALF_OPEN.fullmatch(each.strip()) for each in _spans_in(span) if isinstance(each, str)]
+    return any(match is not None and match[3] is not None for match in found)
 
 
 def _spans_in(span) -> list | tuple:
@@ -158,6 +174,8 @@ def _parse_numbers(text: str) -> list[float]:
 def read_spec_file(path: Path) -> dict:
     """Read a YAML spec file; its keys are the fields of `LoopSpec`, `rys`, `from_mergekit` and `preset`.
 
+    A relative path of a mergekit config starts at the directory of the spec file.
+
     Raises:
         SpecError: the file cannot be read, is not a mapping, or has an unknown key.
     """
@@ -172,4 +190,5 @@ def read_spec_file(path: Path) -> dict:
     if not isinstance(values, dict):
         raise SpecError(f"spec file {path} is not a mapping; write lines such as `span: 12:20` and `steps: 4`")
     _check_keys(values, FILE_KEYS)
-    return values
+    config = values.get("from_mergekit")
+    return {**values, "from_mergekit": path.parent / config} if config and isinstance(config, str) else values

@@ -64,12 +64,31 @@ def describe_applied(spec: LoopSpec, num_layers: int, verb: str = "") -> str:
     if spec.path is None:
         in_order = ", respectively" if isinstance(spec.steps, tuple) else ""
         return f"{describe_layers(spec)}{of_all} applied {describe_steps(spec)} times{in_order}"
+    if spec.is_identity:
+        until = "until `loop_steps` is 2"
+        switch = f" is switched off {until}" if verb else f" switched off ({until}, it is the base model)"
+        return f"a path through its {num_layers} layers{switch}"
     skipped = spec.skipped(num_layers)
     left_out = f"{describe_numbers(skipped)}{{}} left out"
     if not spec.layers:
         return left_out.format(of_all)
     again = f"{describe_layers(spec)}{of_all} applied more than once"
     return f"{again}, and {left_out.format('')}" if skipped else again
+
+
+def repeats_as_base(spec: LoopSpec) -> bool:
+    """Whether every visit of a path is the layer of the base: repeats attend to keys and values of their own."""
+    return spec.kv == "per_step" or not spec.layers
+
+
+def describe_visits(spec: LoopSpec) -> str:
+    """How a path runs its layers, for the output of the commands."""
+    if spec.is_identity:
+        return "switched off by steps 1: the base model"
+    if repeats_as_base(spec):
+        return "each visit runs the layer as it is"
+    own = " for the past, and to their own in the current chunk" if spec.kv == "reference" else ""
+    return f"repeats attend to the keys and values of the first visit{own}"
 
 
 def describe_steps(spec: LoopSpec) -> str:

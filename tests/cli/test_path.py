@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -77,9 +78,10 @@ def test_drawing_of_a_deep_model_fits_the_screen(tmp_path):
 
 def test_totals_are_told(base):
     text = run("path", base, "--path", "0-3,1-2,1-2,5").stdout
+    assert "Loop     each visit runs the layer as it is, kv per_step" in text
     assert "Total    9 layer evaluations a token instead of 6: 1.50x" in text
     assert "K/V      9 slots of the cache instead of 6; each evaluation has its own" in text
-    assert "Same as  --path 0:4,1:3,1:3,5:6\n" in text
+    assert "Same as" not in text
     assert "Note     the path leaves out layer 4\n" in text
     shared = run("path", base, "--span", "1:4", "--steps", "2", "--damping", "1", "--decode", "bypass").stdout
     assert "Total    9 layer evaluations a token instead of 6: 1.50x; decode steps run at the base's cost" in shared
@@ -88,6 +90,22 @@ def test_totals_are_told(base):
     )
     assert "Same as  --path 0:4,1:6 --kv shared --decode bypass\n" in shared
     assert "Same as" not in run("path", base, "--span", "1:4", "--steps", "2").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--kv", "shared"], "repeats attend to the keys and values of the first visit, kv shared"),
+        (["--kv", "reference"], "the first visit for the past, and to their own in the current chunk, kv reference"),
+        (["--steps", "1"], "switched off by steps 1: the base model, kv per_step"),
+    ],
+)
+def test_a_path_says_how_its_repeats_run(base, tmp_path, options, says):
+    for command in (["path", base], ["convert", base, tmp_path / "out", "--dry-run"]):
+        text = run(*command, "--path", "0-3,2-3,1-5", *options).stdout
+        assert says in text
+        assert "runs the layer as it is" not in text
+        assert ("half-open: switched off, layers 0 to 5 run once\n" in text) == ("--steps" in options)
 
 
 def test_the_path_that_is_told_is_the_same_loop(base):
@@ -116,8 +134,11 @@ def test_json_has_the_route(base):
 
 def test_path_of_an_export_is_its_own(base, tmp_path):
     out = loopexport.convert(str(base), tmp_path / "out", path="0-3,2-3,1-2,1-5").root
-    assert run("path", out).stdout.partition("layer")[2] in run("path", base, "--path", "0-3,2-3,1-2,1-5").stdout
-    assert_refused(tmp_path, "path", out, "--rys", "1,2", says="is an export and has its own loop")
+    own, _, same = run("path", out).stdout.partition("Same as")
+    assert own.partition("layer")[2] in run("path", base, "--path", "0-3,2-3,1-2,1-5").stdout
+    assert same == "  --path 0:4,2:4,1:3,1:6\n"
+    for options in (["--rys", "1,2"], ["--kv", "shared"], ["--preset", "x"], ["--spec", "nowhere.yml"]):
+        assert_refused(tmp_path, "path", out, *options, says="is an export and has its own loop; give its base")
 
 
 def test_path_needs_a_loop_or_an_export(base):
@@ -170,12 +191,33 @@ def test_all_spellings_are_the_same_loop(base, tmp_path, recipe):
 
 
 def test_spec_file_says_it_too(base, tmp_path, recipe):
-    for text in ("path: 0-3,1-5", "path: [0-3, [1, 6]]", "rys: 1,4", "rys: [1, 4]", f"from_mergekit: {recipe}"):
+    for text in (
+        "path: 0-3,1-5",
+        "path: [0-3, [1, 6]]",
+        "rys: 1,4",
+        "rys: [1, 4]",
+        f"from_mergekit: {recipe}",
+        "from_mergekit: config.yml",
+    ):
         (tmp_path / "loop.yaml").write_text(text)
         spec = planned(base, tmp_path / "out", "--spec", tmp_path / "loop.yaml")["spec"]
         assert {name: spec[name] for name in TWICE} == TWICE, text
     spec = planned(base, tmp_path / "out", "--spec", tmp_path / "loop.yaml", "--span", "2:3x4")["spec"]
     assert (spec["loop_span"], spec["loop_steps"], spec["loop_kv"]) == ([2, 3], 4, "shared")
+
+
+def test_a_place_on_the_command_line_replaces_the_loop_of_the_file(base, tmp_path):
+    (tmp_path / "loop.yaml").write_text("span: 1:4\nsteps: 3\ndamping: 0.5\nkv: shared\ndecode: bypass\n")
+    for options in (["--path", "0-3,1-5"], ["--rys", "1,4"]):
+        spec = planned(base, tmp_path / "out", "--spec", tmp_path / "loop.yaml", *options)["spec"]
+        assert {name: spec[name] for name in (*TWICE, "loop_decode")} == {**TWICE, "loop_decode": "bypass"}
+
+
+def test_kv_shared_is_said_to_help_only_if_every_step_loops(base, tmp_path):
+    for decode, is_said in (("full", True), ("bypass", False)):
+        notes = planned(base, tmp_path / "out", "--rys", "1,4", "--kv", "reference", "--decode", decode)["warnings"]
+        told = next(note for note in notes if note.startswith("kv reference: by design, cached decoding differs"))
+        assert told.endswith("with kv shared they are equal") == is_said
 
 
 def test_rys_pair_takes_other_fields(base, tmp_path):
@@ -193,10 +235,10 @@ def test_paths_that_spans_cannot_tell_stay_paths(base, tmp_path):
 
 
 def test_differences_from_a_merge_are_notes(base, tmp_path, recipe):
-    recipe.write_text(recipe.read_text().replace(str(base), "org/model").replace("float32", "int32"))
+    recipe.write_text(recipe.read_text().replace(str(base), "org/model").replace("float32", "int64"))
     notes = planned(base, tmp_path / "out", "--from-mergekit", recipe)["warnings"]
     assert notes[0] == f"{recipe} has slices of org/model; they are taken as slices of {base}"
-    assert "asks for int32; the export keeps the weights as they are" in notes[1]
+    assert "asks for int64; the export keeps the weights as they are" in notes[1]
     recipe.write_text(recipe.read_text().replace("- 6", "- 7"))
     refused = run("convert", base, tmp_path / "out", "--from-mergekit", recipe)
     assert refused.stderr == (
@@ -209,10 +251,20 @@ def test_default_output_names_the_layers_that_run_again(base, tmp_path, monkeypa
     for options, name in {
         ("--span", "1:3x2", "--span", "4:6x3"): "base-looped-1-3-4-6-k2-3",
         ("--rys", "1,4"): "base-looped-1-4-k2",
-        ("--path", "0-3,2-3,1-2,1-5"): "base-looped-1-4-path",
-        ("--path", "0-3"): "base-looped-path",
+        ("--path", "0-3,2-3,1-2,1-5"): "base-looped-0-4-2-4-1-3-1-6-path",
+        ("--path", "0-3,2-3,1-5"): "base-looped-0-4-2-4-1-6-path",
+        ("--path", "0-3,2-3,1-5", "--steps", "1"): "base-looped-0-4-2-4-1-6-path-k1",
+        ("--path", "0-3"): "base-looped-0-4-path",
     }.items():
         assert planned(base, *options)["out"] == name
+
+
+def test_names_of_long_paths_are_short_and_differ(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [planned(base, "--path", f"0-4,{'2-3,' * 20}{last}-5")["out"] for last in (0, 1)]
+    assert names[0] != names[1]
+    for name, layers in zip(names, ("0-5", "1-5"), strict=True):
+        assert re.fullmatch(f"base-looped-{layers}-[0-9a-f]{{8}}-path", name)
 
 
 def test_export_takes_another_way_to_say_it(base, tmp_path):

@@ -140,6 +140,49 @@ def test_card_without_a_processor_says_so():
     assert "had no processor" not in card(LLAVA, config=MULTIMODAL)
 
 
+def path_card(trained=False, **fields) -> str:
+    """The card of a path, on one line."""
+    spec = {"span": None, "steps": None, "path": "0-4,2-6,1-15", **fields}
+    return " ".join(card(spec=spec, trained=trained).split())
+
+
+def test_card_of_a_path_that_is_off_says_so():
+    text = path_card(steps=1)
+    assert "with a path through its 16 layers switched off (until `loop_steps` is 2, it is the base model)" in text
+    assert "switched off: `loop_steps` is 1, and each layer runs once, as in the base model, until it is 2" in text
+    assert "With `loop_steps` 2, every token goes through these layers" in text
+    assert "model.config.loop_steps = 2 # the path; 1 is the base model" in text
+    assert "more than once" not in text
+    trained = path_card(steps=1, trained=True)
+    assert "a path through its 16 layers is switched off until `loop_steps` is 2 (" in trained
+    assert "it is the base model" not in trained
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"decode": "full"}, "Every token goes through these layers"),
+        ({"decode": "bypass"}, "The tokens of the prompt and of other longer chunks go through these layers"),
+        (
+            {"decode": "first_n", "first_n": 3},
+            "The tokens of the prompt and of the first 3 decode steps go through these layers",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kv", ["shared", "per_step", "reference"])
+def test_card_of_a_path_says_which_tokens_go_and_what_they_attend_to(fields, says, kv):
+    text = path_card(**fields, kv=kv)
+    how = "each time as in the base model" if kv == "per_step" else "where repeats attend to other keys and values"
+    assert f"{says}, in this order, {how}" in text
+    is_equal = fields["decode"] == "full" and kv != "reference"
+    assert ("cached decoding equals a full forward |" in text) == is_equal
+    assert ("cached decoding does **not** equal a full forward" in text) != is_equal
+
+
+def test_repeats_are_of_the_base_where_there_are_none():
+    assert "each time as in the base model" in path_card(path="0-3,6-15", kv="shared")
+
+
 @pytest.mark.parametrize("name", CARDS)
 def test_published_card_has_weights_and_the_repository_as_its_path(name):
     text = published_card(CARDS[name](), "me/x")

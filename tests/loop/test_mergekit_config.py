@@ -49,6 +49,8 @@ def read(tmp_path):
         config(),
         config(base_model="org/m", tokenizer_source="base", parameters={}, chat_template=None),
         config(tokenizer_source="org/m", dtype=None, out_dtype="float32"),
+        config(dtype="float16", out_dtype="torch.float32"),
+        in_slice(base_model="org/m"),
         in_source(model={"model": {"path": "org/m"}}),
         "merge_method: passthrough\ndtype: float32\nslices:\n- sources:\n  - layer_range: [0, 15]\n    model: org/m\n"
         "- sources:\n  - layer_range: [12, 40]\n    model: org/m\n",
@@ -64,19 +66,27 @@ def test_slices_of_one_model_are_a_path(read, values):
     ("values", "says"),
     [
         (config(merge_method="slerp"), "merge_method 'slerp' makes new weights; a loop runs weights as they are"),
-        (config(merge_method=None), "merge_method None makes new weights"),
+        (config(merge_method=None), "it has no merge_method; write merge_method: passthrough"),
+        (config(merge_method="Passthrough"), "merge_method 'Passthrough' is not a spelling that mergekit knows; write"),
+        (config(merge_method=7), "merge_method 7 makes new weights"),
+        (config(dtype="bananas"), "dtype 'bananas' is not one that mergekit knows: bfloat16, float16, float32"),
+        (config(out_dtype="fp16"), "out_dtype 'fp16' is not one that mergekit knows"),
+        (config(dtype=["float16"]), "dtype ['float16'] is not one"),
+        ("merge_method: passthrough\nslices: []\nslices: [1]\n", "key 'slices' is there twice"),
         ({**config(), "slices": None, "models": [{"model": "org/m"}]}, "models cannot be a loop; write slices"),
         (config(modules={"text_decoder": {}}), "modules cannot be a loop; give the slices of its text decoder"),
         (config(parameters={"scale": 0.5}), "parameters (scale) cannot be a loop; a loop runs weights as they are"),
         (in_slice(parameters={"scale": 1}), "parameters (scale) in slice 2 cannot be a loop"),
         (
             in_source(parameters={"scale": [{"filter": "o_proj", "value": 0.0}, {"value": 1.0}]}),
-            "parameters (scale) in slice 2 cannot be a loop; a loop runs weights as they are, without scale: use",
+            "parameters (scale) in slice 2 cannot be a loop; a loop runs weights as they are, without scale: "
+            "write it as --span with --damping to weaken repeats, or run mergekit",
         ),
         (in_slice(residual_weight=0.5), "residual_weight in slice 2 cannot be a loop; remove it"),
         (in_source(model="org/other"), "it takes layers of 2 models, org/m and org/other; a loop has one model"),
         (in_source(model="org/m@v2"), "it takes layers of 2 models, org/m and org/m@v2"),
-        (config(base_model="org/other"), "it takes layers of 2 models, org/m and org/other"),
+        (config(base_model="org/other"), "base_model is org/other, and the layers are of org/m; remove base_model"),
+        (in_slice(base_model="org/other"), "base_model in slice 2 is org/other, and the layers are of org/m"),
         (in_source(model="org/m+me/lora"), "slice 2 adds LoRA me/lora to org/m; merge it into the weights"),
         (in_source(model={"model": "org/m", "lora": "me/lora"}), "slice 2 adds LoRA me/lora to org/m"),
         (in_source(model={"model": "org/m", "override_architecture": "X"}), "slice 2 has override_architecture 'X'"),
@@ -111,7 +121,12 @@ def test_what_a_loop_cannot_do_is_refused_by_name(read, values, says):
 
 
 def test_directory_and_missing_file_are_refused(tmp_path):
-    for path, says in ((tmp_path, "Is a directory"), (tmp_path / "none.yml", "No such file"), (7, "is not a file")):
+    for path, says in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none.yml", "No such file"),
+        (7, "is not a file"),
+        ("", "'' is not a file"),
+    ):
         with pytest.raises(SpecError, match=says):
             read_mergekit(path)
 
@@ -126,6 +141,14 @@ def test_differences_from_the_merge_are_told(read, tmp_path):
         "asks for int64; the export keeps the weights as they are, in bfloat16",
     ]
     assert told[2].endswith("has keys that mergekit does not know: parmeters")
+    for values, where in (
+        (in_slice(sacle=1), "sacle in slice 2"),
+        (in_source(scale=0.5), "scale in the source of slice 2"),
+        ({**in_source(scale=0.5), "x": 1}, "x, scale in the source of slice 2"),
+    ):
+        assert list(read({**values, "dtype": None}).warnings(base, "org/m")) == [
+            f"{tmp_path / 'config.yml'} has keys that mergekit does not know: {where}"
+        ]
     link = tmp_path / "link"
     link.symlink_to(base_dir)
     assert list(read(slices(link, RANGES) | {"dtype": None}).warnings(base, str(base_dir))) == []

@@ -10,7 +10,7 @@ from loopexport.errors import SpecError
 from loopexport.loop.path import with_spans
 from loopexport.loop.recipes import Recipe, overridden, parse_rys
 from loopexport.loop.route import as_path, cache_slots, route
-from loopexport.loop.spec import make_spec
+from loopexport.loop.spec import make_spec, parse_span
 from support.random_paths import order_of_spans, random_path, runs_in
 
 NUM_LAYERS = 7
@@ -49,6 +49,9 @@ def test_every_spelling_of_a_path_is_the_same_path(path):
         ("0-14,-3", "has '-3', which is no run of layers"),
         ("0-14-15", "has '0-14-15', which is no run"),
         ("0-1.5", "has '0-1.5', which is no run"),
+        ("0-\u0663", "has '0-\u0663', which is no run"),
+        ((0, 5), "path (0, 5) may be one run or two layers: write [(0, 5)] for the half-open run, or '0,5' for"),
+        ([0, 0], "path [0, 0] may be one run or two layers"),
         ("0-14,12-11", "has '12-11', which goes backwards or is empty; write the smaller layer first"),
         ("0:15,12:12", "has '12:12', which goes backwards or is empty"),
         ([[0, 15], [12, 12]], "has '12:12', which goes backwards or is empty"),
@@ -180,6 +183,7 @@ def test_rys_pair_runs_the_layers_of_its_definition():
         ("15,12", "rys 15,12 runs no layer twice: give I < J"),
         ((3, 3), "rys 3,3 runs no layer twice"),
         ("0,0", "rys 0,0 runs no layer twice: that is the base model"),
+        ("\u0661,\u0663", "rys '\u0661,\u0663' is not I,J"),
         ("12-15", "rys '12-15' is not I,J, two layer numbers such as 12,15"),
         ((1, 2, 3), "is not I,J"),
         ((-1, 2), "is not I,J"),
@@ -201,6 +205,9 @@ def test_each_span_may_have_its_own_steps():
     for fields, says in (
         ({"span": "1:3x2", "steps": 3}, "steps 3 and a span with its own number of steps were given"),
         ({"span": ["1:3x2", "4:6"]}, "write all of them as 8:12x2"),
+        ({"span": "1-3x2"}, "span '1-3x2' is ambiguous; for layers 1 to 3 write 1:4x2 [(]half-open[)]"),
+        ({"span": "\u0661:\u0663", "steps": 2}, "is not START:STOP"),
+        ({"span": "1:3x\u0662"}, "is not START:STOP"),
         ({"span": "1:3x", "steps": 2}, "is not START:STOP"),
         ({"span": "x2", "steps": 2}, "is not START:STOP"),
         ({"span": "1:3"}, "has no steps"),
@@ -210,13 +217,56 @@ def test_each_span_may_have_its_own_steps():
             make_spec(**fields)
 
 
-def test_a_given_place_hides_the_places_below_and_their_steps():
+@pytest.mark.parametrize("span", ["2:4X2", "2:4x", "2:4x-2", "2:4x2.5", "autox2", "2:4x2x3", "2,4x2", "2:4 2"])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_misspelt_k_is_told_with_the_span_as_given(span, steps):
+    for given in (span, ["0:1x2", span]):
+        with pytest.raises(SpecError) as raised:
+            make_spec(span=given, steps=steps)
+        assert str(raised.value).startswith(f"span {span!r} is not START:STOP or START:STOPxK, such as")
+
+
+def test_a_span_alone_has_no_k():
+    assert parse_span(" 2:4 ") == (2, 4)
+    for text in ("2:4x2", "2-4x2", "2:4x"):
+        with pytest.raises(SpecError, match=f"span '{text}' is "):
+            parse_span(text)
+
+
+def test_two_neighbours_in_a_list_are_layers():
+    assert make_spec(path=[0, 1]).path == ((0, 2),)
+    assert make_spec(path=[(0, 5), (3, 6)]).path == ((0, 5), (3, 6))
+    assert make_spec(path=[(0, 5)]).path == ((0, 5),)
+    assert make_spec(path="0,5").path == ((0, 1), (5, 6))
+
+
+@pytest.mark.parametrize("steps", [2, 3, [2, 2], (1, 2), 0])
+def test_steps_beside_a_path_are_refused(steps):
+    for place in ({"path": "0-3,2-5"}, {"from_mergekit": "nowhere.yml"}):
+        with pytest.raises(SpecError) as raised:
+            Recipe({**place, "steps": steps})
+        assert f"steps {steps!r} and {next(iter(place))} were given" in str(raised.value)
+        assert "leave steps out" in str(raised.value)
+    assert Recipe({"path": "0-3,2-5", "steps": 1}).fields["steps"] == 1
+
+
+def test_a_given_place_hides_the_places_below_and_their_fields():
+    below = {"span": "1:3", "steps": 4, "anchor": 0.5, "kv": "reference", "decode": "first_n", "first_n": 2}
+    kept = {"decode": "first_n", "first_n": 2}
+    for place in ({"path": "0-3,2-5"}, {"rys": "1,3"}, {"from_mergekit": "x.yml"}):
+        assert overridden(below, place) == {**kept, **place}
+        assert overridden({**kept, "preset": "x", "kv": "shared"}, place) == {**kept, **place}
+        assert overridden({"kv": "shared"}, place) == {"kv": "shared", **place}
+        assert overridden({**place, "kv": "shared"}, {"span": "1:3", "steps": 2}) == {"span": "1:3", "steps": 2}
+    assert overridden({"rys": "1,3", "damping": 0.5}, {"rys": "2,4"}) == {"rys": "2,4", "damping": 0.5}
+    assert overridden({"span": "1:3"}, {"preset": "x"}) == {"span": "1:3", "preset": "x"}
+
+
+def test_a_given_span_hides_the_places_below_and_their_steps():
     below = {"span": "1:3", "steps": 4, "anchor": 0.5}
     assert overridden(below, {"steps": 5}) == {"span": "1:3", "steps": 5, "anchor": 0.5}
     assert overridden(below, {"span": "2:4"}) == {"span": "2:4", "steps": 4, "anchor": 0.5}
     assert overridden(below, {"span": ["2:4x3"]}) == {"span": ["2:4x3"], "anchor": 0.5}
-    assert overridden(below, {"path": "0-3,2-5"}) == {"path": "0-3,2-5", "anchor": 0.5}
-    assert overridden({"preset": "x"}, {"rys": "1,3"}) == {"rys": "1,3"}
     assert overridden({"preset": "x"}, {"span": "1:3"}) == {"preset": "x", "span": "1:3"}
     assert overridden({"path": "0-3,2-5"}, {"span": "1:3", "steps": 2}) == {"span": "1:3", "steps": 2}
 

@@ -27,9 +27,9 @@ def path(model, as_json, revision, without_adapter, text_only, **loop) -> None:
     from loopexport.export.base_loop import find_loop
     from loopexport.export.directory import is_export
 
-    is_given = any(value not in (None, ()) for value in loop.values())
-    has_own = is_export(Path(model).expanduser()) and not is_given
-    fields = {} if has_own else options.merge_spec(loop.pop("spec_file"), loop)
+    given = {name: value for name, value in loop.items() if value not in (None, ())}
+    is_base = not is_export(Path(model).expanduser())
+    fields = options.merge_spec(given.pop("spec_file", None), given) if is_base else given
     preset = fields.pop("preset", None)
     found = find_loop(
         model, fields, preset=preset, revision=revision, without_adapter=without_adapter, text_only=text_only
@@ -37,4 +37,5 @@ def path(model, as_json, revision, without_adapter, text_only, **loop) -> None:
     if as_json:
         echo_json({**path_values(found.base, found.spec), "warnings": list(found.warnings)})
         return
-    echo_lines([*path_lines(found.base, found.spec), *(f"Note     {warning}" for warning in found.warnings)])
+    lines = path_lines(found.base, found.spec, is_path_given="path" in fields)
+    echo_lines([*lines, *(f"Note     {warning}" for warning in found.warnings)])
