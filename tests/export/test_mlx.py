@@ -71,7 +71,7 @@ def test_a_second_time_changes_nothing(export):
     again = run("mlx", export)
     assert again.stdout == f"mlx-lm loads {export} already\n"
     values = json.loads(run("mlx", export, "--json").stdout)
-    assert values == {"directory": str(export), "is_current": True, "model_file": MODEL_FILE, "written": False}
+    assert values == {"directory": str(export), "is_current": True, "model_file": MODEL_FILE, "warnings": [], "written": False}
     assert tree(export) == before
     assert "MLX      mlx-lm loads it" in run("inspect", export).stdout
     assert json.loads(run("inspect", export, "--json").stdout)["mlx"]
@@ -163,12 +163,12 @@ def test_one_step_runs_under_any_policy(export_dir, tmp_path):
 )
 def test_families_are_refused_by_name(family, message):
     spec = LoopSpec(span=SPAN, steps=2)
-    assert mlx_refusal(family, spec, 6).startswith(message)
+    assert mlx_refusal({"model_type": family}, spec, 6).startswith(message)
 
 
 def test_families_with_recurrent_layers_run_under_per_step():
-    assert mlx_refusal("qwen3_next", LoopSpec(span=SPAN, steps=2, kv="per_step"), 6) is None
-    assert mlx_refusal("llama", LoopSpec(span=SPAN, steps=2), 6) is None
+    assert mlx_refusal({"model_type": "qwen3_next"}, LoopSpec(span=SPAN, steps=2, kv="per_step"), 6) is None
+    assert mlx_refusal({"model_type": "llama"}, LoopSpec(span=SPAN, steps=2), 6) is None
 
 
 def test_weights_that_mlx_does_not_read_are_refused_by_name(tiny_base, tmp_path):
