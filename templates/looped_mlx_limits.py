@@ -148,9 +148,10 @@ def _pattern_fields(family: str, config: dict) -> dict:
         return {"sliding_window_pattern": None}
     is_full = [kind == FULL for kind in config.get("layer_types") or ()]
     if not is_full:
-        every = config.get("sliding_window_pattern")
-        is_count = family == "exaone4" and isinstance(every, int)
-        return {"sliding_window_pattern": "L" * (every - 1) + "G"} if is_count else {}
+        period = config.get("sliding_window_pattern")
+        if family == "exaone4" and isinstance(period, int):
+            return {"sliding_window_pattern": "L" * (period - 1) + "G"}
+        return {}
     if family in BOTH_KINDS and len(set(is_full)) == 1:
         raise ValueError(f"{family} needs there layers of full and of sliding attention, and layer_types has one kind")
     if family == "exaone4":
