@@ -38,6 +38,8 @@ INTERVALS = {
     "gemma3_text": "sliding_window_pattern",
     "qwen3_next": "full_attention_interval",
 }
+# Families that have in transformers no kinds of layers, while mlx-lm would read `layer_types`.
+WITHOUT_KINDS = ("iquestcoder", "llama", "ministral3", "mistral")
 BOTH_KINDS = ("exaone4", "gpt_oss", "olmo3")  # families that need layers of both kinds
 
 
@@ -118,11 +120,8 @@ def _named(family: str, rope: dict) -> dict:
     """A rotary embedding under its names of transformers 4."""
     theta, part = ("rotary_emb_base", "rotary_pct") if family == "gpt_neox" else ("rope_theta", "partial_rotary_factor")
     known = {theta: rope.get("rope_theta"), part: rope.get("partial_rotary_factor")}
-    scaling = (
-        None
-        if scaling_type(rope) == "default"
-        else {**rope, "type": scaling_type(rope), "rope_type": scaling_type(rope)}
-    )
+    kind = scaling_type(rope)
+    scaling = None if kind == "default" else {**rope, "type": kind, "rope_type": kind}
     return {**{name: value for name, value in known.items() if value is not None}, "rope_scaling": scaling}
 
 
@@ -143,9 +142,11 @@ def _check_scaling(family: str, rope: dict) -> None:
 
 
 def _pattern_fields(family: str, config: dict) -> dict:
-    """Which layers have full attention, for families that do not read `layer_types`."""
+    """Which layers have full attention, for families that do not read `layer_types` as transformers does."""
     if family == "exaone4" and config.get("sliding_window") is None:
         return {"sliding_window_pattern": None}
+    if family in WITHOUT_KINDS and "layer_types" in config:
+        return {"layer_types": None}
     is_full = [kind == FULL for kind in config.get("layer_types") or ()]
     if not is_full:
         period = config.get("sliding_window_pattern")

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 
 from loopexport.loop.spec import LoopSpec
-from loopexport.templates.looped_mlx_limits import FULL, SLIDING, mlx_config_fields, mlx_loop_refusal, scaling_type
+from loopexport.templates.looped_mlx_limits import (
+    SLIDING,
+    WITHOUT_KINDS,
+    mlx_config_fields,
+    mlx_loop_refusal,
+    scaling_type,
+)
 
 # Families for which a loop in MLX gives the logits of transformers, or comes as near to them as mlx-lm's base does.
 MLX_FAMILIES = (
@@ -40,6 +46,9 @@ WITHOUT_WINDOW = (
     "qwen3_moe", "starcoder2",
 )  # fmt: skip
 WINDOW_IF_ASKED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+
+# Those of which the window starts at a layer, unless `layer_types` says otherwise.
+WINDOW_FROM = ("dots1", "qwen2", "qwen3")
 
 
 def mlx_refusal(config: dict, spec: LoopSpec, num_layers: int, prefix: str = "loop_") -> str | None:
@@ -89,5 +98,7 @@ def _ignored_window(config: dict) -> int | None:
     if family not in WITHOUT_WINDOW or not window or window >= config.get("max_position_embeddings", math.inf):
         return None
     is_asked = family not in WINDOW_IF_ASKED or config.get("use_sliding_window", False)
-    is_left = all(kind == FULL for kind in config.get("layer_types") or (SLIDING,))
-    return window if is_asked and not is_left else None
+    kinds = () if family in WITHOUT_KINDS else config.get("layer_types")
+    has_late = family in WINDOW_FROM and config.get("max_window_layers", 0) >= config.get("num_hidden_layers", 1)
+    is_used = SLIDING in kinds if kinds else not has_late
+    return window if is_asked and is_used else None

@@ -232,6 +232,7 @@ def test_a_sliding_window_that_mlx_lm_leaves_out_is_noted(family):
         ("mistral", {"sliding_window": None}),
         ("mistral", {"sliding_window": 128}),
         ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 6, "num_hidden_layers": 6}),
         ("gemma2", {"layer_types": [FULL] * 6}),
     ],
 )

@@ -30,6 +30,8 @@ READ: list[tuple[str, dict]] = [
     ("olmo3", {"rope_parameters": {SLIDING: rope(), FULL: YARN}, "layer_types": IRREGULAR, **WINDOW}),
     ("llama", {"rope_parameters": LLAMA3}),
     ("llama", {"rope_parameters": YARN}),
+    ("llama", {"layer_types": THIRD, **WINDOW}),
+    ("smollm3", {"use_sliding_window": True, **WINDOW}),
     ("mistral", {"rope_parameters": DYNAMIC, "sliding_window": None}),
     ("qwen2", {"rope_parameters": LINEAR, **WITHOUT_SLIDING}),
     ("qwen3", {"rope_parameters": YARN}),
