@@ -32,6 +32,7 @@ class MlxPlan:
     Attributes:
         export: the export.
         is_current: whether mlx-lm loads it already.
+        warnings: in what mlx-lm differs from transformers on the base, one line each.
     """
 
     export: Export
