@@ -11,7 +11,7 @@ VLLM_CASES ?=
 # The newest release of mlx-lm, which has no pin: its environment has no torch. MLX is what pip installs of MLX itself.
 MLX_LM ?= 0.32.2
 MLX ?= mlx[cpu]
-MLX_TESTS = tests/checks/test_mlx.py tests/checks/test_mlx_families.py
+MLX_TESTS = tests/checks/test_mlx.py tests/checks/test_mlx_configs.py tests/checks/test_mlx_families.py
 VLLM_TESTS = tests/checks/test_vllm.py tests/checks/test_vllm_settings.py tests/checks/test_vllm_load.py
 DEMO ?= demo
 PYTEST_OPTIONS ?= -n 2 --durations=25

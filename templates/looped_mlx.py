@@ -18,10 +18,13 @@ from .looped_mlx_limits import not_on_mlx
 from .looped_mlx_routing import RecordRoute, ReplayRoute
 from .looped_path import BodySpec, runs_of
 from .looped_rules import run_loop
-from .looped_spec import LoopSpec, bodies_within
+from .looped_spec import FIELDS, LoopSpec, bodies_within
 
 # No statement: transformers, which copies this file too, demands whatever an import statement names.
 mx = import_module("mlx.core")
+
+# Attribute that we set on the caches of layers: the loop that filled them, as `_fingerprint` gives it.
+FILLED_BY = "looped_by"
 
 
 class Argument(NamedTuple):
@@ -97,6 +100,7 @@ class Walk:
                 f"the cache has {len(cache)} slots, and this loop needs {loop.num_slots + len(keys)}; make it with "
                 "mlx_lm.models.cache.make_prompt_cache"
             )
+        _mark_filled([slot for slot in cache or () if slot is not None], loop.spec)
         self.loop = loop
         self.natural_slots = None if cache is None else cache[: loop.num_slots]
         self.own_slots = {} if cache is None else dict(zip(keys, cache[loop.num_slots :], strict=True))
@@ -319,6 +323,37 @@ def _replaced(module: Any, path: str, value: Any) -> Any:
     """A twin of a module with another value at a path."""
     name, _, rest = path.partition(".")
     return twin(module, {name: _replaced(module[name], rest, value) if rest else value})
+
+
+def _mark_filled(cache, spec: LoopSpec) -> None:
+    """Note in caches which loop fills them now.
+
+    A cache from a file has no such note, nor one that mlx-lm made of others, for a batch or with fewer bits.
+
+    Raises:
+        ValueError: another loop filled them.
+    """
+    now = _fingerprint(spec)
+    for slot in cache:
+        before = getattr(slot, FILLED_BY, now)
+        if before != now and not slot.empty():
+            names = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
+            raise ValueError(
+                f"the cache was filled under another loop setting ({', '.join(sorted(names))}); make a new one with "
+                "mlx_lm.models.cache.make_prompt_cache"
+            )
+    for slot in cache:
+        setattr(slot, FILLED_BY, now)
+
+
+def _fingerprint(spec: LoopSpec) -> dict:
+    """What has to stay the same while a cache is in use.
+
+    Under `shared` a token keeps the keys and values that it was computed with, so the steps, their sizes and the rule
+    may change between tokens.
+    """
+    names = ("span", "mode", "kv", "path") if spec.kv == "shared" else FIELDS
+    return {name: getattr(spec, name) for name in names}
 
 
 def _copy(offset):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .looped_fit import check_depth
 from .looped_mlx import Argument, Loop, Walk, twin, visited_layers
-from .looped_mlx_limits import MLX_LM, is_too_old, mlx_loop_refusal, not_on_mlx
+from .looped_mlx_limits import MLX_LM, is_too_old, mlx_config_fields, mlx_loop_refusal, not_on_mlx
 from .looped_mlx_routing import routers_of
 from .looped_spec import LoopSpec
 
@@ -148,19 +148,11 @@ def _native_config(config: dict) -> dict:
     """The config of the base, in the form that mlx-lm reads."""
     architectures = [name.removeprefix(CLASS_PREFIX) for name in config.get("architectures") or ()]
     model_type = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
-    return {**config, **_flat_rope(config), "model_type": model_type, "architectures": architectures}
-
-
-def _flat_rope(config: dict) -> dict:
-    """The rotary embedding by its names of transformers 4, where a config has only those of transformers 5.
-
-    Most families of mlx-lm read only the first, and would take a default without a word.
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope or "rope_theta" in config:
-        return {}
-    flat = {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope.get("rope_type") == "default" else rope}
-    return {**flat, **{name: rope[name] for name in ("partial_rotary_factor",) if name in rope}}
+    try:
+        fields = mlx_config_fields(model_type, config)
+    except ValueError as error:
+        raise ValueError(not_on_mlx(f"{error}; use transformers")) from None
+    return {**config, **fields, "model_type": model_type, "architectures": architectures}
 
 
 def _find_layer_list(model) -> tuple[Any, str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from loopexport.errors import ExportError, one_line
 from loopexport.export.check import Check
 from loopexport.export.directory import Export
+from loopexport.export.mlx_plan import plan_mlx
 
 from .probe import CHUNKS, full_logits, text_probe
 from .vllm import load_with_transformers
@@ -60,7 +61,7 @@ def check_mlx(export: Export, *, python: str = sys.executable) -> list[Check]:
         python: the interpreter that has mlx-lm.
 
     Raises:
-        ExportError: mlx-lm is not installed, or does not load the export, or the base is quantised.
+        ExportError: mlx-lm is not installed, or does not or cannot load the export, or the base is quantised.
     """
     _check_possible(export, python)
     model = load_with_transformers(export.root)
@@ -118,6 +119,7 @@ def run_mlx(runs: list[dict], *, python: str = sys.executable) -> list[Ran]:
 
 def _check_possible(export: Export, python: str) -> None:
     if not export.runs_on_mlx:
+        plan_mlx(export.root)  # or the command that the next line names would refuse it
         raise ExportError(f"mlx-lm does not load {export.root}; run `loopexport mlx {export.root}` first")
     if export.base.quantisation:
         raise ExportError(

@@ -97,9 +97,10 @@ def upgrade_lines(result: UpgradeResult) -> list[str]:
 
 def mlx_plan_lines(plan: MlxPlan) -> list[str]:
     """The lines of a plan of `mlx`."""
+    notes = [f"Note     {warning}" for warning in plan.warnings]
     if plan.is_current:
-        return [f"mlx-lm loads {plan.export.root} already"]
-    return [f"Writes   {CONFIG}: model_file {MODEL_FILE}", *loop_lines(plan.export.spec)]
+        return [f"mlx-lm loads {plan.export.root} already", *notes]
+    return [f"Writes   {CONFIG}: model_file {MODEL_FILE}", *loop_lines(plan.export.spec), *notes]
 
 
 def mlx_lines(plan: MlxPlan, is_card_new: bool) -> list[str]:

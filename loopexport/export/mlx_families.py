@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 from loopexport.loop.spec import LoopSpec
-from loopexport.templates.looped_mlx_limits import mlx_loop_refusal
+from loopexport.templates.looped_mlx_limits import (
+    SLIDING,
+    WITHOUT_KINDS,
+    mlx_config_fields,
+    mlx_loop_refusal,
+    scaling_type,
+)
 
 # Families for which a loop in MLX gives the logits of transformers, or comes as near to them as mlx-lm's base does.
 MLX_FAMILIES = (
@@ -32,19 +40,65 @@ _REFUSED = {
 }  # fmt: skip
 MLX_REFUSED = {family: reason for reason, families in _REFUSED.items() for family in families}
 
+# Families of which mlx-lm leaves out the sliding window; those among them that use it only if a field says so.
+WITHOUT_WINDOW = (
+    "dots1", "gemma2", "ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "starcoder2",
+)  # fmt: skip
+WINDOW_IF_ASKED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
-def mlx_refusal(family: str, spec: LoopSpec, num_layers: int) -> str | None:
-    """Why MLX does not run a loop on a family, and what to do; None if it is as exact there as the base.
+# Those of which the window starts at a layer, unless `layer_types` says otherwise.
+WINDOW_FROM = ("dots1", "qwen2", "qwen3")
+
+
+def mlx_refusal(config: dict, spec: LoopSpec, num_layers: int, prefix: str = "loop_") -> str | None:
+    """Why MLX does not run a loop on a base, and what to do; None if it is as exact there as the base.
 
     Args:
-        family: the base's `model_type`.
+        config: the base's.
         spec: the loop.
         num_layers: how many layers the base has.
+        prefix: what makes a setting out of the name of a field.
     """
+    family = config["model_type"]
     if family not in (*MLX_FAMILIES, *MLX_PER_STEP):
         return f"family {family} {MLX_REFUSED.get(family, 'was not compared in MLX')}; use transformers"
+    try:
+        mlx_config_fields(family, config)
+    except ValueError as error:
+        return f"{error}; use transformers"
     if spec.is_identity:
         return None
     if family in MLX_PER_STEP and spec.kv == "shared":
-        return f"family {family} remembers more than keys and values, which kv shared cannot hand on; use kv per_step"
-    return mlx_loop_refusal(spec, num_layers)
+        return (
+            f"family {family} remembers more than keys and values, which kv shared cannot hand on; set {prefix}kv to "
+            "per_step"
+        )
+    return mlx_loop_refusal(spec, num_layers, prefix)
+
+
+def mlx_warnings(config: dict) -> list[str]:
+    """In what mlx-lm's model of a base differs from that of transformers, with or without a loop, one line each."""
+    window, rope = _ignored_window(config), config.get("rope_scaling") or config.get("rope_parameters") or {}
+    found = {
+        f"leaves out the sliding window of {window} tokens, so on longer texts": window is not None,
+        "takes the long factors of longrope for all texts, so on short ones": scaling_type(rope) in ("longrope", "su"),
+        "rounds the bounds of YaRN in spite of truncate false, so": rope.get("truncate") is False,
+    }
+    return [
+        f"mlx-lm's {config['model_type']} {what} its logits differ from those of transformers, with or without a loop"
+        for what, is_so in found.items()
+        if is_so
+    ]
+
+
+def _ignored_window(config: dict) -> int | None:
+    """The sliding window that transformers uses in a model and mlx-lm does not; None if there is none."""
+    family, window = config["model_type"], config.get("sliding_window")
+    if family not in WITHOUT_WINDOW or not window or window >= config.get("max_position_embeddings", math.inf):
+        return None
+    is_asked = family not in WINDOW_IF_ASKED or config.get("use_sliding_window", False)
+    kinds = () if family in WITHOUT_KINDS else config.get("layer_types")
+    has_late = family in WINDOW_FROM and config.get("max_window_layers", 0) >= config.get("num_hidden_layers", 1)
+    is_used = SLIDING in kinds if kinds else not has_late
+    return window if is_asked and is_used else None

@@ -19,7 +19,7 @@ from loopexport.templates.looped_mlx_limits import MODEL_FILE
 from .card_refresh import write_card_and_manifest
 from .directory import MODEL_FILE_FIELD, Export, open_export
 from .manifest import MANIFEST, FileRecord
-from .mlx_families import mlx_refusal
+from .mlx_families import mlx_refusal, mlx_warnings
 from .own_code import code_set, foreign_code, todays_set
 
 WEIGHTS_PATTERN = "model*.safetensors"  # the weights files that mlx-lm reads
@@ -32,14 +32,25 @@ class MlxPlan:
     Attributes:
         export: the export.
         is_current: whether mlx-lm loads it already.
+        warnings: in what mlx-lm differs from transformers on the base, one line each.
     """
 
     export: Export
     is_current: bool
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """In what mlx-lm differs from transformers on the base, one line each."""
+        return tuple(mlx_warnings(self.export.base.config))
+
     def to_dict(self) -> dict:
         """The plan for `--json`."""
-        return {"directory": str(self.export.root), "is_current": self.is_current, MODEL_FILE_FIELD: MODEL_FILE}
+        return {
+            "directory": str(self.export.root),
+            "is_current": self.is_current,
+            MODEL_FILE_FIELD: MODEL_FILE,
+            "warnings": list(self.warnings),
+        }
 
     def apply(self) -> bool:
         """Write config, card and manifest again. All of them change, or none.
@@ -92,13 +103,14 @@ def plan_mlx(root: str | Path) -> MlxPlan:
     return MlxPlan(export, export.runs_on_mlx)
 
 
-def why_not_on_mlx(base: Checkpoint, weights: tuple[str, ...], spec: LoopSpec) -> str | None:
+def why_not_on_mlx(base: Checkpoint, weights: tuple[str, ...], spec: LoopSpec, prefix: str = "loop_") -> str | None:
     """Why mlx-lm cannot run a loop on a model, and what to do; None if it can.
 
     Args:
         base: the base.
         weights: names of its weights files.
         spec: the loop.
+        prefix: what makes a setting out of the name of a field of the loop.
     """
     if base.is_multimodal:
         return "multimodal models were not tried there; convert the base with --text-only, or use transformers"
@@ -107,4 +119,4 @@ def why_not_on_mlx(base: Checkpoint, weights: tuple[str, ...], spec: LoopSpec) -
         return (
             f"it reads only weights called {WEIGHTS_PATTERN}, not {other}; rename it in the base, or use transformers"
         )
-    return mlx_refusal(base.model_type, spec, base.num_layers)
+    return mlx_refusal(base.config, spec, base.num_layers, prefix)

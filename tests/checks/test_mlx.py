@@ -147,6 +147,17 @@ def played(made, tmp_path_factory):
             for scene in ("batch", "stored_prompt")
             for name, export in (("shared", shared), ("per_step", own), ("path", along_a_path))
         },
+        **{
+            f"foreign cache, {name}": {"scene": "foreign_cache", "export": export, "fields": fields, **more}
+            for name, (export, fields, more) in {
+                "span": (own, [{"loop_span": [1, 3]}, {"loop_span": [2, 4]}], {}),
+                "damping": (own, [{}, {"loop_damping": 0.2}], {}),
+                "mode": (shared, [{}, {"loop_mode": "layer"}], {}),
+                "quantised": (own, [{"loop_span": [1, 3]}, {"loop_span": [2, 4]}], {"quantised": True}),
+                "K, shared": (shared, [{}, {"loop_steps": 4}], {}),
+                "none": (own, [{}, {}], {}),
+            }.items()
+        },
         "drafted, shared": {"scene": "drafted", "export": shared, "base": base},
         "drafted, per_step": {"scene": "drafted", "export": own, "base": base},
     }
@@ -204,6 +215,21 @@ def test_a_cache_without_slots_for_iterations_is_refused_in_a_line(played):
     assert played["short cache"]["error"] == (
         "the cache has 6 slots, and this loop needs 12; make it with mlx_lm.models.cache.make_prompt_cache"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("span", "span"), ("damping", "damping"), ("mode", "mode"), ("quantised", "span")]
+)
+def test_a_cache_that_another_loop_filled_is_refused(played, name, field):
+    assert played[f"foreign cache, {name}"]["error"] == (
+        f"the cache was filled under another loop setting ({field}); make a new one with "
+        "mlx_lm.models.cache.make_prompt_cache"
+    )
+
+
+@pytest.mark.parametrize("name", ["K, shared", "none"])
+def test_a_cache_goes_on_where_the_loop_allows_it(played, name):
+    assert played[f"foreign cache, {name}"]["filled"]
 
 
 def test_a_quantised_copy_holds_the_code(played):

@@ -15,14 +15,15 @@ from transformers import AutoConfig
 import loopexport
 from loopexport.checks import mlx as checks_mlx
 from loopexport.checks.mlx import Ran, check_mlx
-from loopexport.export.mlx_families import mlx_refusal
+from loopexport.export.mlx_families import mlx_refusal, mlx_warnings
 from loopexport.export.mlx_plan import why_not_on_mlx
 from loopexport.hub.allowlist import allowed_files
 from loopexport.loop.spec import LoopSpec
-from loopexport.templates.looped_mlx_limits import MODEL_FILE, is_too_old
+from loopexport.templates.looped_mlx_limits import MODEL_FILE, is_too_old, mlx_config_fields, mlx_loop_refusal
 from support.commands import SPEC, checks, run, tree
 from support.damage import edit_config
 from support.earlier_versions import earlier_export
+from support.mlx_configs import FULL, NOT_READ, SLIDING, THIRD, YARN, rope
 from support.refusals import assert_refused
 from support.tiny import SPAN
 from support.trained import save_trained
@@ -71,7 +72,13 @@ def test_a_second_time_changes_nothing(export):
     again = run("mlx", export)
     assert again.stdout == f"mlx-lm loads {export} already\n"
     values = json.loads(run("mlx", export, "--json").stdout)
-    assert values == {"directory": str(export), "is_current": True, "model_file": MODEL_FILE, "written": False}
+    assert values == {
+        "directory": str(export),
+        "is_current": True,
+        "model_file": MODEL_FILE,
+        "warnings": [],
+        "written": False,
+    }
     assert tree(export) == before
     assert "MLX      mlx-lm loads it" in run("inspect", export).stdout
     assert json.loads(run("inspect", export, "--json").stdout)["mlx"]
@@ -145,7 +152,8 @@ def test_a_loop_that_mlx_does_not_run_is_refused_by_name(export_dir, tiny_base, 
     options = [each for name, value in REFUSED[message].items() for each in (f"--{name}", value) if name != "steps"]
     steps = str(REFUSED[message].get("steps", 3))
     command = ["convert", tiny_base(), tmp_path / "out", "--span", "1:4", "--steps", steps, *options, "--mlx"]
-    assert_refused(tmp_path, *command, says=message)
+    assert_refused(tmp_path, *command, says=message.replace("loop_", "--"))
+    assert_refused(tmp_path, "verify", export, "--runtime", "mlx", says=message)
 
 
 def test_one_step_runs_under_any_policy(export_dir, tmp_path):
@@ -163,12 +171,89 @@ def test_one_step_runs_under_any_policy(export_dir, tmp_path):
 )
 def test_families_are_refused_by_name(family, message):
     spec = LoopSpec(span=SPAN, steps=2)
-    assert mlx_refusal(family, spec, 6).startswith(message)
+    assert mlx_refusal({"model_type": family}, spec, 6).startswith(message)
 
 
 def test_families_with_recurrent_layers_run_under_per_step():
-    assert mlx_refusal("qwen3_next", LoopSpec(span=SPAN, steps=2, kv="per_step"), 6) is None
-    assert mlx_refusal("llama", LoopSpec(span=SPAN, steps=2), 6) is None
+    assert mlx_refusal({"model_type": "qwen3_next"}, LoopSpec(span=SPAN, steps=2, kv="per_step"), 6) is None
+    assert mlx_refusal({"model_type": "llama"}, LoopSpec(span=SPAN, steps=2), 6) is None
+
+
+@pytest.mark.parametrize(("family", "fields", "message"), NOT_READ)
+def test_configs_that_mlx_lm_does_not_read_are_refused_by_name(family, fields, message):
+    reason = mlx_refusal({"model_type": family, **fields}, LoopSpec(span=SPAN, steps=2), 6)
+    assert message in reason
+    assert reason.endswith("; use transformers")
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        (((0, 4), (8, 10)), "layers 4 to 7, whose caches would stay empty, and mlx-lm's batches need them"),
+        (((0, 4), (5, 10)), "layer 4, whose cache would stay empty, and mlx-lm's batches need it"),
+        (((0, 4), (5, 8), (9, 10)), "layers 4 and 8, whose caches"),
+    ],
+)
+def test_all_layers_that_a_path_leaves_out_are_named(path, text):
+    assert f"the path leaves out {text}" in mlx_loop_refusal(LoopSpec(span=None, path=path, steps=2), 10)
+
+
+def test_a_config_of_transformers_5_is_read_by_its_names_of_transformers_4():
+    scaled = rope("linear", 1e6, factor=8.0)
+    kinds = {"rope_parameters": {SLIDING: rope(rope_theta=3e4), FULL: scaled}, "layer_types": THIRD}
+    assert mlx_config_fields("gemma3_text", kinds) == {
+        "rope_theta": 1e6,
+        "rope_scaling": {**scaled, "type": "linear"},
+        "rope_local_base_freq": 3e4,
+        "sliding_window_pattern": 3,
+    }
+    part = {"rope_parameters": rope(partial_rotary_factor=0.5)}
+    assert mlx_config_fields("gpt_neox", part) == {"rotary_emb_base": 1e5, "rotary_pct": 0.5, "rope_scaling": None}
+    assert mlx_config_fields("exaone4", {"sliding_window_pattern": 4, "sliding_window": 8}) == {
+        "sliding_window_pattern": "LLLG"
+    }
+    assert mlx_config_fields("llama", {"rope_theta": 5e5, "rope_scaling": YARN}) == {}
+
+
+WINDOW = {"sliding_window": 8, "max_position_embeddings": 128}
+NOTED = "mlx-lm's {} leaves out the sliding window of 8 tokens, so on longer texts its logits differ from those of"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "phi3", "dots1", "starcoder2", "qwen3_moe"])
+def test_a_sliding_window_that_mlx_lm_leaves_out_is_noted(family):
+    [note] = mlx_warnings({"model_type": family, "use_sliding_window": True, **WINDOW})
+    assert note.startswith(NOTED.format(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gemma3_text", {}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 128}),
+        ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 6, "num_hidden_layers": 6}),
+        ("gemma2", {"layer_types": [FULL] * 6}),
+    ],
+)
+def test_a_window_that_is_not_left_out_or_not_used_is_not_noted(family, fields):
+    assert mlx_warnings({"model_type": family, **WINDOW, **fields}) == []
+
+
+def test_other_roundings_of_a_rotary_embedding_are_noted():
+    [note] = mlx_warnings({"model_type": "phi3", "rope_scaling": {"type": "longrope"}})
+    assert "long factors" in note
+    [note] = mlx_warnings({"model_type": "gpt_oss", "rope_parameters": {**YARN, "truncate": False}})
+    assert "rounds the bounds of YaRN" in note
+
+
+def test_both_commands_print_the_notes(tiny_base, tmp_path):
+    note = f"Note     {NOTED.format('mistral')}"
+    command = ["convert", tiny_base("mistral"), tmp_path / "out", *SPEC]
+    assert note not in run(*command, "--dry-run").stdout
+    assert note in run(*command, "--mlx").stdout
+    assert note in run("mlx", tmp_path / "out").stdout
+    assert json.loads(run("mlx", tmp_path / "out", "--json").stdout)["warnings"][0].startswith(NOTED.format("mistral"))
 
 
 def test_weights_that_mlx_does_not_read_are_refused_by_name(tiny_base, tmp_path):

@@ -180,6 +180,17 @@ def short_cache(export):
     model(tokens(3), cache=make_prompt_cache(model)[: len(model.layers)])
 
 
+def foreign_cache(export, fields, quantised=False):
+    """A cache that was filled under one loop, then a forward of another: what it computes, or an error."""
+    first, second = (load(export, **each) for each in fields)
+    cache = make_prompt_cache(first)
+    filled = first(tokens(9), cache=cache)
+    if quantised:
+        maybe_quantize_kv_cache(cache, 0, **KV)
+        first(tokens(1), cache=cache)
+    return {"slots": len(cache), "filled": bool(filled.any()), "sum": float(second(tokens(3), cache=cache).sum())}
+
+
 def batch(export):
     """Generation in a batch, whose prompts are padded, against one prompt at a time."""
     model = load(export)
