@@ -36,9 +36,9 @@ LAYERS = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True}
 FROZEN = {"frozen_routing": True, "damping": 1.0}  # steps so long that they would change the choice of experts
 TWO_SPANS = {"span": ((1, 2), (3, 5))}
 # Detours that overlap; detours that do not end where they began.
-PATH = {"span": None, "steps": 2, "path": ((0, 5), (1, 2), (3, 6), (4, 5))}
+PATH = {"span": None, "steps": None, "path": ((0, 5), (1, 2), (3, 6), (4, 5))}
 PATH_POLICIES = ({"kv": "shared"}, {"kv": "per_step"})
-OVERLAPPING = {"span": None, "steps": 2, "path": ((0, 4), (1, 5), (2, 6))}
+OVERLAPPING = {"span": None, "steps": None, "path": ((0, 4), (1, 5), (2, 6))}
 # Rotary and learned positions, heads of their own width, sliding caches, experts, attention sinks, latents.
 STRUCTURES = ("llama", "qwen3", "gemma3_text", "gpt2", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 RECURRENT = "lfm2_moe"  # a short convolution in every other layer

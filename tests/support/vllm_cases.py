@@ -99,7 +99,7 @@ SHARED, PER_STEP, REFERENCE = {}, {"kv": "per_step"}, {"kv": "reference"}
 FROZEN = {"frozen_routing": True, "damping": 1.0}  # steps so long that they would change the choice of experts
 POLICIES = (SHARED, PER_STEP)
 # Detours that overlap and do not end where they began; layer 2 is left out.
-PATH = {"span": None, "steps": 2, "path": ((0, 2), (3, 5), (1, 2), (3, 6), (4, 5))}
+PATH = {"span": None, "steps": None, "path": ((0, 2), (3, 5), (1, 2), (3, 6), (4, 5))}
 LAYERS = {"mode": "layer", "anchor": 0.5, "norm_interpolation": True}
 # `make test-vllm` serves FEW, at least one of each structure; `make record-vllm` MANY too. SLOW, half a minute to two
 # each, only with SLOW=--with-slow.
