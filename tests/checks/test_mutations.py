@@ -47,7 +47,7 @@ FAULTS = {
     "naive loop is damped": rule(EULER_STEP, "h = h + 0.5 * (y - h)", damping=1.0),
     "norms are not rescaled": rule(NORMS, "if False:", norm_interpolation=True),
     "last norm is rescaled too": rule(NORMS, "if spec.norm_interpolation:", norm_interpolation=True),
-    "norms go to another place": rule("_norm(x), _norm(g.natural)", "_norm(x), _norm(h)", norm_interpolation=True),
+    "norms go to another place": rule("g.norm(g.natural)", "g.norm(h)", norm_interpolation=True),
     "anchor is ignored": rule("return h if spec.anchor == 0 else", "return h if spec.anchor < 1 else", anchor=0.5),
     "anchor is swapped": rule(ANCHOR, "(1 - spec.anchor) * g.natural + spec.anchor * h", anchor=0.25),
     "anchor on the input": rule(ANCHOR, "spec.anchor * x + (1 - spec.anchor) * h", anchor=0.5),
@@ -61,7 +61,7 @@ FAULTS = {
     # Fields of the loop.
     "nothing loops": field_of_spec("return self.steps == 1 or self.anchor == 1", "return True"),
     "one step is no identity": field_of_spec(
-        "body.evaluations > 1", "body.evaluations > 0", span=((0, 2), (3, 5)), steps=(1, 2), damping=0.8
+        "and body.evaluations > 1]", "and body.evaluations > 0]", span=((0, 2), (3, 5)), steps=(1, 2), damping=0.8
     ),
     "step size": field_of_spec("return 1.0 / steps", "return 0.9 / steps"),
     "damping is ignored": field_of_spec("if self.damping is None else self.damping", "", damping=0.8),
