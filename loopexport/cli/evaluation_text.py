@@ -7,7 +7,14 @@ from loopexport.evaluation.comparison import LOOP, ComparePlan
 from loopexport.evaluation.subject import Subject
 from loopexport.evaluation.tasks import TaskSource
 from loopexport.loop.spec import LoopSpec
-from loopexport.loop.wording import describe_layers, describe_loop, describe_rule, describe_span, describe_steps
+from loopexport.loop.wording import (
+    describe_layers,
+    describe_loop,
+    describe_rule,
+    describe_span,
+    describe_steps,
+    describe_visits,
+)
 
 
 def compare_plan_lines(plan: ComparePlan) -> list[str]:
@@ -28,7 +35,7 @@ def compare_plan_lines(plan: ComparePlan) -> list[str]:
 def _loop_line(spec: LoopSpec) -> str:
     """The loop on one line."""
     if spec.path is not None:
-        return f"Loop     {describe_loop(spec)} ({describe_layers(spec)} more than once), kv {spec.kv}"
+        return f"Loop     {describe_loop(spec)} ({describe_visits(spec)}), kv {spec.kv}"
     return (
         f"Loop     span {describe_span(spec)} ({describe_layers(spec)}), K = {describe_steps(spec)}, mode {spec.mode}, "
         f"kv {spec.kv}, anchor {spec.anchor:g}, rule {describe_rule(spec)}"

@@ -48,6 +48,8 @@ def kv_meaning(spec: LoopSpec) -> str:
 
 def decode_meaning(spec: LoopSpec) -> str:
     """Which tokens loop."""
+    if spec.is_identity:
+        return "no token loops: this is the base model"
     return _DECODE_MEANING[spec.decode].format(n=spec.first_n)
 
 

@@ -68,7 +68,7 @@ def test_loops_of_other_tools_are_compared(base, items, tmp_path):
             "--rys",
             "1,4",
         ): "Loop     span 1:4 (layers 1 to 3), K = 2, mode block, kv per_step, anchor 0, rule euler, s = 1",
-        ("--path", "0-3,2-3,1-5"): "Loop     path 0:4,2:4,1:6 (layers 1 to 3 more than once), kv per_step",
+        ("--path", "0-3,2-3,1-5"): "Loop     path 0:4,2:4,1:6 (each visit runs the layer as it is), kv per_step",
         ("--span", "0:2x3", "--span", "3:5x2"): "Loop     span 0:2x3 and 3:5x2 (layers 0 to 1 and 3 to 4), K = 3 and 2",
         ("--spec", str(tmp_path / "loop.yml")): "Loop     span 1:3 (layers 1 to 2), K = 6, mode layer, kv reference",
     }.items():
