@@ -174,16 +174,6 @@ def test_impossible_paths_and_steps_are_refused(fields, says):
         LoopSpec(**{"span": None, "steps": 2, **fields})
 
 
-def test_a_layer_without_a_memory_may_be_left_out_though_it_is_the_first_of_its_type(looped, plain):
-    """The mask of a type is sized by a cache, which an MLP does not have."""
-    path, tokens = ((0, 1), (2, 3), (4, 6)), tiny_tokens(1, 8)
-    model = looped("nemotron_h", path=path)
-    theirs = full_forward(unrolled_copy(plain("nemotron_h"), numbers(path)), tokens)
-    assert_bitwise(full_forward(model, tokens), theirs)
-    past = model(tokens[:, :5], use_cache=True).past_key_values
-    assert_close(model(tokens[:, 5:], past_key_values=past).logits, theirs[:, 5:])
-
-
 @pytest.mark.parametrize(
     ("family", "fields", "says"),
     [

@@ -100,6 +100,14 @@ def test_a_path_under_per_step_is_an_unrolled_model(load, family):
     assert_close(in_chunks(looped, TOKENS, ALL_CUTS[0]), in_chunks(unrolled, TOKENS, ALL_CUTS[0]))
 
 
+def test_a_layer_without_a_memory_may_be_left_out_though_it_is_the_first_of_its_type(load):
+    """The mask of a type is sized by a cache, which an MLP does not have."""
+    plain, looped = load("nemotron_h", span=None, steps=2, path=((0, 1), (2, 3), (4, 6)), kv="per_step")
+    unrolled = unrolled_along(plain, [0, 2, 4, 5])
+    assert_bitwise(logits(looped, TOKENS), logits(unrolled, TOKENS))
+    assert_close(in_chunks(looped, TOKENS, ALL_CUTS[0]), in_chunks(unrolled, TOKENS, ALL_CUTS[0]))
+
+
 @pytest.mark.parametrize(("family", "span"), [("qwen3_5_text", (0, 2)), ("granitemoehybrid", (3, 5)), ("lfm2", (0, 2))])
 def test_shared_reads_the_natural_memory_with_own_questions(load, family, span):
     plain, looped = load(family, span=list(span))
