@@ -17,7 +17,7 @@ _DIGEST_BEFORE = globals().get("CODE_DIGEST")  # not None if transformers runs t
 # Start of the sha256 of all other copied files. transformers 5 caches local code by directory name and the content of
 # this file: without the digest, two exports with one directory name but different code would, in one process, both run
 # the code that was loaded first.
-CODE_DIGEST = "c62b577c36ab8780"
+CODE_DIGEST = "dca95f5a44c9839b"
 
 if _DIGEST_BEFORE not in (None, CODE_DIGEST):
     # transformers 4 copies the code of all exports with one directory name to one place. It runs a changed file again,

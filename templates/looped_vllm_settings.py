@@ -10,7 +10,7 @@ from importlib import import_module
 
 from .configuration_looped import base_model_type
 from .looped_spec import LoopSpec
-from .looped_vllm_limits import WHOLE_PROMPTS, vllm_context, vllm_refusal
+from .looped_vllm_limits import VLLM_CPU_EAGER, WHOLE_PROMPTS, vllm_context, vllm_refusal
 
 DRAFTS = ("ngram",)  # methods of speculative decoding for which it was found exact
 
@@ -68,7 +68,7 @@ def _refused_scale(engine, config: dict) -> str | None:
 
 def _refused_settings(engine, config, spec: LoopSpec):
     """The reason for each setting of the engine with which it cannot serve a loop."""
-    drafts = engine.speculative_config
+    drafts, family = engine.speculative_config, base_model_type(config.model_type)
     refusals = (
         (
             drafts is not None and drafts.method not in DRAFTS,
@@ -99,8 +99,17 @@ def _refused_settings(engine, config, spec: LoopSpec):
             "expert parallelism could not be compared, since vLLM's kernels for CPUs ignore which experts a process "
             "has; leave --enable-expert-parallel out",
         ),
+        (
+            _is_compiled_on_cpu(engine) and not spec.frozen_routing and family in VLLM_CPU_EAGER,
+            f"on a CPU, torch.compile computes the routers of {family} wrongly in iterations; add --enforce-eager, or "
+            "set loop_frozen_routing to true",
+        ),
     )
     return [*(reason for holds, reason in refusals if holds), _refused_stages(engine, config, spec)]
+
+
+def _is_compiled_on_cpu(engine) -> bool:
+    return engine.device_config.device_type == "cpu" and not engine.model_config.enforce_eager
 
 
 def _refused_stages(engine, config, spec: LoopSpec) -> str | None:

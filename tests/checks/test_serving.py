@@ -10,7 +10,13 @@ import pytest
 
 from loopexport.checks.vllm import Greedy, Served, first_difference, largest_logprob_difference, run_vllm
 from loopexport.loop.spec import LoopSpec
-from loopexport.templates.looped_vllm_limits import VLLM_EXPERTS, VLLM_FAMILIES, VLLM_REFUSED, vllm_refusal
+from loopexport.templates.looped_vllm_limits import (
+    VLLM_CPU_EAGER,
+    VLLM_EXPERTS,
+    VLLM_FAMILIES,
+    VLLM_REFUSED,
+    vllm_refusal,
+)
 from support.commands import run
 from support.paths import VLLM_RECORDS
 
@@ -97,6 +103,8 @@ def test_the_template_serves_what_was_found_exact_and_nothing_else():
     others = json.loads(newest.read_text())["results"].values()
     assert {each["refused_family"] for each in others if "refused_family" in each} == set(VLLM_REFUSED)
     assert {each["experts_of"] for each in others if "experts_of" in each} >= set(VLLM_EXPERTS)
+    compiled = [each for each in results if each["setting"] == "torch.compile"]
+    assert {each["family"] for each in compiled if each["outcome"] == "refused"} == set(VLLM_CPU_EAGER)
     plain = [each for each in results if not each["loop"]]
     exact = {(each["family"], each["kv"]) for each in plain if each["outcome"] == "exact"}
     for family, kv in {(each["family"], each["kv"]) for each in plain}:

@@ -250,6 +250,15 @@ def test_an_edited_loop_is_not_served_from_the_compile_cache(export_of, environm
     assert answers[0] != answers[1] != answers[2]
 
 
+@pytest.mark.matrix
+def test_torch_computes_a_router_with_a_bias_wrongly_in_a_second_pass(environment):
+    """Otherwise the refusal of `VLLM_CPU_EAGER` can go."""
+    command = [PYTHON, "-P", ROOT / "tests" / "support" / "compiled_router.py"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0.1
+
+
 def _templates(directory, names):
     """What an installation puts into the package from elsewhere, should it be there too."""
     return {"templates", "__pycache__"} & set(names)

@@ -114,6 +114,7 @@ def settings(**changes):
         model_config=part(max_model_len=128, enforce_eager=True, use_mla=False),
         scheduler_config=part(enable_chunked_prefill=True),
         cache_config=part(enable_prefix_caching=True),
+        device_config=part(device_type="cpu"),
         compilation_config=SimpleNamespace(static_forward_context={}),
         **{"quant_config": None, "speculative_config": None, "lora_config": None, **changes},
     )

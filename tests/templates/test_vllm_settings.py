@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import transformers
 
+import loopexport
 from support.vllm_double import Engine
+from support.walk_configs import save_tiny_family
 
 if transformers.__version__.startswith("4."):
     pytest.skip("vLLM runs models of transformers 5", allow_module_level=True)
@@ -59,3 +61,33 @@ def test_settings_with_other_answers_are_refused(export_dir, monkeypatch, family
 )
 def test_settings_with_the_same_answers_are_accepted(export_dir, monkeypatch, loop, changes):
     Engine(export_dir("llama", **loop), monkeypatch, **changes)
+
+
+COMPILED = {"enforce_eager": False}
+ON_CUDA = {"device_type": "cuda"}
+
+
+@pytest.fixture(scope="module")
+def biased_routers(tmp_path_factory):
+    """`biased_routers(**spec)`: the directory of an export whose routers have a bias."""
+    base = save_tiny_family("afmoe", tmp_path_factory.mktemp("base") / "afmoe")
+
+    def make(**spec):
+        out = tmp_path_factory.mktemp("export") / "afmoe"
+        return loopexport.convert(str(base), out, weights="copy", **{"span": (1, 4), "steps": 2, **spec}).root
+
+    return make
+
+
+@pytest.mark.parametrize("loop", [{}, {"kv": "per_step"}, {"mode": "layer"}])
+def test_compiled_routers_with_a_bias_are_refused_on_a_cpu(biased_routers, monkeypatch, loop):
+    with pytest.raises(ValueError, match="routers of afmoe wrongly in iterations; add --enforce-eager, or set loop_f"):
+        Engine(biased_routers(**loop), monkeypatch, **COMPILED)
+
+
+@pytest.mark.parametrize(
+    ("loop", "changes"),
+    [({}, {}), ({"frozen_routing": True}, COMPILED), ({"steps": 1}, COMPILED), ({}, {**COMPILED, **ON_CUDA})],
+)
+def test_other_routers_with_a_bias_are_accepted(biased_routers, monkeypatch, loop, changes):
+    Engine(biased_routers(**loop), monkeypatch, **changes)
