@@ -92,14 +92,17 @@ class Model:
         _share_items(self.lm)
 
     def _model_class(self) -> Any:
-        """The model class of lm-evaluation-harness, which by itself loads language models alone."""
+        """The model class of lm-evaluation-harness, which by itself loads language models alone and overlooks NaN."""
         from lm_eval.api.registry import get_model
 
+        from .nan_text import with_nan_noted
+
         harness: Any = get_model(self.backend)
-        config = read_config(self.root / CONFIG)
-        if not is_multimodal(config):
+        if self.backend == "vllm":
             return harness
-        return type(harness.__name__, (harness,), {"AUTO_MODEL_CLASS": auto_class(config)})
+        config = read_config(self.root / CONFIG)
+        kind = {"AUTO_MODEL_CLASS": auto_class(config)} if is_multimodal(config) else {}
+        return type(harness.__name__, (with_nan_noted(harness),), kind)
 
     def halve(self) -> None:
         """Halve the batch after memory ran out.

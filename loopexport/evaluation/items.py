@@ -16,6 +16,7 @@ class Answer:
         loglikelihoods: of the choices, in nats, in their order; empty for generated text.
         tokens: number of tokens of generated text, counted by the tokenizer; 0 for a choice.
         truncated: whether generation stopped at its limit of tokens.
+        lost: whether the text was generated from NaN.
     """
 
     score: float
@@ -23,11 +24,12 @@ class Answer:
     loglikelihoods: tuple[float, ...] = ()
     tokens: int = 0
     truncated: bool = False
+    lost: bool = False
 
     @property
     def is_nan(self) -> bool:
-        """Whether the model computed NaN in place of a log-likelihood: it has not answered."""
-        return any(map(math.isnan, self.loglikelihoods))
+        """Whether the model computed NaN: it has not answered."""
+        return self.lost or any(map(math.isnan, self.loglikelihoods))
 
 
 @dataclass(frozen=True)

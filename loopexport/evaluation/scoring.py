@@ -11,6 +11,7 @@ from loopexport.errors import EvaluationError, one_line
 
 from .arms import Arm
 from .items import Answer, Pair
+from .nan_text import LOST
 from .panel import Panel
 from .tasks import Prompting
 
@@ -194,10 +195,12 @@ def answer_of(task, sample: dict, metric: Metric, count_tokens: Callable[[str], 
     loglikelihoods = tuple(float(each[0]) for each in sample["filtered_resps"][: len(choices)])
     if any(map(math.isnan, loglikelihoods)):  # a metric would take the first choice for the answer
         return Answer(0.0, NO_ANSWER, loglikelihoods)
+    text = "" if choices else _first_text(sample["resps"])
+    if LOST in text:
+        return Answer(0.0, NO_ANSWER, lost=True)
     value = _score(sample, metric, task.config.task)
     if choices:
         return Answer(value, _chosen(choices, loglikelihoods, metric), loglikelihoods)
-    text = _first_text(sample["resps"])
     tokens = count_tokens(text)
     return Answer(value, text, (), tokens, tokens >= _token_limit(task))
 
