@@ -25,6 +25,7 @@ from .directory import Export, is_export, open_export
 from .manifest import MANIFEST, FileRecord, Manifest
 from .mlx_families import mlx_warnings
 from .mlx_plan import why_not_on_mlx
+from .replaced import replacement_warnings
 from .small_files import base_file_warnings, licence_notice_file, small_files
 from .weights import METHODS, WITHOUT, check_method, copied_bytes, made_shards, place_weights
 
@@ -221,7 +222,11 @@ def plan_convert(
     out = output_path(out) if out is not None else _default_out(base, loop.spec)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export)
     cost = loop_cost(base, loop.spec)
-    warnings = (*loop.warnings, *base_file_warnings(base), *(mlx_warnings(base.config) if mlx else ()))
+    warnings = (
+        *(*loop.warnings, *base_file_warnings(base)),
+        *(mlx_warnings(base.config) if mlx else ()),
+        *(replacement_warnings(out) if overwrite else ()),
+    )
     files = small_files(base, loop.spec, cost, has_weights=weights != WITHOUT, mlx=mlx)
     return ConvertPlan(base, out, loop.spec, cost, weights, overwrite, warnings, files, mlx)
 

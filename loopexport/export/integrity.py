@@ -165,22 +165,22 @@ def _check_records(export: Export) -> Check:
         return Check(name, False, str(error))
     foreign = foreign_files(export)
     if foreign.loaded:
-        detail = f"not part of the export, but a runtime may load it: {_listed(foreign.loaded)}; move it elsewhere"
+        detail = f"not part of the export, but a runtime may load it: {listed(foreign.loaded)}; move it elsewhere"
         return Check(name, False, detail)
     if foreign.links:
         why = "symbolic links that are not part of the export and may point anywhere"
-        return Check(name, False, f"{why}: {_listed(foreign.links)}; replace them with files, or remove them")
+        return Check(name, False, f"{why}: {listed(foreign.links)}; replace them with files, or remove them")
     carried = (each for each in base.carried if not LICENCE_TEXT.fullmatch(each))  # its owner may add one
     needed = {CONFIG, CARD, *code_files(export.root), *carried, *originals}
     unknown = sorted(needed - export.manifest.files.keys())
     unknown += sorted(({shard.name for shard in base.shards} ^ export.manifest.weights.keys()) - {*export.lacking})
     if unknown:
         return Check(name, False, f"{unknown[0]} is not recorded in it, or is not part of the model")
-    others = f"; not part of the export: {_listed(foreign.others)}" if foreign.others else ""
+    others = f"; not part of the export: {listed(foreign.others)}" if foreign.others else ""
     return Check(name, True, f"{len(needed)} small files, {len(base.shards)} with weights{others}")
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def listed(names: tuple[str, ...]) -> str:
     """The first names, and how many more there are."""
     more = len(names) - MAX_LISTED
     shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:MAX_LISTED])
