@@ -23,6 +23,7 @@ from loopexport.templates import FILES as TEMPLATES
 
 from .card import CardFacts, make_card, read_metadata
 from .directory import BASE_FOLDER, Export, looped_config
+from .mlx_families import mlx_warnings
 from .own_code import template_bytes
 from .results_file import measured
 
@@ -87,6 +88,7 @@ def export_warnings(export: Export) -> list[str]:
         *loop_warnings(export.base, export.spec),
         *filter(None, [about_tokenizer]),
         *_about_processor(export),
+        *(mlx_warnings(export.base.config) if export.runs_on_mlx else ()),
         *licence_warnings(metadata, sorted(path.name for path in export.root.iterdir())),
     ]
 

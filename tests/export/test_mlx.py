@@ -254,6 +254,9 @@ def test_both_commands_print_the_notes(tiny_base, tmp_path):
     assert note in run(*command, "--mlx").stdout
     assert note in run("mlx", tmp_path / "out").stdout
     assert json.loads(run("mlx", tmp_path / "out", "--json").stdout)["warnings"][0].startswith(NOTED.format("mistral"))
+    assert json.loads(run("inspect", tmp_path / "out", "--json").stdout)["notices"][-1].startswith(
+        NOTED.format("mistral")
+    )
 
 
 def test_weights_that_mlx_does_not_read_are_refused_by_name(tiny_base, tmp_path):
