@@ -74,10 +74,13 @@ def _row(result: CellResult, part: str) -> tuple[str, ...]:
 
 
 def _nan_lines(cells: Sequence[CellResult]) -> list[str]:
-    broken = [each.cell.name for each in cells if each.selection.loop_nan]
-    if not broken:
-        return []
-    return [f"NaN in place of answers, counted as wrong: {_listed(broken)}. Try --dtype float32, or milder loops.", ""]
+    rows = [(each.cell.name, [each.selection, *filter(None, [each.test])]) for each in cells]
+    broken = [name for name, parts in rows if any(part.loop_nan for part in parts)]
+    if any(part.base_nan for _, parts in rows for part in parts):
+        names, advice = ["base", *broken], "Try --dtype float32: where the base overflows, no loop can be recommended"
+    else:
+        names, advice = broken, "Try --dtype float32, or milder loops"
+    return [f"NaN in place of answers, counted as wrong: {_listed(names)}. {advice}.", ""] if names else []
 
 
 def _test_lines(finalists: list[CellResult]) -> list[str]:

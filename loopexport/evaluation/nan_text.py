@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-LOST = "\N{REPLACEMENT CHARACTER}NaN\N{REPLACEMENT CHARACTER}"  # stands in generated text where the numbers were lost
+# Stands in generated text where NaN came. No letters: a stop word of a task must not cut it.
+LOST = "\ue0f0\ue0f1"
 _NO_TOKEN = -1
 _NEVER = torch.iinfo(torch.int64).max
 

@@ -116,7 +116,7 @@ class SharedPrefix:
             whole = network(tokens).logits
             for _ in range(2):
                 with self.sharing(network, arm.spec):
-                    if not torch.equal(network(tokens).logits, whole):
+                    if not _same_bits(network(tokens).logits, whole):
                         return False
         return True
 
@@ -226,3 +226,8 @@ def _batch(lm: Any, texts: Sequence[str]) -> torch.Tensor:
     rows = [lm.tok_encode(text)[-min(CHECK_TOKENS, lm.max_length) :] for text in texts[:CHECK_ROWS]]
     length = max(map(len, rows))
     return torch.tensor([row + row[:1] * (length - len(row)) for row in rows], device=lm.device)
+
+
+def _same_bits(logits: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether two tensors are equal; unlike for `torch.equal`, NaN equals NaN."""
+    return bool(((logits == others) | (logits.isnan() & others.isnan())).all())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,12 +195,13 @@ def answer_of(task, sample: dict, metric: Metric, count_tokens: Callable[[str], 
     loglikelihoods = tuple(float(each[0]) for each in sample["filtered_resps"][: len(choices)])
     if any(map(math.isnan, loglikelihoods)):  # a metric would take the first choice for the answer
         return Answer(0.0, NO_ANSWER, loglikelihoods)
-    text = "" if choices else _first_text(sample["resps"])
-    if LOST in text:
+    texts = [] if choices else [*_texts(sample["resps"])]
+    if any(LOST in text for text in texts):
         return Answer(0.0, NO_ANSWER, lost=True)
     value = _score(sample, metric, task.config.task)
     if choices:
         return Answer(value, _chosen(choices, loglikelihoods, metric), loglikelihoods)
+    text = next(iter(texts), "")
     tokens = count_tokens(text)
     return Answer(value, text, (), tokens, tokens >= _token_limit(task))
 
@@ -222,10 +223,13 @@ def _chosen(choices: list[str], loglikelihoods: tuple[float, ...], metric: Metri
     return choices[max(range(len(values)), key=values.__getitem__)].strip()
 
 
-def _first_text(responses) -> str:
-    while isinstance(responses, (list, tuple)) and responses:
-        responses = responses[0]
-    return str(responses) if isinstance(responses, str) else ""
+def _texts(responses) -> Iterator[str]:
+    """All generated texts of an item, which may be asked several times."""
+    if isinstance(responses, str):
+        yield responses
+    elif isinstance(responses, (list, tuple)):
+        for each in responses:
+            yield from _texts(each)
 
 
 def _token_limit(task) -> float:

@@ -18,7 +18,7 @@ from loopexport.files.staged_files import exactly, staged_files
 from .items import Pair
 
 ITEMS, RESULT = "items.jsonl", "result.json"
-DIGEST = "items_sha256"
+DIGEST = "sha256"  # of the items, and of the other values
 NAMES: re.Pattern = exactly(ITEMS, RESULT)
 
 
@@ -44,7 +44,7 @@ def write_result(root: Path, pairs: list[Pair], values: dict[str, Any]) -> None:
     with staged_files(root, NAMES, RESULT) as files:
         lines = "".join(json.dumps(pair.to_dict()) + "\n" for pair in pairs).encode()
         files.write(ITEMS, lines)
-        files.write(RESULT, json_text({**values, DIGEST: hashlib.sha256(lines).hexdigest()}).encode())
+        files.write(RESULT, json_text({**values, DIGEST: _digest(lines, values)}).encode())
         files.keep()
 
 
@@ -62,14 +62,19 @@ def read_result(root: Path, settings: dict) -> Stored | None:
         return None
     with damaged_results(root):
         values = json.loads((root / RESULT).read_text(encoding="utf-8"))
-        if values.pop("settings") != json.loads(json_text(settings)):
+        if values["settings"] != json.loads(json_text(settings)):
             raise ValueError("its settings were edited")
         if not (root / ITEMS).is_file():
             raise ValueError(f"{ITEMS} is missing")
-        lines = (root / ITEMS).read_bytes()
-        if hashlib.sha256(lines).hexdigest() != values.pop(DIGEST):
-            raise ValueError(f"{ITEMS} was edited")
+        lines, digest = (root / ITEMS).read_bytes(), values.pop(DIGEST)
+        if _digest(lines, values) != digest:
+            raise ValueError(f"{ITEMS} or {RESULT} was edited")
+        del values["settings"]
         return Stored([Pair.from_dict(json.loads(line)) for line in lines.splitlines()], values)
+
+
+def _digest(lines: bytes, values: dict) -> str:
+    return hashlib.sha256(lines + json_text(values).encode()).hexdigest()
 
 
 @contextmanager

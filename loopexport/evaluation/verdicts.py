@@ -263,9 +263,14 @@ def judge(rows: list[Comparison], kind: str) -> list[Comparison]:
 
 
 def _verdict(row: Comparison) -> str:
-    if not (row.excludes_zero and row.final_p <= ALPHA):
+    if not (row.excludes_zero and row.final_p <= ALPHA) or _is_against_a_broken_base(row):
         return INCONCLUSIVE
     return BETTER if row.difference > 0 else WORSE
+
+
+def _is_against_a_broken_base(row: Comparison) -> bool:
+    """Whether the loop is ahead of a base whose numbers overflowed: in another dtype, the base may be right there."""
+    return row.base_nan > 0 and row.difference > 0
 
 
 def p_text(p: float) -> str:
@@ -278,6 +283,8 @@ def p_text(p: float) -> str:
 
 def _note(row: Comparison, rows: str) -> str:
     """Why the verdict does not follow the interval alone, or p alone."""
+    if row.excludes_zero and row.final_p <= ALPHA and _is_against_a_broken_base(row):
+        return f"{row.base_nan:,} answers of the base are NaN, so that this is no gain; compare in float32"
     if row.excludes_zero and row.p > ALPHA:
         return f"the interval excludes 0, but p = {p_text(row.p)} is above 0.05"
     if row.excludes_zero and row.final_p > ALPHA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from loopexport.evaluation.nan_text import LOST, NanRows, with_nan_noted
 from support.evaluation import tokenized_base
 
 pytest.importorskip("lm_eval")
+from loopexport.evaluation.scoring import Metric, answer_of  # noqa: E402
 
 NAN, INFINITY = float("nan"), float("inf")
 END = 2
@@ -89,3 +91,17 @@ def test_a_text_that_stopped_before_nan_is_whole():
     assert lm.tok_decode([3, 4]) == "3 4"
     assert lm.tok_decode([3, 4, -1, -1]) == f"3 4{LOST}"
     assert lm.tok_decode([3, 4, -1, -1]).split("4")[0] == "3 "
+
+
+def test_no_stop_word_of_a_task_cuts_the_mark():
+    assert not any(char.isprintable() or char.isspace() for char in LOST)
+
+
+def test_an_item_that_is_asked_several_times_is_lost_with_one_of_its_texts():
+    task = SimpleNamespace(config=SimpleNamespace(task="mine"), get_config=lambda name: {})
+    metric = Metric("acc", "none")
+    sample = {"arguments": [("prompt", {"until": []})], "filtered_resps": [], "acc": 1.0}
+    texts = {"whole": [["right", "other"]], "lost": [["right", f"x{LOST}"]]}
+    answers = {name: answer_of(task, {**sample, "resps": each}, metric, len) for name, each in texts.items()}
+    assert (answers["whole"].text, answers["whole"].is_nan, answers["whole"].score) == ("right", False, 1.0)
+    assert (answers["lost"].is_nan, answers["lost"].score) == (True, 0.0)

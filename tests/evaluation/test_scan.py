@@ -276,4 +276,24 @@ def test_a_loop_of_nan_is_said_and_not_recommended(plan, monkeypatch):
     result = plan(max_evaluations=4).run()
     assert result.recommended is None
     assert all(each.selection.gained == 0 for each in result.cells)
-    assert any(line.startswith("NaN in place of answers, counted as wrong: ") for line in scan_lines(result))
+    [line] = [line for line in scan_lines(result) if line.startswith("NaN in place of answers, counted as wrong: ")]
+    assert ": base" not in line
+    assert result.not_shared == ""
+
+
+def test_no_loop_is_recommended_where_the_base_overflows(plan, monkeypatch):
+    """A loop may seem better then, only because its own numbers stay finite."""
+    from lm_eval.models.huggingface import HFLM
+
+    from loopexport.cli.scan_text import scan_lines
+
+    forward = HFLM._model_call
+
+    def overflowing(self, inputs, **kwargs):
+        return forward(self, inputs, **kwargs) * (1 if self.model.config.loop_steps > 1 else float("nan"))
+
+    monkeypatch.setattr(HFLM, "_model_call", overflowing)
+    result = plan(max_evaluations=4).run()
+    assert any(each.test is not None and each.test.difference > 0 for each in result.cells)
+    assert result.recommended is None
+    assert any("counted as wrong: base. Try --dtype float32" in line for line in scan_lines(result))

@@ -40,7 +40,9 @@ def test_numbers_that_json_lacks_come_back():
 def test_items_that_are_missing_are_noticed(results, kept):
     lines = (results / ITEMS).read_text().splitlines(keepends=True)
     (results / ITEMS).write_text("".join(lines[:kept]))
-    with pytest.raises(EvaluationError, match=r"items.jsonl was edited\); remove result.json, and run the same"):
+    with pytest.raises(
+        EvaluationError, match=r"items.jsonl or result.json was edited\); remove result.json, and run the same"
+    ):
         read_result(results, USED)
 
 
@@ -50,6 +52,14 @@ def test_a_result_that_is_damaged_says_what_to_do(results, text):
     with pytest.raises(EvaluationError, match=r"damaged .*remove result.json") as error:
         read_result(results, USED)
     assert "\n" not in str(error.value)
+
+
+def test_an_edited_result_is_refused(results):
+    values = json.loads((results / RESULT).read_text())
+    for change in ({"floor": 0.1}, {"date": "2026-01-01"}, {"groups": {"all": 1}}):
+        (results / RESULT).write_text(json.dumps({**values, **change}))
+        with pytest.raises(EvaluationError, match=r"result.json was edited"):
+            read_result(results, USED)
 
 
 def test_a_result_of_edited_settings_is_refused(results):

@@ -198,3 +198,14 @@ def test_verdict_contradicts_neither_interval_nor_p(each_scores):
         else:
             assert row.final_p <= 0.05
             assert not row.note
+
+
+def test_a_base_that_overflows_makes_no_loop_better():
+    """In fp16 the base may give NaN where it is right in fp32."""
+    broken = Answer(0.0, "(no answer: NaN)", (float("nan"), -1.0))
+    pairs = [make_pair(broken, 1, item) for item in range(30)] + make_task(0, 0, 60)[30:]
+    ahead, behind = compare_one(pairs), compare_one(swap(pairs))
+    assert ahead.excludes_zero
+    assert (ahead.base_nan, ahead.verdict) == (30, "inconclusive")
+    assert ahead.note == "30 answers of the base are NaN, so that this is no gain; compare in float32"
+    assert (behind.loop_nan, behind.verdict, behind.note) == (30, "worse", "")
