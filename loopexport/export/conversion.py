@@ -25,7 +25,7 @@ from .directory import Export, is_export, open_export
 from .manifest import MANIFEST, FileRecord, Manifest
 from .mlx_families import mlx_warnings
 from .mlx_plan import why_not_on_mlx
-from .replaced import replacement_warnings
+from .replaced import check_replaceable, replacement_warnings
 from .small_files import base_file_warnings, licence_notice_file, small_files
 from .weights import METHODS, WITHOUT, check_method, copied_bytes, made_shards, place_weights
 
@@ -221,11 +221,12 @@ def plan_convert(
         _check_mlx(base, loop.spec)
     out = output_path(out) if out is not None else _default_out(base, loop.spec)
     check_output(out, base.root, overwrite=overwrite, is_replaceable=is_export)
+    check_replaceable(out)
     cost = loop_cost(base, loop.spec)
     warnings = (
         *(*loop.warnings, *base_file_warnings(base)),
         *(mlx_warnings(base.config) if mlx else ()),
-        *(replacement_warnings(out) if overwrite else ()),
+        *(replacement_warnings(out, mlx=mlx) if overwrite else ()),
     )
     files = small_files(base, loop.spec, cost, has_weights=weights != WITHOUT, mlx=mlx)
     return ConvertPlan(base, out, loop.spec, cost, weights, overwrite, warnings, files, mlx)

@@ -15,7 +15,7 @@ from loopexport.evaluation.nan_text import LOST, NanRows, with_nan_noted
 from support.evaluation import tokenized_base
 
 pytest.importorskip("lm_eval")
-from loopexport.evaluation.scoring import Metric, answer_of  # noqa: E402
+from loopexport.evaluation.scoring import Metric, answer_of
 
 NAN, INFINITY = float("nan"), float("inf")
 END = 2

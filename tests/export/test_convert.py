@@ -299,13 +299,8 @@ def test_overwrite_replaces_an_export_and_only_that(base, tmp_path):
     refused = run("convert", base, out, *SPEC)
     assert (refused.exit_code, "use --overwrite" in refused.stderr) == (1, True)
     assert (out / "stray.txt").exists()
-    with (out / "README.md").open("a") as card:
-        card.write("a line of mine")
     done = run("convert", base, out, "--span", "1:4", "--steps", 5, "--overwrite")
     assert done.exit_code == 0
-    assert "out loses what was added to it or edited since it was converted: stray.txt, README.md" in done.stdout
-    again = run("convert", base, out, "--span", "1:4", "--steps", 5, "--overwrite", "--dry-run")
-    assert "loses" not in again.stdout
     assert loopexport.open_export(out).spec.steps == 5
     assert not (out / "stray.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
