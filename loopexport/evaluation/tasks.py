@@ -18,6 +18,8 @@ from loopexport.files.digests import file_sha256
 ITEM_KEYS = "{prompt, choices, answer} or {prompt, answer}"
 YAML_FILES = (".yaml", ".yml")
 OWN_FILES = (*YAML_FILES, ".py", ".json", ".jsonl", ".csv")
+WORD = re.compile(r"[^\s'\"\[\]{},]+")
+INCLUDE = re.compile(r"^include:(.*(?:\n[ \t]*-.*)*)", re.MULTILINE)  # one file, or a list of files on several lines
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_NEW_TOKENS = 64  # of an answer to an item without choices; it ends at the first line break
 
@@ -106,12 +108,29 @@ def _is_task_file(name: str) -> bool:
 
 
 def _task_files(path: Path) -> list[Path]:
-    """A file of a task, the files that its YAML names, and the code beside it, which its YAML may call."""
+    """A file of a task, the files that its YAML and those it includes name, and the code beside each YAML."""
     if path.suffix not in YAML_FILES:
         return [path]
-    words = re.findall(r"[^\s'\"\[\]{},]+", path.read_text(encoding="utf-8", errors="replace"))
-    named = [place / word for word in dict.fromkeys(words) for place in (Path(), path.parent)]
-    return [path, *filter(_is_file, named), *sorted(path.parent.glob("*.py"))]
+    files, unread = [path], [path]
+    read: set[Path] = set()
+    while unread:
+        file = unread.pop(0).resolve()  # lm-evaluation-harness too starts from where a link leads
+        if file not in read:  # two YAMLs may name each other
+            read.add(file)
+            named, included = _named_files(file)
+            files += [*named, *sorted(file.parent.glob("*.py"))]
+            unread += included
+    return files
+
+
+def _named_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """The files that a YAML names, and those of them that are YAMLs; one that it includes needs no extension."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    included = set(WORD.findall(" ".join(INCLUDE.findall(text))))
+    words = dict.fromkeys(WORD.findall(text))
+    named = [(word, place / word) for word in words for place in (Path(), path.parent)]
+    found = [(word, file) for word, file in named if _is_file(file)]
+    return [file for _, file in found], [file for word, file in found if word in included or word.endswith(YAML_FILES)]
 
 
 def _is_file(path: Path) -> bool:

@@ -185,3 +185,23 @@ def test_an_edit_of_any_file_of_a_task_is_another_digest(tmp_path):
         before = after
     (tmp_path / "notes.txt").write_text("2")
     assert (by_path.digests(), by_folder.digests()) == before
+
+
+@pytest.mark.parametrize("template", ["template.yaml", "_template_yaml", "template.v1"])
+@pytest.mark.parametrize("include", ["include: {}", "include:\n  - {}", "include: ['{}']"])
+def test_an_edit_of_what_an_included_file_uses_is_another_digest(tmp_path, template, include):
+    files = ["main/own.yaml", f"main/{template}", "shared/default_yaml", "shared/data.jsonl", "shared/utils.py"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    (tmp_path / "main/own.yaml").write_text(include.format(template) + "\ntask: own\n")
+    (tmp_path / "main" / template).write_text("tag: mine\ninclude: ../shared/default_yaml\n")
+    (tmp_path / "shared/default_yaml").write_text(f"include: ../main/own.yaml\ntest: {tmp_path}/shared/data.jsonl\n")
+    source = TaskSource((str(tmp_path / "main/own.yaml"),))
+    before = source.digests()
+    assert before.keys() == {Path(name).name for name in files}
+    for name in files:
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "# edited")
+        after = source.digests()
+        assert {each for each in before if before[each] != after[each]} == {Path(name).name}
+        before = after
