@@ -16,6 +16,8 @@ from .tasks import Prompting
 from .verdicts import Comparison, compare_pairs
 
 TASK_FIELDS = tuple(each.name for each in fields(TaskResult))
+# Arguments of the engine that have a place of their own, or change no answer and are the user's business.
+UNSAVED_ARGS = ("dtype", "device", "token", "hf_token", "use_auth_token", "cache_dir", "download_dir")
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,24 @@ class CompareResult:
             "versions": versions,
             "dtype": settings["engine"]["dtype"],
             **{name: settings[name] for name in ("spec", "weights", "backend", "device", "seeds")},
-            "settings": {name: settings[name] for name in (*asdict(Prompting()), "batch_size")},
+            "settings": _saved_settings(settings),
             "tasks": [self._task_entry(each) for each in self.comparisons],
         }
 
     def _task_entry(self, row: Comparison) -> dict:
         values = {name: value for name, value in row.to_dict().items() if name in TASK_FIELDS}
         return {**values, "version": self.task_versions.get(row.name)}
+
+
+def _saved_settings(settings: dict) -> dict:
+    """The options of a comparison: a result of other ones does not replace it.
+
+    Engine arguments and files are there only where the user gave some.
+    """
+    engine = {name: value for name, value in settings["engine"].items() if name not in UNSAVED_ARGS}
+    given = {"model_args": engine, "files_sha256": settings["files_sha256"]}
+    options = {name: settings[name] for name in (*asdict(Prompting()), "batch_size")}
+    return {**options, **{name: values for name, values in given.items() if values}}
 
 
 def result_of(pairs: list[Pair], values: dict[str, Any]) -> CompareResult:

@@ -31,10 +31,31 @@ from loopexport.files.json_text import json_text
 from loopexport.files.staged_files import exactly, staged_files
 from loopexport.loop.spec import make_spec
 from support.commands import run, tree
+from support.evaluation import tokenized_base, write_items
 from support.measured import LOSS, TASK, made_result
 from support.push import edit_manifest
 
 SECTION = re.compile(r"## Does the loop help\?\n(.*?)\n## Use", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def words_export(tmp_path_factory):
+    """A tiny export that can answer items."""
+    pytest.importorskip("lm_eval")
+    base = tokenized_base("llama", tmp_path_factory.mktemp("words") / "base")
+    return loopexport.convert(base, base.parent / "export", span=(2, 4), steps=2).root
+
+
+@pytest.fixture
+def answering(words_export, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(words_export, tmp_path / "export")
+
+
+def compare_and_save(root, items, **options):
+    """Compare an export with its base on a file of items, and save the result."""
+    result = loopexport.compare(root, items=items, device="cpu", dtype="float32", batch_size=8, **options)
+    assert result.save(loopexport.open_export(root))
 
 
 @pytest.fixture
@@ -129,6 +150,21 @@ def test_same_comparison_replaces_the_earlier_one(export):
     save_results(export.root, made_result(spec, {**TASK, "n": 99}, date="2026-12-01"))
     found = [(result.date, result.settings["limit"], result.tasks[0].n) for result in read_results(export.root)]
     assert found == [("2026-11-28", 100, 500), ("2026-11-28", 50, 100), ("2026-12-01", 100, 99)]
+
+
+def test_other_engine_arguments_or_items_keep_the_earlier_result(answering, tmp_path):
+    short = {"max_length": 12, "token": "secret"}
+    for start, arguments in ((0, None), (0, short), (1, None), (0, None)):
+        items = write_items(tmp_path / "mine.jsonl", 4, start=start)
+        compare_and_save(answering, items, model_args=arguments)
+    found = read_results(answering)
+    assert [result.settings.get("model_args") for result in found] == [{"max_length": 12}, None, None]
+    digests = [result.settings["files_sha256"]["mine.jsonl"] for result in found]
+    assert digests[0] == digests[2] != digests[1]
+    shown = section(answering)
+    assert "model_args `{'max_length': 12}`" in shown
+    assert all(f"files_sha256 `{{'mine.jsonl': '{digest}'}}`" in shown for digest in digests)
+    assert "secret" not in shown
 
 
 @pytest.mark.parametrize("change", ["loop", "weights"])
