@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from loopexport.loop.wording import describe_loop
 
-from .foreign_text import markdown_code, markdown_text, printable
+from .foreign_text import MAX_CHARS, markdown_code, markdown_text, printable
 from .results_file import RESULTS, Measured, RecordedResult, TaskResult
 
 NOT_MEASURED = """\
@@ -119,13 +120,16 @@ def _level(result: RecordedResult) -> str:
 
 
 def _given(result: RecordedResult) -> dict:
-    """The settings that have a value: plain ones as they are, others as text."""
-    plain = (str, int, float, bool)
-    return {
-        name: each if isinstance(each, plain) else str(each)
-        for name, each in result.settings.items()
-        if each is not None
-    }
+    """The settings that have a value: numbers as they are, others as text."""
+    return {name: _shown(each) for name, each in result.settings.items() if each is not None}
+
+
+def _shown(value: Any) -> Any:
+    """A setting as a number, or on one line; repr escapes what does not print, such as a line break."""
+    if isinstance(value, (int, float)):
+        return value
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - 3]}..."
 
 
 def _named(values: dict) -> str:

@@ -345,11 +345,20 @@ def _spec(values: dict) -> LoopSpec:
 
 
 def _plain(value: object, name: str) -> Any:
-    """A value of the settings: texts, numbers, true, false and null, in lists and objects too."""
-    if value is None or isinstance(value, bool):
+    """A value of the settings: texts, numbers, true, false and null, in lists and objects too.
+
+    A text may have any characters, such as the line break that ends an answer: the card escapes and cuts it.
+    """
+    if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, dict):
-        return {_line(key, name): _plain(each, name) for key, each in value.items()}
+        return {_string(key, name): _plain(each, name) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each, name) for each in value]
-    return _line(value, name) if isinstance(value, str) else _finite(value, name)
+    return _finite(value, name)
+
+
+def _string(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise _refusal(name, value, "a text")
+    return value

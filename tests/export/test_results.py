@@ -254,7 +254,8 @@ def test_impossible_task_is_refused(export, task, says):
         ({"spec": {"span": [1, 2], "steps": 0}}, "spec is not a loop"),
         ({"spec": []}, "spec [] is not an object"),
         ({"seeds": ["a"]}, "seeds 'a' is not a whole number"),
-        ({"settings": {"a": {"b": ["\x1b[2J"]}}}, "is not one line"),
+        ({"settings": {"a\x1b[2J": 1}}, "is not one line"),
+        ({"settings": {"a": {"b": [float("inf")]}}}, "a inf is not a number"),
         ({"versions": {"torch": 2}}, "torch 2 is not one line"),
         ({"tasks": {}}, "tasks {} is not a list"),
         ({"backend": None}, "backend None is not one line"),
@@ -326,6 +327,21 @@ def test_any_value_is_refused_or_reaches_the_card(name, name_of_task, value):
     assert parse_result(json.loads(json_text(result.to_dict()))) == result
     yaml.safe_dump(model_index("Base", (result,)))
     assert all(line.isprintable() for line in results_section(Measured((result,), (result,))).split("\n"))
+
+
+def test_settings_of_any_text_are_saved_and_leave_the_card_whole(answering, tmp_path):
+    items = tmp_path / "generated.jsonl"
+    items.write_text(json.dumps({"prompt": "it is", "answer": "1"}))
+    generation = {"max_gen_toks": 4, "until": ["\n", "|`<b>\x1b", "x" * 300]}
+    compare_and_save(answering, items, generation=generation)
+    [saved] = measured(loopexport.open_export(answering)).own
+    assert saved.settings["generation"] == generation
+    assert r"generation ``{'max_gen_toks': 4, 'until': ['\n', '" in section(answering)
+    text = (answering / "README.md").read_text()
+    assert all(line.isprintable() for line in text.split("\n"))
+    [entry, *_] = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
+    assert len(entry["dataset"]["args"]["generation"]) == 200
+    assert all(check.passed for check in check_files(loopexport.open_export(answering)))
 
 
 def test_unknown_keys_are_ignored(export):
