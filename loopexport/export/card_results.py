@@ -77,8 +77,17 @@ def _score(value: float) -> str:
 
 
 def _sentences(rows: list[tuple[RecordedResult, TaskResult]]) -> str:
-    """One sentence for each row without a clear outcome."""
-    return "\n".join(f"- {inconclusive_text(task)}" for _, task in rows[:MAX_ROWS] if task.verdict == "inconclusive")
+    """A sentence for each row without a clear outcome, and for each with answers that were NaN."""
+    shown = [task for _, task in rows[:MAX_ROWS]]
+    unclear = [inconclusive_text(task) for task in shown if task.verdict == "inconclusive"]
+    nan = [_nan_text(task) for task in shown if task.base_nan or task.loop_nan]
+    return "\n".join(f"- {each}" for each in [*unclear, *nan])
+
+
+def _nan_text(task: TaskResult) -> str:
+    """How many answers were NaN, in Markdown; a score of 0 may be an overflow, and no wrong answer."""
+    counts = [f"{count:,} of the {arm}" for arm, count in (("base", task.base_nan), ("loop", task.loop_nan)) if count]
+    return f"{markdown_text(task.name)}: some answers were NaN and counted as wrong, {' and '.join(counts)}."
 
 
 def inconclusive_text(task: TaskResult) -> str:

@@ -46,6 +46,7 @@ class TaskResult:
         verdict: one of `VERDICTS`.
         smallest_difference: the difference that so many items find with 80 % power.
         items_needed: how many items find the measured difference with 80 % power; None if it is 0.
+        base_nan, loop_nan: number of answers that were NaN, which count as wrong.
     """
 
     name: str
@@ -67,6 +68,8 @@ class TaskResult:
     verdict: str
     smallest_difference: float | None
     items_needed: int | None
+    base_nan: int = 0
+    loop_nan: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,8 @@ def _task(values: dict) -> TaskResult:
         verdict=_verdict(values),
         smallest_difference=_optional(_number, values, "smallest_difference"),
         items_needed=_optional(_count, values, "items_needed"),
+        base_nan=_later_count(values, "base_nan"),
+        loop_nan=_later_count(values, "loop_nan"),
     )
     _check_consistent(task)
     return task
@@ -309,6 +314,11 @@ def _count(values: dict, name: str) -> int:
     if value < 0:
         raise _refusal(name, value, "0 or more")
     return value
+
+
+def _later_count(values: dict, name: str) -> int:
+    """A count that earlier versions did not write: 0 in their files."""
+    return _count(values, name) if name in values else 0
 
 
 def _flag(values: dict, name: str) -> bool:

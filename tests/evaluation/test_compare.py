@@ -220,7 +220,7 @@ def test_batches_are_halved_when_memory_runs_out(base, items, monkeypatch):
         model.halve()
 
 
-def test_nan_is_said_and_never_a_gain(base, items, monkeypatch):
+def test_nan_is_said_and_never_a_gain(base, items, tmp_path, monkeypatch):
     from lm_eval.models.huggingface import HFLM
 
     from loopexport.cli.comparison_text import comparison_lines
@@ -235,6 +235,9 @@ def test_nan_is_said_and_never_a_gain(base, items, monkeypatch):
     [row] = result.comparisons
     assert (row.loop, row.gained, row.base_nan, row.loop_nan) == (0, 0, 0, 30)
     assert "NaN in place of 30 answers of the loop, counted as wrong" in "\n".join(comparison_lines([row], None))
+    export = convert(base, tmp_path / "export", span=MILD.span, steps=MILD.steps)
+    assert result.save(export)
+    assert "NaN and counted as wrong, 30 of the loop." in (export.root / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

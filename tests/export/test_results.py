@@ -32,7 +32,7 @@ from loopexport.files.staged_files import exactly, staged_files
 from loopexport.loop.spec import make_spec
 from support.commands import run, tree
 from support.evaluation import tokenized_base, write_items
-from support.measured import LOSS, TASK, made_result
+from support.measured import GAIN, LOSS, TASK, made_result
 from support.push import edit_manifest
 
 SECTION = re.compile(r"## Does the loop help\?\n(.*?)\n## Use", re.DOTALL)
@@ -230,6 +230,7 @@ def test_base_with_results_of_a_stranger_leaves_them_behind(tiny_base, tmp_path)
         ({"n": -1}, "n -1 is not 0 or more"),
         ({"n": 1.5}, "n 1.5 is not a whole number"),
         ({"n": True}, "n True is not a whole number"),
+        ({"loop_nan": -1}, "loop_nan -1 is not 0 or more"),
         ({"is_group": 1}, "is_group 1 is not true or false"),
         ({"name": "a\nb"}, "is not one line of at most 200 characters"),
         ({"name": "a" * 201}, "is not one line of at most 200 characters"),
@@ -342,6 +343,17 @@ def test_settings_of_any_text_are_saved_and_leave_the_card_whole(answering, tmp_
     [entry, *_] = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
     assert len(entry["dataset"]["args"]["generation"]) == 200
     assert all(check.passed for check in check_files(loopexport.open_export(answering)))
+
+
+def test_answers_that_were_nan_are_told_on_the_card(export):
+    broken = {**LOSS, "base_nan": 1, "loop_nan": 2000}
+    save_results(export.root, made_result(export.spec, TASK, broken, {**GAIN, "loop_nan": 3}))
+    counts = [(task.base_nan, task.loop_nan) for task in read_results(export.root)[0].tasks]
+    assert counts == [(0, 0), (1, 2000), (0, 3)]
+    shown = section(export.root)
+    assert "- openbookqa: some answers were NaN and counted as wrong, 1 of the base and 2,000 of the loop.\n" in shown
+    assert "- piqa: some answers were NaN and counted as wrong, 3 of the loop.\n" in shown
+    assert shown.count("NaN") == 2
 
 
 def test_unknown_keys_are_ignored(export):
