@@ -91,10 +91,15 @@ def _saved_settings(settings: dict) -> dict:
 
     Engine arguments and files are there only where the user gave some.
     """
-    engine = {name: value for name, value in settings["engine"].items() if name not in UNSAVED_ARGS}
+    engine = {name: _public(value) for name, value in settings["engine"].items() if name not in UNSAVED_ARGS}
     given = {"model_args": engine, "files_sha256": settings["files_sha256"]}
     options = {name: settings[name] for name in (*asdict(Prompting()), "batch_size")}
     return {**options, **{name: values for name, values in given.items() if values}}
+
+
+def _public(value: Any) -> Any:
+    """An argument for the card, which names no path of this machine."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def result_of(pairs: list[Pair], values: dict[str, Any]) -> CompareResult:

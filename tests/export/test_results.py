@@ -153,16 +153,17 @@ def test_same_comparison_replaces_the_earlier_one(export):
 
 
 def test_other_engine_arguments_or_items_keep_the_earlier_result(answering, tmp_path):
-    short = {"max_length": 12, "token": "secret"}
+    short = {"max_length": 12, "token": "secret", "tokenizer": str(answering)}
     for start, arguments in ((0, None), (0, short), (1, None), (0, None)):
         items = write_items(tmp_path / "mine.jsonl", 4, start=start)
         compare_and_save(answering, items, model_args=arguments)
     found = read_results(answering)
-    assert [result.settings.get("model_args") for result in found] == [{"max_length": 12}, None, None]
+    assert [result.settings.get("model_args") for result in found] == [{"max_length": 12, "tokenizer": answering.name}, None, None]
     digests = [result.settings["files_sha256"]["mine.jsonl"] for result in found]
     assert digests[0] == digests[2] != digests[1]
     shown = section(answering)
-    assert "model_args `{'max_length': 12}`" in shown
+    assert f"model_args `{{'max_length': 12, 'tokenizer': '{answering.name}'}}`" in shown
+    assert str(answering) not in shown
     assert all(f"files_sha256 `{{'mine.jsonl': '{digest}'}}`" in shown for digest in digests)
     assert "secret" not in shown
 
