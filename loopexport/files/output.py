@@ -77,8 +77,17 @@ def _check_place(out: Path, resolved: Path, source: Path) -> None:
         raise OutputError(f"the output {out} lies inside the model {source}; choose a directory outside of it")
     if resolved in source.parents:
         raise OutputError(f"the output {out} contains the model {source}; choose another directory")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.is_symlink():
+        raise OutputError(f"the output {out} is a link; {_instead_of_link(resolved)}")
+    if out.exists() and not out.is_dir():
         raise OutputError(f"the output {out} exists and is not a directory; choose another name or remove it")
+
+
+def _instead_of_link(target: Path) -> str:
+    """What to do about an output that is a link. A rename would replace the link and not its target."""
+    if target.is_dir():
+        return f"name the directory that it points to, {target}, or remove the link"
+    return "it points to no directory; choose another name or remove the link"
 
 
 def _check_writable(out: Path) -> None:

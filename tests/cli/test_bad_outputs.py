@@ -24,11 +24,21 @@ def test_output_that_exists_is_refused(base, tmp_path):
         assert_refused(tmp_path, "convert", base, tmp_path / "full", *SPEC, *options, says="is not a LoopExport export")
 
 
-def test_output_that_is_a_file_or_a_link_is_refused(base, tmp_path):
+def test_output_that_is_a_file_is_refused(base, tmp_path):
     (tmp_path / "file").write_text("mine")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "link"):
-        assert_refused(tmp_path, "convert", base, tmp_path / name, *SPEC, says="exists and is not a directory")
+    assert_refused(tmp_path, "convert", base, tmp_path / "file", *SPEC, says="exists and is not a directory")
+
+
+def test_output_that_is_a_link_is_refused_and_its_directory_named(base, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "fresh").mkdir()
+    for target, says in {
+        "fresh": f"is a link; name the directory that it points to, {tmp_path / 'fresh'}, or remove the link",
+        "file": "is a link; it points to no directory; choose another name or remove the link",
+        "nowhere": "is a link; it points to no directory; choose another name or remove the link",
+    }.items():
+        (tmp_path / f"to-{target}").symlink_to(target)
+        assert_refused(tmp_path, "convert", base, tmp_path / f"to-{target}", *SPEC, "--overwrite", says=says)
 
 
 def test_output_inside_or_around_the_model_is_refused(base, tmp_path):
@@ -142,7 +152,7 @@ def test_output_that_appears_meanwhile_is_left_alone(base, tmp_path, monkeypatch
     [
         ("x" * 201, "must have at most 200 bytes"),
         ("x/" * 3000, "File name too long"),
-        ("circle", "is not a directory"),
+        ("circle", "is a link; it points to no directory"),
         ("circle/x", "cannot write into"),
         ("nowhere/x", "cannot write into"),
     ],
