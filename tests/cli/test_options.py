@@ -101,6 +101,13 @@ def test_wrong_choice_is_wrong_usage_and_names_the_allowed(command, name):
     assert all(f"'{word}'" in result.stderr for word in option.type.choices)
 
 
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_text_to_measure_with_is_refused_where_nothing_is_measured(options):
+    result = run("onnx", "a", "--dtype", "int8", "--no-verify", "--text", "b", *options)
+    assert result.exit_code == 2
+    assert "--no-verify skips the measurement that --text is for; give one of them" in result.stderr
+
+
 def test_bash_completes_commands_presets_choices_and_directories():
     qwen = [preset.name for preset in PRESETS if preset.name.startswith("qw")]
     assert qwen

@@ -67,6 +67,8 @@ def onnx(directory, steps, dry_run, no_verify, as_json, **options) -> None:
     from loopexport.cli.text import onnx_outcome_lines, onnx_plan_lines
     from loopexport.onnx import plan_onnx
 
+    if no_verify and options["text"] is not None:
+        raise click.UsageError("--no-verify skips the measurement that --text is for; give one of them")
     plan = plan_onnx(directory, steps=_parse_steps(steps), **options)
     if not as_json:
         echo_lines(onnx_plan_lines(plan))
