@@ -116,7 +116,9 @@ def test_chat_template_that_fails_is_told_in_one_line(export):
 
 def test_tiny_temperature_is_greedy_and_options_without_one_are_told(export):
     greedy = run("run", export, "it is", "--max-new-tokens", "4", "--top-k", "3")
-    assert "Note: --top-k and --top-p need --temperature" in greedy.stderr
+    seeded = run("run", export, "it is", "--max-new-tokens", "4", "--seed", "3")
+    for result in (greedy, seeded):
+        assert "Note: --top-k, --top-p and --seed need --temperature; without it the answer is greedy" in result.stderr
     tiny = run("run", export, "it is", "--max-new-tokens", "4", "--temperature", "1e-320")
     assert tiny.exit_code == 0
     assert tiny.stderr == ""

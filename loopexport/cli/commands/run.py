@@ -55,8 +55,8 @@ def run(directory, prompt, file, provider, max_new_tokens, prefill_chunk, chat, 
 
     check_installed()
     choice = Sampling(**sampling)
-    if choice.temperature == 0 and (choice.top_k or choice.top_p < 1):
-        echo_note("--top-k and --top-p need --temperature; without it the answer is greedy")
+    if choice.temperature == 0 and (choice.top_k or choice.top_p < 1 or choice.seed is not None):
+        echo_note("--top-k, --top-p and --seed need --temperature; without it the answer is greedy")
     with warnings.catch_warnings(record=True) as caught:
         model = OnnxModel(directory, file, provider=provider)
     for each in caught:
