@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
+import traceback
+from contextlib import suppress
 
 import click
 
@@ -21,6 +25,21 @@ class Group(click.Group):
         """The commands in the order in which they were added."""
         return list(self.commands)
 
+    def main(self, *args, **settings):
+        """Run the command line. Output that cannot be written, as on a full disk, is an error on one line.
+
+        Click itself ends quietly when the reader of a pipe has gone, as `head` does.
+        """
+        try:
+            return super().main(*args, **settings)
+        except OSError as error:
+            if not _is_of_echo(error):
+                raise
+            with suppress(OSError):
+                echo_line(f"Error: cannot write to stdout: {error.strerror or error}", err=True)
+            _discard_unwritten()
+            sys.exit(1)
+
     def invoke(self, ctx: click.Context):
         """Run the command."""
         try:
@@ -31,6 +50,21 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted; no partial output was left behind.", err=True)
             ctx.exit(130)
+
+
+def _is_of_echo(error: OSError) -> bool:
+    """Whether an error came from printing: every command, `--help` and `--version` print by `click.echo` alone."""
+    return any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _discard_unwritten() -> None:
+    """Send what the streams still hold nowhere: Python would flush them at exit, and report the failure again."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Words(click.Choice):

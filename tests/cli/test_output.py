@@ -1,10 +1,16 @@
-"""What strangers wrote cannot command the terminal."""
+"""What strangers wrote cannot command the terminal, and output that cannot be written is told."""
 
 from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
 from loopexport.cli.output import echo_line, echo_piece
+from support.commands import run
 
 COMMANDS = ["\x1b[2J", "\r", "\x08", "\x07", "\x9b2J", "\u202e", "\u2066", "\x7f", "\0", "\ud800"]
 
@@ -31,3 +37,35 @@ def test_answers_keep_lines_and_the_marks_of_scripts(capsys):
     )
     echo_piece(text)
     assert capsys.readouterr().out == text
+
+
+def command_line(*arguments, stdout):
+    """Run `loopexport` in a process of its own."""
+    command = [sys.executable, "-m", "loopexport", *arguments]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["rules"], ["families", "--json"], ["--help"], ["convert", "--help"]])
+def test_output_that_cannot_be_written_is_an_error_on_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        done = command_line(*arguments, stdout=full)
+    assert (done.returncode, done.stderr) == (1, "Error: cannot write to stdout: No space left on device\n")
+
+
+def test_reader_that_has_gone_is_no_error_to_print():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = command_line("rules", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_errors_of_other_files_are_not_taken_for_the_output(monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("loopexport.cli.text.rule_lines", full)
+    result = run("rules")
+    assert isinstance(result.exception, OSError)
+    assert "cannot write to stdout" not in result.stderr
