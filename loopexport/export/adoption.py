@@ -120,7 +120,7 @@ def plan_adopt(root: str | Path, *, base: str | Path | None = None) -> AdoptPlan
 
     Raises:
         ExportError: the directory cannot be adopted; the message says what to do.
-        CheckpointError: its weights or its config cannot be read, or `base` does not exist.
+        CheckpointError: its weights or its config cannot be read, `base` does not exist, or it is another model.
     """
     root = Path(os.path.expanduser(root))
     check_directory(root)
@@ -150,7 +150,7 @@ def adopt(root: str | Path, *, base: str | Path | None = None, progress: Progres
 
     Raises:
         ExportError: the directory cannot be adopted; the message says what to do.
-        CheckpointError: its weights or its config cannot be read, or `base` does not exist.
+        CheckpointError: its weights or its config cannot be read, `base` does not exist, or it is another model.
         OutputError: the directory cannot be written.
     """
     return plan_adopt(root, base=base).apply(progress)

@@ -279,7 +279,8 @@ def _intro(facts: CardFacts) -> str:
 def _base_link(facts: CardFacts) -> str:
     base = facts.base
     if not _is_on_hub(facts):
-        return f"{markdown_code(base.name)} (a local checkpoint)"
+        # For an adopted export, a name without an owner may be a directory or an old Hub id such as gpt2.
+        return markdown_code(base.name) + ("" if facts.trained else " (a local checkpoint)")
     link = f"[{markdown_text(base.name)}](https://huggingface.co/{base.name})"
     return link if base.revision is None else f"{link} at commit {markdown_code(base.revision)}"
 

@@ -20,6 +20,7 @@ from support.commands import checks, run, sha256, tree
 from support.compare import assert_bitwise, assert_differs
 from support.damage import EXPLODES, edit_config, flip_last_byte
 from support.forwards import full_forward
+from support.hub_cache import HubCache
 from support.paths import ROOT
 from support.refusals import assert_refused
 from support.small_tokenizer import write_tokenizer
@@ -300,6 +301,50 @@ def test_directory_without_loop_fields_is_refused(trained, tmp_path):
 
 def test_base_that_does_not_exist_is_refused(trained, tmp_path):
     assert_refused(tmp_path, "adopt", trained, "--base", "./nowhere", says="neither a directory nor a Hub id")
+    says = "--base nowhere is neither a directory nor a model in the Hub's cache; give a directory, or a Hub id such as"
+    assert_refused(tmp_path, "adopt", trained, "--base", "nowhere", says=says)
+
+
+def test_old_hub_id_without_an_owner_is_not_called_a_local_checkpoint(trained, tiny_base, tmp_path, monkeypatch):
+    HubCache(tmp_path / "cache", monkeypatch).add("llama-old", tiny_base("llama"))
+    loopexport.adopt(trained, base="llama-old")
+    card = (trained / "README.md").read_text()
+    assert "This model was made from `llama-old`: layers" in card
+
+
+def test_base_of_another_architecture_in_the_cache_is_refused(trained, tiny_base, tmp_path, monkeypatch):
+    HubCache(tmp_path / "cache", monkeypatch).add("org/Base", tiny_base("qwen3_moe"))
+    assert_refused(
+        tmp_path, "adopt", trained, "--base", "org/Base", says="model_type is qwen3_moe there and llama here"
+    )
+
+
+def test_base_of_another_architecture_is_refused(trained, tiny_base, export_dir, tmp_path):
+    for base, says in (
+        (tiny_base("qwen3_moe"), "model_type is qwen3_moe there and llama here; give the model that was trained"),
+        (export_dir("qwen3_moe"), "model_type is qwen3_moe there and llama here"),
+        (tiny_base("llama", num_hidden_layers=4), "the number of layers is 4 there and 6 here"),
+        (tiny_base("llama", hidden_size=32), "the hidden size is 32 there and"),
+    ):
+        assert_refused(tmp_path, "adopt", trained, "--base", base, says=f"--base {base} is not what {trained}")
+        assert_refused(tmp_path, "adopt", trained, "--base", base, says=says)
+
+
+def test_base_may_have_fewer_tokens_and_more_if_the_trained_model_has_its_tokenizer(trained, tiny_base, tmp_path):
+    assert run("adopt", trained, "--base", tiny_base("llama", vocab_size=100), "--dry-run").exit_code == 0
+    larger = tiny_base("llama", vocab_size=200)
+    assert_refused(tmp_path, "adopt", trained, "--base", larger, says="may be too few for the base's tokenizer; save")
+    write_tokenizer(trained, "PreTrainedTokenizerFast")
+    assert run("adopt", trained, "--base", larger, "--dry-run").exit_code == 0
+
+
+def test_base_of_a_language_model_may_be_the_multimodal_model_that_it_was_taken_from(trained, tmp_path):
+    base = tmp_path / "base-model"
+    base.mkdir()
+    text = json.loads((trained / "config.json").read_text()) | {"model_type": "llama"}
+    for config, status in (({**text, "model_type": "mistral"}, 1), (text, 0)):
+        (base / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": config}))
+        assert run("adopt", trained, "--base", base, "--dry-run").exit_code == status
 
 
 def test_model_that_was_trained_into_its_own_export_is_adopted_without_the_old_records(trained, export_dir):
