@@ -197,15 +197,16 @@ def split_loop(spec_file: Path | None, given: dict, *, is_export: bool) -> tuple
     Args:
         spec_file: the YAML file of the loop, or None.
         given: the values of all options.
-        is_export: whether the model has its own loop, so that none has to be given.
+        is_export: whether the model has its own loop. The fields, and the spec file, are then as they were given.
 
     Raises:
         click.UsageError: the loop of a base lacks its span or steps.
     """
     asked = {name: given[name] for name in _ASKED if name in given}
-    fields = _without(given, _ASKED)
-    is_given = spec_file is not None or any(value not in (None, ()) for value in fields.values())
-    if not is_given and (is_export or asked.get("preset") is not None):
+    fields = {name: value for name, value in _without(given, _ASKED).items() if value not in (None, ())}
+    if is_export:
+        return fields | ({} if spec_file is None else {"spec_file": spec_file}), asked
+    if not fields and spec_file is None and asked.get("preset") is not None:
         return {}, asked
     loop = merge_spec(spec_file, {**fields, "preset": asked.get("preset")})
     return _without(loop, ("preset",)), {**asked, "preset": loop.get("preset")}

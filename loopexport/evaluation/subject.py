@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loopexport.base.checkpoint import Checkpoint
-from loopexport.errors import EvaluationError, ExportError
+from loopexport.errors import ExportError
+from loopexport.export.base_loop import check_export_options
 from loopexport.export.conversion import ConvertPlan, plan_convert
 from loopexport.export.directory import Export, is_export, open_export
 from loopexport.export.linked import linked_export
@@ -84,8 +85,8 @@ def find_subject(
                 **values,
             )
         return Subject(plan.base.origin.name, plan.base, plan.spec, plan=plan)
-    if values or preset is not None or revision is not None:
-        raise EvaluationError(f"{model} is an export and has its own loop; give its base to try another loop")
+    given = loop if isinstance(loop, LoopSpec) else values
+    check_export_options(model, given, preset=preset, revision=revision, without_adapter=without_adapter)
     export = open_export(model)
     if export.lacking:
         raise ExportError(f"{model} has no weights here ({export.lacking[0]}); download them, or convert with weights")

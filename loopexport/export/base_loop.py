@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from loopexport.templates.looped_fit import (
 )
 
 from .directory import is_export, open_export
+
+_FLAGS = {"spec_file": "--spec", "loop": "another loop"}  # options that are not called after their keyword
 
 
 class BaseLoop(NamedTuple):
@@ -102,8 +104,9 @@ def find_loop(
         LoopExportError: there is no such model, or no such loop of it.
     """
     if is_export(Path(model).expanduser()):
-        if given or preset is not None:
-            raise SpecError(f"{model} is an export and has its own loop; give its base to see another loop")
+        check_export_options(
+            model, given, preset=preset, revision=revision, without_adapter=without_adapter, text_only=text_only
+        )
         export = open_export(model)
         return BaseLoop(export.base, export.spec, ())
     loop = LoopSource(given, preset)
@@ -111,6 +114,27 @@ def find_loop(
         str(model), revision, headers_only=True, without_adapter=without_adapter, text_only=text_only
     )
     return loop.on(base, str(model))
+
+
+def check_export_options(model: str | Path, loop: LoopSpec | Iterable[str] = (), **options: object) -> None:
+    """Check that an export gets no options of a base.
+
+    Args:
+        model: the export.
+        loop: a loop for it, or the names of the fields that were given.
+        options: other options by name; None or False if they were not given.
+
+    Raises:
+        SpecError: it gets some; the message names them.
+    """
+    fields = ["loop"] if isinstance(loop, LoopSpec) else list(loop)
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    names = [_FLAGS.get(name, f"--{name.replace('_', '-')}") for name in (*fields, *given)]
+    if names:
+        listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        own = " and has its own loop" if fields or "preset" in given else ""
+        left = "it" if len(names) == 1 else "them"
+        raise SpecError(f"{model} is an export{own}; give its base for {listed}, or leave {left} out")
 
 
 def check_layers(base: Checkpoint, loop: LoopSpec) -> None:

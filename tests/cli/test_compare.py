@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from loopexport import convert
+from loopexport import convert, plan_compare
+from loopexport.errors import SpecError
+from loopexport.loop.spec import LoopSpec
 from support.commands import run
 from support.evaluation import tokenized_base, write_items
 
@@ -127,10 +129,32 @@ def test_wrong_usage_is_one_line(base, items, arguments, status, message):
         assert result.stderr.splitlines()[-1].startswith("Error: ")
 
 
-def test_an_export_has_its_own_loop(export, items):
-    result = run("compare", export, "--span", "1:2", "--steps", "2", "--items", items, *COMPUTE)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ("--span", "1:2", "--steps", "2"),
+            " and has its own loop; give its base for --span and --steps, or leave",
+        ),
+        (("--span", "1:3"), " and has its own loop; give its base for --span, or leave it out"),
+        (("--spec", "nowhere.yml"), " and has its own loop; give its base for --spec, or leave it out"),
+        (("--preset", "nonsense"), " and has its own loop; give its base for --preset, or leave it out"),
+        (("--revision", "main"), "; give its base for --revision, or leave it out"),
+        (("--without-adapter",), "; give its base for --without-adapter, or leave it out"),
+    ],
+)
+def test_an_export_takes_no_options_of_a_base(export, options, says):
+    result = run("compare", export, *options, *COMPUTE)
     assert result.exit_code == 1
-    assert "has its own loop" in result.stderr
+    assert result.stderr.startswith(f"Error: {export} is an export{says}")
+
+
+def test_python_refuses_another_loop_for_an_export(export, items):
+    loop = LoopSpec(span=(1, 3), steps=2)
+    with pytest.raises(SpecError, match="and has its own loop; give its base for another loop, or leave it out"):
+        plan_compare(export, loop, items=items)
+    with pytest.raises(SpecError, match="give its base for --steps and --without-adapter, or leave them out"):
+        plan_compare(export, {"steps": 3}, items=items, without_adapter=True)
 
 
 def test_foreign_code_is_not_run(export, items):

@@ -138,7 +138,18 @@ def test_path_of_an_export_is_its_own(base, tmp_path):
     assert own.partition("layer")[2] in run("path", base, "--path", "0-3,2-3,1-2,1-5").stdout
     assert same == "  --path 0:4,2:4,1:3,1:6\n"
     for options in (["--rys", "1,2"], ["--kv", "shared"], ["--preset", "x"], ["--spec", "nowhere.yml"]):
-        assert_refused(tmp_path, "path", out, *options, says="is an export and has its own loop; give its base")
+        says = f"is an export and has its own loop; give its base for {options[0]}, or leave it out"
+        assert_refused(tmp_path, "path", out, *options, says=says)
+
+
+def test_path_of_an_export_takes_no_options_of_a_base(base, tmp_path):
+    out = loopexport.convert(str(base), tmp_path / "out", path="0-3,2-3,1-2,1-5").root
+    for options, says in {
+        ("--revision", "main"): "out is an export; give its base for --revision, or leave it out",
+        ("--text-only", "--without-adapter"): "its base for --without-adapter and --text-only, or leave them out",
+        ("--kv", "shared", "--text-only"): "has its own loop; give its base for --kv and --text-only, or leave them",
+    }.items():
+        assert_refused(tmp_path, "path", out, *options, says=says)
 
 
 def test_path_needs_a_loop_or_an_export(base):

@@ -37,9 +37,14 @@ def compare(model, spec_file, save, dry_run, as_json, **given) -> None:
     from loopexport.cli.evaluation_text import compare_plan_lines, time_line
     from loopexport.evaluation.comparison import plan_compare
     from loopexport.evaluation.settings import process_rank
+    from loopexport.export.base_loop import check_export_options
     from loopexport.export.directory import is_export
 
-    loop, asked = evaluation_options.split_loop(spec_file, given, is_export=is_export(Path(model)))
+    has_own_loop = is_export(Path(model).expanduser())
+    loop, asked = evaluation_options.split_loop(spec_file, given, is_export=has_own_loop)
+    if has_own_loop:  # before the tasks, whose errors would lead to this one
+        of_base = ("preset", "revision", "without_adapter")
+        check_export_options(model, loop, **{name: asked[name] for name in of_base})
     plan = plan_compare(model, loop or None, dry_run=dry_run, **asked)
     export = plan.subject.export
     if save and export is None:
