@@ -19,6 +19,8 @@ from .scan_result import ScanResult
 from .scan_run import Progress, ScanPlan
 from .settings import check_directory
 
+SPLIT_BY = "item"  # earlier scans split by task and item, and must not go on with this split
+
 
 @suggest_keywords
 def plan_scan(
@@ -152,6 +154,7 @@ def plan_scan(
     settings = {
         **{name: value for name, value in compare.settings.items() if name != "spec"},
         "cells": {cell.name: cell.spec.to_config_fields() for cell in cells},
+        "split_by": SPLIT_BY,
         "test_share": test_share,
         "finalists": finalists,
         "max_hours": max_hours,

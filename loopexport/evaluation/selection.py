@@ -1,8 +1,8 @@
 """Honest choice of the best loop: choose on one part of the items, and test the choice on the other.
 
 The best of many loops looks better than it is on the items that it was chosen by. So the items are split once, by a
-hash of each item. Loops are ranked on the selection part. The best few answer the test part, and their p values there
-are adjusted for their number.
+hash of each item, which is the same in all tasks. Loops are ranked on the selection part. The best few answer the test
+part, and their p values there are adjusted for their number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Split:
 def split_items(tasks: dict[str, Any], limit: int | None, test_share: float) -> Split:
     """Split the items of each task.
 
-    The part of an item depends on the item alone: neither on its place nor on the limit. Equal items are in one part.
+    The part of an item depends on the item alone: neither on its place, nor on the limit, nor on its task. Equal items
+    are in one part, also those of two tasks that ask one data set in two ways.
 
     Args:
         tasks: the tasks of lm-evaluation-harness, by name.
@@ -51,7 +52,7 @@ def split_items(tasks: dict[str, Any], limit: int | None, test_share: float) -> 
     selection: dict[str, list[int]] = {}
     test: dict[str, list[int]] = {}
     for name, task in tasks.items():
-        in_test = [is_for_test(name, item_hash(doc), test_share) for doc in _first(task.eval_docs, limit)]
+        in_test = [is_for_test(item_hash(doc), test_share) for doc in _first(task.eval_docs, limit)]
         selection[name] = [number for number, is_test in enumerate(in_test) if not is_test]
         test[name] = [number for number, is_test in enumerate(in_test) if is_test]
         if not (selection[name] and test[name]):
@@ -74,14 +75,17 @@ def item_hash(doc: Any) -> str:
     return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
 
 
-def is_for_test(task: str, doc_hash: str, test_share: float) -> bool:
+def is_for_test(doc_hash: str, test_share: float) -> bool:
     """Whether an item is in the test part."""
-    digest = hashlib.sha256(f"{task}\n{doc_hash}".encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(doc_hash.encode()).digest()
     return int.from_bytes(digest[:8], "big") < test_share * 2**64
 
 
 def pooled(pairs: Sequence[Pair]) -> Comparison:
-    """The comparison on all items of all tasks together, each by its own task's metric."""
+    """The comparison on all items of all tasks together, each by its own task's metric.
+
+    An item that occurs in several tasks is one problem; see `compare_pairs`.
+    """
     numbers: dict[tuple[str, int], int] = {}
     pool = [
         replace(pair, task=POOLED, metric=POOLED_METRIC, item=numbers.setdefault((pair.task, pair.item), len(numbers)))

@@ -106,7 +106,7 @@ def method_sentence(rows: Sequence[Comparison]) -> str:
     """How intervals and p were computed."""
     methods = {
         TANGO: "Tango's score interval and McNemar's mid-p where each item is right or wrong",
-        BOOTSTRAP: "resampled problems and a sign-flip test where scores are graded or items have several seeds",
+        BOOTSTRAP: "resampled problems and a sign-flip test where scores are graded or items have seeds or copies",
     }
     used = [text for method, text in methods.items() if any(row.method == method for row in rows)]
     return f"Interval and p: {'; '.join(used)}."

@@ -37,12 +37,12 @@ class Comparison:
 
     Attributes:
         name, metric, is_group: of the task or group.
-        n: number of problems. Several seeds of an item are one problem.
+        n: number of problems. Several seeds of an item are one problem, and so are equal items.
         seeds: the largest number of seeds of a problem.
         base, loop: mean scores.
         difference: `loop - base`.
         low, high, confidence: its interval.
-        method: of the interval: "tango" for scores of 0 and 1 with one seed, else "bootstrap".
+        method: of the interval: "tango" for scores of 0 and 1 with one answer to each problem, else "bootstrap".
         gained, lost: number of problems where the loop, and where the base, scored higher.
         discordance: share of problems with different scores.
         p: mid-p of McNemar for "tango", p of a sign-flip test for "bootstrap".
@@ -111,7 +111,8 @@ def compare_pairs(
 ) -> list[Comparison]:
     """Compare the loop with its base on each task, then on each group.
 
-    A group pools all items of its tasks: each item counts once, so that a large task weighs more than a small one. It
+    A group pools all items of its tasks: each item counts once, so that a large task weighs more than a small one. An
+    item that two of its tasks share counts once too: their answers are no more independent than those of two seeds. It
     has a row for each metric that all its tasks have. A group summarises its tasks and asks a question of its
     own. Therefore p is adjusted among the tasks and, apart from that, among the groups: a task of 100 items must not
     hide the total of 57 tasks, nor the total lend its p to a task. Read one of them as the result, and name it before
@@ -188,13 +189,11 @@ def _pool(group: str, names: Sequence[str], tasks: Mapping[tuple[str, str], list
 
 def _compare(name: str, metric: str, is_group: bool, pairs: list[Pair], noise: float | None) -> Comparison:
     """The numbers of one row; `_judge` adds the verdict."""
-    problems: dict[tuple[str, int], list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        problems[pair.task, pair.item].append(pair)
-    base = [_mean(pair.base.score for pair in each) for each in problems.values()]
-    loop = [_mean(pair.loop.score for pair in each) for each in problems.values()]
+    problems = _problems(pairs)
+    base = [_mean(pair.base.score for pair in each) for each in problems]
+    loop = [_mean(pair.loop.score for pair in each) for each in problems]
     # The mean of the differences, because it is exactly the opposite when base and loop change places.
-    differences = [_mean(pair.difference for pair in each) for each in problems.values()]
+    differences = [_mean(pair.difference for pair in each) for each in problems]
     n, gained, lost = len(problems), sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     is_binary = len(pairs) == n and {*base, *loop} <= {0, 1}
     scale = _largest_possible_difference(pairs)
@@ -206,7 +205,7 @@ def _compare(name: str, metric: str, is_group: bool, pairs: list[Pair], noise: f
         metric=metric,
         is_group=is_group,
         n=n,
-        seeds=max(map(len, problems.values())),
+        seeds=max(len({pair.seed for pair in each}) for each in problems),
         base=_mean(base),
         loop=_mean(loop),
         difference=difference,
@@ -229,6 +228,18 @@ def _compare(name: str, metric: str, is_group: bool, pairs: list[Pair], noise: f
         base_nan=sum(pair.base.is_nan for pair in pairs),
         loop_nan=sum(pair.loop.is_nan for pair in pairs),
     )
+
+
+def _problems(pairs: list[Pair]) -> list[list[Pair]]:
+    """The pairs of each problem: all seeds of an item, and of its copies in this task or another one.
+
+    An item keeps the hash of its first pair, since that of an item with an image may differ from seed to seed.
+    """
+    hashes: dict[tuple[str, int], str] = {}
+    problems: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        problems[hashes.setdefault((pair.task, pair.item), pair.item_hash)].append(pair)
+    return list(problems.values())
 
 
 def _mean(numbers: Iterable[float]) -> float:

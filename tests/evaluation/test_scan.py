@@ -166,7 +166,7 @@ def test_several_tasks_are_one_pool_and_a_row_each(plan, items, tmp_path, monkey
     assert sum(result.items.values()) == 32
     for each in result.finalists:
         assert {task.name for task in each.test_tasks} == {"sums", "other"}
-        assert sum(task.n for task in each.test_tasks) == each.test.n == result.items["test"]
+        assert sum(task.n for task in each.test_tasks) == result.items["test"] == 2 * each.test.n  # the same items
 
 
 def test_all_cells_use_one_load(plan, monkeypatch):
@@ -206,6 +206,16 @@ def test_plan_says_the_cost(plan):
     ready = plan(widths=(2,), stride=4, steps=(3,), kv=("shared",))
     mult = (6 + 2 * 2) / 6
     assert ready.to_dict()["cost_in_base_runs"] == round(0.5 * (1 + 2 * mult) + 0.5 * (1 + 2 * mult), 2)
+
+
+def test_scan_that_was_split_in_another_way_does_not_go_on(plan, tmp_path):
+    plan(max_evaluations=1, out=tmp_path / "out").run()
+    for name in ("settings.json", "scan.json"):
+        values = json.loads((tmp_path / "out" / name).read_text())
+        values.get("settings", values).pop("split_by")
+        (tmp_path / "out" / name).write_text(json.dumps(values))
+    with pytest.raises(EvaluationError, match=r"has results of other settings \(split_by: null, now \"item\"\)"):
+        plan(max_evaluations=1, out=tmp_path / "out")
 
 
 def test_results_of_other_settings_are_refused(plan, tmp_path):

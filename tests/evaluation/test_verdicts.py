@@ -97,6 +97,25 @@ def test_group_pools_items_and_has_a_family_of_its_own():
     assert group.verdict == "better"
 
 
+def test_item_that_occurs_in_two_tasks_is_one_problem_of_their_group():
+    scores = {"one": (0, 1), "other": (0, 0)}
+    pairs = [make_pair(*each, i, task=task, item_hash=str(i)) for task, each in scores.items() for i in range(20)]
+    one, other, group = compare_pairs(pairs, groups={"both": list(scores)})
+    assert (one.n, one.method, other.n, other.method) == (20, "tango", 20, "tango")
+    assert (group.n, group.seeds, group.method, group.gained, group.difference) == (20, 1, "bootstrap", 20, 0.5)
+
+
+def test_equal_items_of_a_task_are_one_problem():
+    row = compare_one([make_pair(0, 1, i, item_hash=str(i // 2)) for i in range(20)])
+    assert (row.n, row.seeds, row.gained) == (10, 1, 10)
+
+
+def test_seeds_of_an_item_stay_together_where_its_hash_changes():
+    """As that of an item with an image does, which has the image's address."""
+    row = compare_one([make_pair(0, 1, i, seed=seed, item_hash=f"{i} {seed}") for seed in (1, 2) for i in range(6)])
+    assert (row.n, row.seeds) == (6, 2)
+
+
 def test_group_has_a_row_for_each_metric_that_its_tasks_share():
     pairs = [
         *make_task(8, 2, 100, task="one", metric="acc"),
