@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from loopexport.errors import EvaluationError, one_line
+from loopexport.errors import EvaluationError, LoopExportError, one_line
 
-from .arms import Arm
+from .arms import Arm, is_out_of_memory
 from .items import Answer, Pair
 from .nan_text import LOST
 from .panel import Panel
 from .tasks import Prompting
 
 NO_ANSWER = "(no answer: NaN)"
+_LENGTHS: dict[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 
 # The harness checks the lengths of prompts and choices by `assert` without a message.
 _WITHOUT_WORDS = "perhaps a prompt or a choice is empty, or a choice is longer than the model's context"
@@ -59,7 +60,11 @@ def score(
                 fewshot_as_multiturn=prompting.chat_template,
                 confirm_run_unsafe_code=prompting.allow_code,
             )
-    except (ValueError, KeyError, TypeError, AssertionError, NotImplementedError, ImportError, IndexError) as error:
+    except LoopExportError:
+        raise
+    except Exception as error:  # whatever the code of a task raises, or transformers for a setting of generation
+        if is_out_of_memory(error):
+            raise
         text = f"{type(error).__name__}: {one_line(error, 300) or _WITHOUT_WORDS}"
         raise EvaluationError(f"the tasks cannot be run as they are configured ({text})") from error
     return {} if results is None else {name: results["samples"][name] for name in tasks["tasks"]}
@@ -200,7 +205,7 @@ def answer_of(task, sample: dict, metric: Metric, count_tokens: Callable[[str], 
         return Answer(0.0, NO_ANSWER, lost=True)
     value = _score(sample, metric, task.config.task)
     if choices:
-        return Answer(value, _chosen(choices, loglikelihoods, metric), loglikelihoods)
+        return Answer(value, _chosen(task, sample, loglikelihoods, metric), loglikelihoods)
     text = next(iter(texts), "")
     tokens = count_tokens(text)
     return Answer(value, text, (), tokens, tokens >= _token_limit(task))
@@ -216,10 +221,14 @@ def _score(sample: dict, metric: Metric, task: str) -> float:
     return float(value)
 
 
-def _chosen(choices: list[str], loglikelihoods: tuple[float, ...], metric: Metric) -> str:
-    """The choice that the metric takes for the answer; acc_norm divides by the length of the choice."""
-    lengths = [len(choice) if metric.name == "acc_norm" else 1 for choice in choices]
-    values = [value / length for value, length in zip(loglikelihoods, lengths, strict=True)]
+def _chosen(task, sample: dict, loglikelihoods: tuple[float, ...], metric: Metric) -> str:
+    """The choice that the metric takes for the answer; acc_norm and acc_bytes divide by the length of the choice."""
+    choices, length = _choices(sample), _LENGTHS.get(metric.name)
+    if length is None:
+        values = list(loglikelihoods)
+    else:  # of the choice alone: a delimiter stands before it in the request
+        own = task.doc_to_choice(sample["doc"]) if hasattr(task, "doc_to_choice") else choices
+        values = [value / length(choice) for value, choice in zip(loglikelihoods, own, strict=False)]
     return choices[max(range(len(values)), key=values.__getitem__)].strip()
 
 

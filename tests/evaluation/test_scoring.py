@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 from loopexport import EvaluationError
-from loopexport.evaluation.scoring import Metric, answer_of, choose_metric, pair_up
+from loopexport.evaluation.scoring import Metric, answer_of, choose_metric, pair_up, score
+from loopexport.evaluation.tasks import Prompting
+
+pytest.importorskip("lm_eval")
 
 
 def a_task(*metrics, higher=True, generation=None):
@@ -16,12 +20,14 @@ def a_task(*metrics, higher=True, generation=None):
         config=config,
         higher_is_better=lambda: dict.fromkeys(metrics, higher),
         get_config=lambda name: generation,
+        doc_to_choice=lambda doc: doc["choices"],
     )
 
 
 def a_sample(item=0, **changes):
     return {
         "doc_id": item,
+        "doc": {"choices": ["a long choice", "b"]},
         "filter": "none",
         "metrics": ["acc", "acc_norm"],
         "acc": 1.0,
@@ -71,10 +77,50 @@ def test_the_chosen_choice_is_the_metrics():
     assert answer_of(a_task("acc"), a_sample(), Metric("acc_norm", "none"), len).text == "a long choice"
 
 
-@pytest.mark.parametrize("score", [float("nan"), (1, 2), "yes"])
-def test_refuses_metrics_without_a_score_for_each_item(score):
+@pytest.mark.parametrize(("metric", "choice"), [("acc", "a"), ("acc_norm", "abcd"), ("acc_bytes", "abcd")])
+def test_lengths_are_those_of_the_choices_without_the_delimiter(metric, choice):
+    """As in lm-evaluation-harness: -1.0 / 1 is less than -3.2 / 4, but -1.0 / 2 is more than -3.2 / 5."""
+    sample = a_sample(
+        doc={"choices": ["a", "abcd"]},
+        arguments=[("prompt", " a"), ("prompt", " abcd")],
+        filtered_resps=[(-1.0, False), (-3.2, False)],
+        acc_bytes=1.0,
+    )
+    assert answer_of(a_task(metric), sample, Metric(metric, "none"), len).text == choice
+
+
+class Fake:
+    """Stands for a `Panel`."""
+
+    def speaking(self, arm):
+        return nullcontext()
+
+
+def score_with(error, monkeypatch):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", fail)
+    return score(Fake(), None, {"tasks": {}}, Prompting())
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), AttributeError("no attribute 'tolist'")])
+def test_whatever_a_task_raises_is_one_line(error, monkeypatch):
+    with pytest.raises(EvaluationError, match=rf"as they are configured \({type(error).__name__}: {error}"):
+        score_with(error, monkeypatch)
+
+
+@pytest.mark.parametrize("error", [EvaluationError("base cannot answer"), RuntimeError("CUDA out of memory")])
+def test_errors_that_are_explained_already_and_lack_of_memory_stay(error, monkeypatch):
+    with pytest.raises(type(error)) as raised:
+        score_with(error, monkeypatch)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("value", [float("nan"), (1, 2), "yes"])
+def test_refuses_metrics_without_a_score_for_each_item(value):
     with pytest.raises(EvaluationError, match="no score for a single item"):
-        answer_of(a_task("f1"), a_sample(f1=score), Metric("f1", "none"), len)
+        answer_of(a_task("f1"), a_sample(f1=value), Metric("f1", "none"), len)
 
 
 def test_generated_text_is_truncated_at_its_limit():
