@@ -21,6 +21,7 @@ from loopexport.loop.spec import LoopSpec
 
 from .arms import Arm, Model, base_arm, default_device, start_batch
 from .compare_result import CompareResult, result_of
+from .effects import with_token_limit
 from .items import Pair
 from .journal import Journal
 from .settings import check_directory, files_digest, process_rank, results_directory, versions, weights_digest
@@ -202,13 +203,14 @@ def plan_compare(
     Raises:
         LoopExportError: something is wrong; the message says what to do.
     """
+    generation = with_token_limit(generation or {})
     known = _known_evaluation(preset) if not (tasks or items) else None
     if known is not None:
         tasks = known.tasks
         metric = known.metric if metric is None else metric
         num_fewshot = known.num_fewshot if num_fewshot is None else num_fewshot
         chat_template = known.chat_template if chat_template is None else chat_template
-        generation = {**known.generation, **(generation or {})}
+        generation = {**known.generation, **generation}
     source = TaskSource(tuple(tasks), _path(include_path), _path(items), metric, bool(chat_template))
     source.check()
     _check_numbers(limit, num_fewshot, seeds)
@@ -223,7 +225,7 @@ def plan_compare(
     )
     _check_backend(backend, subject)
     device = device or default_device()
-    prompting = Prompting(limit, num_fewshot, bool(chat_template), dict(generation or {}), allow_code=allow_code)
+    prompting = Prompting(limit, num_fewshot, bool(chat_template), generation, allow_code=allow_code)
     engine = {"dtype": dtype, **({"device": device} if backend == "hf" else {}), **(model_args or {})}
     _check_settings(prompting.generation, model_args)
     first_batch = start_batch(batch_size, device)

@@ -73,7 +73,7 @@ class Grid:
         """Check what can be checked without a model.
 
         Raises:
-            EvaluationError: there are no spans, or spans and widths, or a number is too small.
+            EvaluationError: there are no spans, or spans and widths, or spans and a stride, or a number is too small.
         """
         if bool(self.spans) == bool(self.widths):
             given = "both were given" if self.spans else "neither was given"
@@ -81,6 +81,11 @@ class Grid:
         for width in self.widths:
             if width < 1:
                 raise EvaluationError(f"width {width} must be at least 1 layer")
+        if self.spans and self.stride != 1:
+            raise EvaluationError(
+                f"stride {self.stride} has no effect on spans that are given one by one; leave out --stride, or give "
+                "--width in place of --spans"
+            )
         if self.stride < 1:
             raise EvaluationError(f"stride {self.stride} must be at least 1 layer")
         if not self.steps:

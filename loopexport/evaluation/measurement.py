@@ -9,6 +9,7 @@ from typing import Any
 from loopexport.errors import EvaluationError
 
 from .arms import Arm, Model
+from .effects import check_effects
 from .items import Answer, Pair
 from .journal import Journal
 from .noise import Floor, measure_floor
@@ -67,8 +68,8 @@ class Measurement:
             Empty in every process but the first.
 
         Raises:
-            EvaluationError: a task cannot be asked or scored, or several seeds were given and no task samples. Both
-                show before the first arm answers all items.
+            EvaluationError: a task cannot be asked or scored, several seeds were given and no task samples, or another
+                option would have no effect. All of that shows before the first arm answers all items.
         """
         return dict(self.pairs_by_loop(base, loops, seeds, items))
 
@@ -78,6 +79,7 @@ class Measurement:
         """The same one loop after the other, since the pairs of many loops would fill the memory."""
         rounds = []
         asked = self._rounds(seeds)
+        check_effects(self.tasks["tasks"], self.prompting)
         self._try(base, seeds[0], items)
         for seed, tasks in asked:
             panel = Panel(self.model, [base, *loops], self.journal, seed=seed, progress=self.progress)

@@ -10,6 +10,7 @@ from typing import Any
 from loopexport.errors import EvaluationError, LoopExportError, one_line
 
 from .arms import Arm, is_out_of_memory
+from .effects import TOKEN_LIMITS
 from .items import Answer, Pair
 from .nan_text import LOST
 from .panel import Panel
@@ -244,5 +245,5 @@ def _texts(responses) -> Iterator[str]:
 def _token_limit(task) -> float:
     """How many tokens a task lets a model generate; without a number of its own, lm-evaluation-harness takes 256."""
     settings = task.get_config("generation_kwargs") or {}
-    limit = settings.get("max_gen_toks", settings.get("max_new_tokens", 256))
+    limit = next((settings[name] for name in TOKEN_LIMITS if settings.get(name) is not None), 256)
     return limit if isinstance(limit, int) and limit > 0 else math.inf

@@ -64,6 +64,7 @@ def test_a_dry_run_loads_no_model(base, items, tmp_path, monkeypatch):
         (("--width", "2,x"), 2, "'x' is not a valid integer"),
         (("--width", "2", "--mode", "blok"), 2, "Did you mean 'block'?"),
         (("--width", "2", "--spans", "1:3"), 1, "both were given"),
+        (("--spans", "1:3", "--stride", "2"), 1, "stride 2 has no effect"),
         (("--width", "2", "--anchor", "2"), 1, "anchor 2.0 must be a weight"),
         (("--spans", "1-3"), 1, "is ambiguous"),
         (("--width", "2", "--backend", "vllm"), 2, "No such option"),

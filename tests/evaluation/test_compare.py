@@ -247,6 +247,7 @@ def test_nan_is_said_and_never_a_gain(base, items, tmp_path, monkeypatch):
         ({"metric": "acc,strict"}, "with filter none"),
         ({"seeds": (1, 2)}, "no task that samples"),
         ({"chat_template": True}, "chat template"),
+        ({"generation": {"max_gen_toks": 5}}, "has no effect: no model generates text for mine; leave out"),
     ],
 )
 def test_what_cannot_be_scored_shows_before_the_loop_answers(base, items, monkeypatch, change, message):
@@ -299,12 +300,14 @@ def test_only_what_samples_is_asked_with_several_seeds(base, tmp_path):
 def test_generated_answers_count_tokens_and_truncation(base, tmp_path):
     path = tmp_path / "generated.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"it is {i}", "answer": "1"}) + "\n" for i in range(4)))
-    result = plan_compare(base, MILD, items=path, generation={"max_gen_toks": 5}, **CPU).run()
+    result = plan_compare(base, MILD, items=path, generation={"max_new_tokens": 5}, **CPU).run()
+    assert result.settings["generation"] == {"max_gen_toks": 5}  # the name that wins over the task's own
     [row] = result.comparisons
     assert row.metric == "exact_match,line"
     for pair in result.pairs:
         assert pair.loop.loglikelihoods == ()
         assert pair.loop.truncated == (pair.loop.tokens >= 5)
+    assert any(pair.loop.truncated for pair in result.pairs)
 
 
 def test_seeds_need_a_task_that_samples(base, items, tmp_path):

@@ -23,6 +23,12 @@ def test_widths_cover_the_whole_depth(base):
     assert not left_out
 
 
+def test_stride_needs_widths():
+    Grid(spans=("3:5",)).check()
+    with pytest.raises(EvaluationError, match="stride 2 has no effect on spans"):
+        Grid(spans=("3:5",), stride=2).check()
+
+
 def test_width_that_no_span_can_have_is_left_out(base):
     cells, left_out = Grid(widths=(6, 7)).cells(base)
     assert [cell.spec.span for cell in cells] == [(0, 6)]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from loopexport import EvaluationError
+from loopexport.evaluation.effects import TOKEN_LIMITS, check_effects, with_token_limit
 from loopexport.evaluation.scoring import Metric, answer_of, choose_metric, pair_up, score
 from loopexport.evaluation.tasks import Prompting
 
@@ -139,3 +140,58 @@ def test_refuses_to_pair_different_prompts():
         pair_up(a_task("acc"), Metric("acc", "none"), base, loop, seed=1, count_tokens=len)
     [first, second] = pair_up(a_task("acc"), Metric("acc", "none"), base, base[::-1], seed=1, count_tokens=len)
     assert (first.item, first.target, second.difference) == (0, "b", 0)
+
+
+def asked_of(output_type="generate_until", num_fewshot=None, **own):
+    config = {"output_type": output_type, "num_fewshot": num_fewshot, "generation_kwargs": own}
+    return SimpleNamespace(get_config=config.get)
+
+
+@pytest.mark.parametrize(
+    ("task", "prompting", "message"),
+    [
+        (asked_of(num_fewshot=0), Prompting(num_fewshot=5), "num_fewshot 5 has no effect on one: num_fewshot 0"),
+        (asked_of("multiple_choice"), Prompting(generation={"top_k": 5}), "no model generates text for one"),
+        (asked_of(do_sample=False), Prompting(generation={"temperature": 0.7}), "do_sample=true,temperature=0.7"),
+        (asked_of(), Prompting(generation={"temperature": 0.7, "do_sample": False}), "temperature 0.7 has no effect"),
+    ],
+)
+def test_an_option_without_effect_is_refused(task, prompting, message):
+    with pytest.raises(EvaluationError, match=message):
+        check_effects({"one": task}, prompting)
+
+
+@pytest.mark.parametrize(
+    ("task", "prompting"),
+    [
+        (asked_of(num_fewshot=0), Prompting(num_fewshot=0)),
+        (asked_of(num_fewshot=3), Prompting(num_fewshot=5)),
+        (asked_of(), Prompting(generation={"temperature": 0.7})),  # samples where do_sample is not set
+        (asked_of(do_sample=False), Prompting(generation={"temperature": 0.7, "do_sample": True})),
+        (asked_of(do_sample=False, temperature=0.7), Prompting(generation={"max_gen_toks": 5})),  # the task's own
+        (asked_of(do_sample=False), Prompting(generation={"temperature": 0.0})),
+    ],
+)
+def test_an_option_with_an_effect_is_not_refused(task, prompting):
+    check_effects({"one": task, "other": asked_of("multiple_choice")}, prompting)
+
+
+@pytest.mark.parametrize("name", TOKEN_LIMITS)
+def test_limit_of_tokens_has_one_name(name):
+    assert with_token_limit({"do_sample": False, name: 1}) == {"do_sample": False, "max_gen_toks": 1}
+    task = a_task("acc", generation={name: 4})
+    sample = a_sample(arguments=[("prompt", {"until": []})], resps=[["abcd"]])
+    assert answer_of(task, sample, Metric("acc", "none"), len).truncated
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"max_tokens": 1, "max_gen_toks": 2}, "max_gen_toks and max_tokens, which mean the same"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
+        ({"max_tokens": None}, "max_tokens=None must be a whole number"),
+    ],
+)
+def test_wrong_limit_of_tokens_is_refused(generation, message):
+    with pytest.raises(EvaluationError, match=message):
+        with_token_limit(generation)
