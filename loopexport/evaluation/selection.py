@@ -69,10 +69,19 @@ def _first(docs, limit: int | None) -> Iterable:
 
 
 def item_hash(doc: Any) -> str:
-    """The hash of an item, as lm-evaluation-harness computes it for its logs (`Pair.item_hash`)."""
-    from lm_eval.utils import handle_non_serializable, hash_string
+    """The hash of an item, as lm-evaluation-harness computes it for its logs (`Pair.item_hash`), but for images."""
+    from lm_eval.utils import hash_string
 
-    return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    return hash_string(json.dumps(doc, indent=2, default=_plain, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON does not have. The harness takes an image's address, which is another one in each process."""
+    from lm_eval.utils import handle_non_serializable
+
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # an image of Pillow
+        return hashlib.sha256(value.tobytes()).hexdigest()
+    return handle_non_serializable(value)
 
 
 def is_for_test(doc_hash: str, test_share: float) -> bool:

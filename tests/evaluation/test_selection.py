@@ -70,6 +70,13 @@ def test_known_item_keeps_its_part():
     assert "".join("t" if each else "s" for each in parts) == "sttsttstsstt"
 
 
+def test_equal_images_are_in_one_part():
+    """The text of an image in Python has its address."""
+    image = pytest.importorskip("PIL.Image")
+    one, same, other = (item_hash({"image": image.new("RGB", (2, 2), colour)}) for colour in ("red", "red", "blue"))
+    assert one == same != other
+
+
 @pytest.mark.parametrize(("share", "part"), [(1e-9, "test"), (1 - 1e-9, "selection")])
 def test_empty_part_is_refused(share, part):
     with pytest.raises(EvaluationError, match=f"the 400 items of task leave none for the {part} part"):
