@@ -158,7 +158,11 @@ def test_other_engine_arguments_or_items_keep_the_earlier_result(answering, tmp_
         items = write_items(tmp_path / "mine.jsonl", 4, start=start)
         compare_and_save(answering, items, model_args=arguments)
     found = read_results(answering)
-    assert [result.settings.get("model_args") for result in found] == [{"max_length": 12, "tokenizer": answering.name}, None, None]
+    assert [result.settings.get("model_args") for result in found] == [
+        {"max_length": 12, "tokenizer": answering.name},
+        None,
+        None,
+    ]
     digests = [result.settings["files_sha256"]["mine.jsonl"] for result in found]
     assert digests[0] == digests[2] != digests[1]
     shown = section(answering)

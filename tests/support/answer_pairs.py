@@ -10,8 +10,10 @@ from loopexport.evaluation.items import Answer, Pair
 def make_pair(base: float | Answer, loop: float | Answer, item: int = 0, **fields) -> Pair:
     """A pair from two scores or two answers; `fields` replace those of an ordinary item."""
     base, loop = (each if isinstance(each, Answer) else Answer(each, f"answer of {each}") for each in (base, loop))
-    usual = {"task": "quiz", "metric": "acc", "seed": 0, "item_hash": "i", "prompt_hash": "p"}
-    return Pair(**{**usual, "prompt": f"Question {item}", "target": "yes", **fields}, item=item, base=base, loop=loop)
+    usual = {"task": "quiz", "metric": "acc", "seed": 0, "prompt_hash": "p", "prompt": f"Question {item}"}
+    values = {**usual, "target": "yes", **fields}
+    own_hash = {"item_hash": f"{values['task']} {item}"}
+    return Pair(**{**own_hash, **values}, item=item, base=base, loop=loop)
 
 
 def make_task(gained: int, lost: int, items: int, **fields) -> list[Pair]:
