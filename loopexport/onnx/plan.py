@@ -19,7 +19,6 @@ from loopexport.export.directory import BASE_FOLDER, Export, is_export, open_exp
 from loopexport.export.onnx_files import data_name, graph_name, weights_variant
 from loopexport.export.own_code import foreign_code
 from loopexport.export.quantisation import Quantisation
-from loopexport.export.replaced import check_replaceable, replacement_warnings
 from loopexport.files.digests import Progress
 from loopexport.files.output import check_output, output_path
 from loopexport.loop.spec import LoopSpec, Steps
@@ -287,7 +286,6 @@ def _checked_out(export: Export, out: str | Path | None, overwrite: bool) -> Pat
             raise OutputError(f"cannot write into {export.root}; use --out for a copy elsewhere")
         return None
     check_output(path, export.root, overwrite=overwrite, is_replaceable=is_export)
-    check_replaceable(path, export.manifest.weights)
     return path
 
 
@@ -295,8 +293,6 @@ def _warnings(plan: OnnxPlan, weights: Weights) -> Iterator[str]:
     from .runtime.session import cuda_problem
 
     export, dtype, attention = plan.export, plan.dtype, plan.attention
-    if plan.out is not None and plan.overwrite:
-        yield from replacement_warnings(plan.out, mlx=export.runs_on_mlx)
     model_type = export.base.config["model_type"]
     status, reason = onnx_outcome(model_type)
     if status == "refused":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import get_args
 
 import click
@@ -65,11 +65,16 @@ def onnx(directory, steps, dry_run, no_verify, as_json, **options) -> None:
     Each graph is compared with torch before it is kept. Exit status 1 if they differ.
     """
     from loopexport.cli.text import onnx_outcome_lines, onnx_plan_lines
+    from loopexport.export.replaced import check_replaceable, replacement_warnings
     from loopexport.onnx import plan_onnx
 
     if no_verify and options["text"] is not None:
         raise click.UsageError("--no-verify skips the measurement that --text is for; give one of them")
     plan = plan_onnx(directory, steps=_parse_steps(steps), **options)
+    if plan.overwrite and plan.out is not None:
+        check_replaceable(plan.out, plan.export.manifest.weights)
+        warnings = replacement_warnings(plan.out, mlx=plan.export.runs_on_mlx)
+        plan = replace(plan, warnings=(*plan.warnings, *warnings))
     if not as_json:
         echo_lines(onnx_plan_lines(plan))
     if dry_run:
