@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,13 @@ from .tasks import Prompting
 
 NO_ANSWER = "(no answer: NaN)"
 _LENGTHS: dict[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
+
+# What Python raises in the code of a task, or in transformers for a setting of generation. Other errors pass, such as one
+# that a caller's `progress` raises to stop a run.
+_RAISED_BY_TASKS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError),
+    *(RuntimeError, SyntaxError, TypeError, ValueError, re.error),
+)
 
 # The harness checks the lengths of prompts and choices by `assert` without a message.
 _WITHOUT_WORDS = "perhaps a prompt or a choice is empty, or a choice is longer than the model's context"
@@ -63,7 +71,7 @@ def score(
             )
     except LoopExportError:
         raise
-    except Exception as error:  # whatever the code of a task raises, or transformers for a setting of generation
+    except _RAISED_BY_TASKS as error:
         if is_out_of_memory(error):
             raise
         text = f"{type(error).__name__}: {one_line(error, 300) or _WITHOUT_WORDS}"
