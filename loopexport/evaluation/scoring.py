@@ -20,8 +20,8 @@ from .tasks import Prompting
 NO_ANSWER = "(no answer: NaN)"
 _LENGTHS: dict[str, Callable[[str], int]] = {"acc_norm": len, "acc_bytes": lambda choice: len(choice.encode())}
 
-# What Python raises in the code of a task, or in transformers for a setting of generation. Other errors pass, such as one
-# that a caller's `progress` raises to stop a run.
+# What Python raises in the code of a task, or in transformers for a setting of generation. Other errors pass, such as
+# one that a caller's `progress` raises to stop a run.
 _RAISED_BY_TASKS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError),
     *(RuntimeError, SyntaxError, TypeError, ValueError, re.error),
